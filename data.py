@@ -1,0 +1,867 @@
+"""Everything before a tensor reaches the network: video, manifests, the loader, and a micro-world to learn from.
+
+    python data.py toy --out out/toy            # render the micro-world: mp4 files, JSON lines, a tokenizer
+    python data.py show out/toy/val.jsonl       # contact sheet: ego above exo, text below
+
+One row of a manifest (JSON lines) is one narrated moment; training reads nothing else:
+
+    {"id": "s7/2", "ego": {"video": "ego/7.mp4", "start": 2.0, "end": 3.0}, "exo": [{"video": "cam0/7.mp4", ...}],
+     "text": "Camera-wearer cuts ...", "turns": [{"user": "Which hand am I using?", "assistant": "The left hand."}]}
+"""
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import math
+import multiprocessing
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import sentencepiece
+import torch
+from av.video.reformatter import VideoReformatter
+from einops import rearrange
+from torch import Tensor
+
+from model import IGNORE, VIDEO, ModelConfig, Tokenizer
+
+NARRATE = "Narrate the video."          # the prompt of a row's `text` (our choice: the paper names none for stages 1, 2)
+MAX_SIDE, MAX_PIXELS = 16384, 64 << 20  # refused before a frame of such a size is decoded
+OPEN_OPTIONS = {                        # FFmpeg opens more than files: playlists, URLs, concat scripts. We do not.
+    "protocol_whitelist": "file",
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"}
+
+
+class DataError(ValueError):
+    """Bad input: the message names the file, line or field, and the way out."""
+
+
+# ---------------------------------------------------------------------------------------------------- video
+def read_clip(video: str | os.PathLike, start: float | None, end: float | None, num_frames: int, size: int,
+              rng: np.random.Generator | None = None) -> np.ndarray:
+    """`num_frames` RGB frames of [start, end) seconds -> uint8 (T, 3, S, S).
+
+    The clip is cut into T equal spans; a frame is what a viewer would see at one moment of each span: its centre, or
+    with `rng` (training) a random moment. By timestamp, never by index times fps; a clip with fewer frames repeats
+    real ones. One decoding thread (slice threads deadlock in loader workers). DataError if it cannot be read.
+    """
+    try:
+        with av.open(str(video), options=OPEN_OPTIONS, metadata_errors="replace") as container:
+            if not container.streams.video:
+                raise DataError(f"{video} has no video stream")
+            stream = container.streams.video[0]
+            context = stream.codec_context
+            if max(context.width, context.height) > MAX_SIDE or context.width * context.height > MAX_PIXELS:
+                raise DataError(f"{video} claims {context.width} x {context.height} pixels: refused")
+            context.thread_type, context.thread_count = "NONE", 1
+            zero = float(stream.start_time * stream.time_base) if stream.start_time is not None else 0.0
+            length = _seconds(container, stream)
+            begin, stop = 0.0 if start is None else start, length if end is None else end
+            if not begin < stop:
+                raise DataError(f"{video}: clip [{begin}, {stop}) s has no length")
+            if begin >= length:
+                raise DataError(f"{video}: clip starts at {begin} s, the video ends at {length:.2f} s")
+            at = (np.arange(num_frames) + (0.5 if rng is None else rng.random(num_frames))) / num_frames
+            moments = zero + begin + (min(stop, length) - begin) * at
+            return _frames_at(container, stream, moments, size, str(video))
+    except (av.FFmpegError, OSError, OverflowError) as error:
+        raise DataError(f"{video} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _seconds(container, stream) -> float:
+    """Length of the video, as its header says."""
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    if container.duration:
+        return container.duration / av.time_base
+    raise DataError(f"{container.name} has no duration: re-encode it")
+
+
+def _frames_at(container, stream, moments: np.ndarray, size: int, name: str) -> np.ndarray:
+    """The frame on display at each of these (ascending) moments, in seconds of the stream's own clock."""
+    slack = 1e-4                                                # timestamps are rounded to the time base
+    container.seek(max(int(moments[0] / stream.time_base), 0), stream=stream)     # to the key frame before
+    out = np.empty((len(moments), 3, size, size), np.uint8)
+    done, shown = 0, None
+    for frame in container.decode(stream):
+        if frame.pts is None:
+            continue
+        while shown is not None and done < len(moments) and frame.time > moments[done] + slack:
+            out[done] = _pixels(shown, size)
+            done += 1
+        shown = frame
+        if done == len(moments):
+            return out
+    if shown is None:
+        raise DataError(f"{name} holds no frame at {moments[0]:.2f} s: truncated?")
+    if shown.time < moments[-1] - 1.0:
+        raise DataError(f"{name} ends at {shown.time:.2f} s, {moments[-1]:.2f} s was asked for: truncated?")
+    out[done:] = _pixels(shown, size)              # the last frame stays on display
+    return out
+
+
+_reformatter = VideoReformatter()       # one a process: it keeps its tables, and making them costs more than using them
+
+
+def _pixels(frame, size: int) -> np.ndarray:
+    """One frame as RGB (3, S, S): scaled to fit, padded to a square with CLIP's mean colour (VideoLLaMA2's way)."""
+    scale = size / max(frame.width, frame.height)
+    w, h = max(1, round(frame.width * scale)), max(1, round(frame.height * scale))
+    rgb = _reformatter.reformat(frame, width=w, height=h, format="rgb24", interpolation="BICUBIC", threads=1).to_ndarray()
+    if (w, h) == (size, size):
+        return rgb.transpose(2, 0, 1)
+    out = np.empty((3, size, size), np.uint8)
+    out[:] = np.array([122, 116, 104], np.uint8)[:, None, None]
+    top, left = (size - h) // 2, (size - w) // 2
+    out[:, top:top + h, left:left + w] = rgb.transpose(2, 0, 1)
+    return out
+
+
+def write_video(path: str | os.PathLike, frames: np.ndarray, fps: int, gop: int = 12):
+    """uint8 (N, H, W, 3) -> mp4 (mpeg4, 400 kbit/s), through a temporary name: a killed write never looks finished."""
+    part = Path(f"{path}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(part), "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=fps)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt, stream.bit_rate = "yuv420p", 400_000
+        stream.codec_context.gop_size, stream.codec_context.thread_count = gop, 1
+        for image in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    os.replace(part, path)
+
+
+# ------------------------------------------------------------------------------------------------- manifests
+def read_manifest(path: str | os.PathLike, root: str | os.PathLike | None = None,
+                  allow_outside: bool = False) -> list[dict]:
+    """Rows of a JSON-lines manifest, checked, with every video path made absolute. Paths count from `root` (default:
+    the manifest's folder) and must stay inside it, links resolved, unless allow_outside."""
+    path = Path(path)
+    base = Path(os.path.realpath(root or path.parent))
+    rows = []
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+    for number, line in enumerate(lines, 1):
+        where = f"{path} line {number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{where} is not JSON ({error}): one object a line") from None
+        rows.append(_check_row(row, where, base, allow_outside))
+    if not rows:
+        raise DataError(f"{path} is empty: it needs one JSON object a line")
+    return rows
+
+
+def _check_row(row, where: str, base: Path, allow_outside: bool) -> dict:
+    if not isinstance(row, dict) or not isinstance(row.get("id"), str):
+        raise DataError(f'{where} lacks "id" (a string)')
+    if not isinstance(row.get("exo", []), list):
+        raise DataError(f'{where}: "exo" must be a list of clips')
+    if not isinstance(row.get("text", ""), str):
+        raise DataError(f'{where}: "text" must be a string')
+    for clip in ([row["ego"]] if "ego" in row else []) + row.get("exo", []):
+        if not isinstance(clip, dict) or not isinstance(clip.get("video"), str):
+            raise DataError(f'{where}: a clip lacks "video" (a path)')
+        times = [clip.get(key) for key in ("start", "end")]
+        if any(not isinstance(t, (int, float, type(None))) or t is not None and not math.isfinite(t) for t in times):
+            raise DataError(f'{where}: "start" and "end" are seconds, got {times}')
+        if None not in times and not times[0] < times[1]:
+            raise DataError(f"{where}: clip of {clip['video']} from {times[0]} to {times[1]} s has zero length")
+        real = os.path.realpath(base / clip["video"])
+        if not allow_outside and not real.startswith(f"{base}{os.sep}"):
+            raise DataError(f"{where}: {clip['video']} lies outside {base}: pass --root DIR or --allow-outside")
+        clip["video"] = real
+    turns = row.get("turns", [])
+    if not isinstance(turns, list) or not all(isinstance(t, dict) and isinstance(t.get("user"), str)
+                                              and isinstance(t.get("assistant"), str) for t in turns):
+        raise DataError(f'{where}: "turns" is a list of {{"user": ..., "assistant": ...}}')
+    return row
+
+
+def write_jsonl(path: str | os.PathLike, rows: list[dict]):
+    """Rows as JSON lines, through a temporary name."""
+    part = Path(f"{path}.part")
+    part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.replace(part, path)
+
+
+@contextmanager
+def file_lock(path: str | os.PathLike, wait: bool):
+    """Hold a lock file (a POSIX record lock: gone with its process, even after kill -9). Without `wait` a second
+    holder is refused by the first one's pid."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            file.seek(0)
+            raise DataError(f"{Path(path).parent} is in use by process {file.read().strip() or '?'}: wait for it, or "
+                            f"choose another --out") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+# --------------------------------------------------------------------------------------------------- loading
+@dataclass
+class Batch:
+    """One micro batch. Text is packed: ids and labels (tokens,) with each sample's length in `lens`; a narration with
+    several exo views stands once, `repeats` says for how many samples; `ego_of[i]` is the ego clip of exo clip i."""
+    ego: Tensor | None                  # (E, T, 3, S, S) uint8
+    exo: Tensor | None                  # (X, T, 3, S, S) uint8
+    ids: Tensor
+    labels: Tensor
+    lens: list[int]                     # 0 for a row without text
+    repeats: Tensor                     # (E,) float
+    ego_of: Tensor                      # (X,) long
+    names: list[str]
+    texts: list[str]                    # the narrations
+    skipped: list[str] = field(default_factory=list)        # samples that could not be read, with the reason
+
+    @property
+    def samples(self) -> int:
+        return int(self.repeats.sum())
+
+    @property
+    def supervised(self) -> int:
+        """Supervised tokens, each counted once per sample."""
+        owner = torch.repeat_interleave(self.repeats, torch.tensor(self.lens))
+        return int(owner[self.labels != IGNORE].sum())
+
+    def to(self, device) -> Batch:
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in moved.items()})
+
+
+class Loader:
+    """Samples in an order that is a pure function of (seed, step, rank): resuming needs no state, and the global batch
+    is the same for any number of ranks and micro batches.
+
+    A sample is (row, exo view) for view="exo" and "pair", a row for view="ego"; the views of a row are adjacent.
+    `text` picks what is supervised: "text" narrates, "turns" answers (a row without turns narrates), "mix" takes
+    turns; view="text" reads no video at all.
+    """
+
+    def __init__(self, rows: list[dict], cfg: ModelConfig, tokenizer: Tokenizer, *, view: str, text: str = "text",
+                 batch: int, micro: int | None = None, seed: int = 0, rank: int = 0, world: int = 1,
+                 train: bool = True, video_tokens: int | None = None):
+        self.rows, self.cfg, self.tokenizer, self.view, self.text = rows, cfg, tokenizer, view, text
+        self.batch_size, self.micro, self.seed, self.train = batch, micro or max(1, batch // world), seed, train
+        self.rank, self.world = rank, world
+        self.video_tokens = cfg.visual_tokens if video_tokens is None else video_tokens
+        if batch % (self.micro * world):
+            raise DataError(f"--batch {batch} is not a multiple of --micro-batch {self.micro} x {world} ranks")
+        need = {"exo": ("exo",), "ego": ("ego",), "pair": ("ego", "exo"), "text": ()}[view]
+        for row in rows:
+            for key in need + (("text",) if view != "pair" and text == "text" else ()):
+                if not row.get(key):
+                    raise DataError(f'row {row["id"]!r} lacks "{key}", which this stage needs')
+        self.views = np.array([len(row["exo"]) if view in ("exo", "pair") else 1 for row in rows])
+        self.samples = int(self.views.sum())
+        self._epoch = (None, None)
+
+    def sample(self, index: int) -> tuple[int, int]:
+        """Global sample number -> (row, view)."""
+        epoch, place = divmod(index, self.samples)
+        if self._epoch[0] != epoch:
+            order = np.arange(len(self.rows))
+            if self.train:
+                order = np.random.default_rng([self.seed, epoch]).permutation(order)
+            row_of = np.repeat(order, self.views[order])
+            first = np.repeat(np.cumsum(self.views[order]) - self.views[order], self.views[order])
+            self._epoch = (epoch, np.stack([row_of, np.arange(self.samples) - first], 1))
+        row, view = self._epoch[1][place]
+        return int(row), int(view)
+
+    def batch(self, step: int) -> list[Batch]:
+        """The micro batches of this rank at this step. In evaluation the last batch may be short."""
+        first = step * self.batch_size
+        last = first + self.batch_size if self.train else min(first + self.batch_size, self.samples)
+        chunks = range(self.rank, self.batch_size // self.micro, self.world)
+        spans = [(first + c * self.micro, min(first + (c + 1) * self.micro, last)) for c in chunks]
+        return [self.micro_batch(range(a, b)) for a, b in spans if a < b]
+
+    def micro_batch(self, indices: range) -> Batch:
+        """Read the clips of these samples; one that cannot be read is named and replaced by another real sample."""
+        skipped, seen, ego, exo, ego_of, repeats, packs, names, texts = [], {}, [], [], [], [], [], [], []
+        for index in indices:
+            row, view, frames = self._read(index, seen, skipped)
+            if row not in seen or self.view == "exo":
+                seen[row] = len(repeats)
+                repeats.append(0)
+                packs.append(self.prompt(self.rows[row], index))
+                names.append(self.rows[row]["id"])
+                texts.append(self.rows[row].get("text", ""))
+                if "ego" in frames:
+                    ego.append(frames["ego"])
+            repeats[seen[row]] += 1
+            ego_of.append(seen[row])
+            if "exo" in frames:
+                exo.append(frames["exo"])
+        stack = lambda clips: torch.from_numpy(np.stack(clips)) if clips else None
+        flat = lambda k: torch.tensor([token for pack in packs for token in pack[k]], dtype=torch.long)
+        return Batch(stack(ego), stack(exo), flat(0), flat(1), [len(p[0]) for p in packs],
+                     torch.tensor(repeats, dtype=torch.float32), torch.tensor(ego_of), names,
+                     texts, skipped)
+
+    def _read(self, index: int, seen: dict, skipped: list) -> tuple[int, int, dict[str, np.ndarray]]:
+        for attempt in range(10):
+            number = index
+            if attempt:             # the substitute is a pure function of the seed, the sample and the attempt
+                number = int(np.random.default_rng([self.seed, index, attempt]).integers(self.samples))
+            row, view = self.sample(number)
+            clips = {}
+            if self.view in ("ego", "pair") and row not in seen:
+                clips["ego"] = self.rows[row]["ego"]
+            if self.view in ("exo", "pair"):
+                clips["exo"] = self.rows[row]["exo"][view]
+            moments = [self.seed, number // self.samples, row]      # one draw for all views: they are synchronized
+            try:
+                return row, view, {key: read_clip(
+                    clip["video"], clip.get("start"), clip.get("end"), self.cfg.frames, self.cfg.image_size,
+                    np.random.default_rng(moments) if self.train else None) for key, clip in clips.items()}
+            except DataError as error:
+                skipped.append(f"{self.rows[row]['id']}: {error}")
+        raise DataError(f"ten samples in a row cannot be read, the last: {skipped[-1]}")
+
+    def prompt(self, row: dict, index: int = 0) -> tuple[list[int], list[int]]:
+        """ids and labels of a row; empty for a row without text."""
+        if row.get("turns") and (self.text == "turns" or self.text == "mix" and index % 2):
+            ids, labels = self.tokenizer.chat(row["turns"], self.video_tokens)
+        elif row.get("text"):
+            ids, labels = self.tokenizer.chat([{"user": NARRATE, "assistant": row["text"]}], self.video_tokens)
+        else:
+            return [], []
+        if len(ids) > self.cfg.max_length:
+            raise DataError(f"row {row['id']!r} has {len(ids)} tokens, the model reads {self.cfg.max_length}: shorten it")
+        return ids, labels
+
+    def stream(self, start: int, stop: int, workers: int = 1) -> Iterator[list[Batch]]:
+        """batch(start) ... batch(stop - 1), read ahead by worker processes."""
+        loader = torch.utils.data.DataLoader(
+            _Steps(self), sampler=range(start, stop), batch_size=None, num_workers=workers,
+            worker_init_fn=_start_worker, prefetch_factor=2 if workers else None, collate_fn=_as_is,
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None)
+        return iter(loader)
+
+
+class _Steps(torch.utils.data.Dataset):
+    """The loader as a dataset indexed by step: what torch's DataLoader hands to its workers."""
+
+    def __init__(self, loader: Loader):
+        self.loader = loader
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        return self.loader.batch(step)
+
+
+def _as_is(item):
+    return item
+
+
+def _start_worker(_):
+    torch.set_num_threads(1)
+    die_with_parent()
+
+
+def die_with_parent():
+    """End this process within two seconds of its parent's death: kill -9 must not leave orphans that train on."""
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+# ------------------------------------------------------------------------------------------------- looking at it
+GLYPHS = " abcdefghijklmnopqrstuvwxyz0123456789.,:?!'-()/"             # 5 x 8 dots each, a byte a column, low bit on top
+FONT = np.unpackbits(np.frombuffer(bytes.fromhex(
+    "0000000000" "2054547840" "7f28444438" "3844444428" "384444287f" "3854545418" "00087e0902" "18a4a49c78" "7f08040478"
+    "00447d4000" "2040403d00" "7f10284400" "00417f4000" "7c04780478" "7c08040478" "3844444438" "fc18242418" "18242418fc"
+    "7c08040408" "4854545424" "04043f4424" "3c4040207c" "1c2040201c" "3c4030403c" "4428102844" "4c9090907c" "4464544c44"
+    "3e5149453e" "00427f4000" "7249494946" "2141494d33" "1814127f10" "2745454539" "3c4a494931" "4121110907" "3649494936"
+    "464949291e" "0000606000" "0080703000" "0000140000" "0201590906" "00005f0000" "0008070300" "0808080808" "001c224100"
+    "0041221c00" "2010080402"), np.uint8).reshape(-1, 5, 1), axis=2, bitorder="little").astype(bool)     # (47, 5, 8)
+
+
+def write_line(canvas: np.ndarray, text: str, top: int, left: int, colour, scale: int = 2):
+    """Draw lower-case text on (H, W, 3) uint8, in place; what does not fit is left off."""
+    for char in text.lower():
+        glyph = FONT[max(GLYPHS.find(char), 0)].T.repeat(scale, 0).repeat(scale, 1)
+        area = canvas[top:top + glyph.shape[0], left:left + glyph.shape[1]]
+        area[glyph[:area.shape[0], :area.shape[1]]] = colour
+        left += 6 * scale
+
+
+def contact_sheet(path: str | os.PathLike, items: list[tuple[list[np.ndarray], list[tuple[str, tuple]]]], columns: int = 2):
+    """A PNG of items: clips (T, 3, S, S) as rows of frames, one above the other, with lines of (text, RGB) below."""
+    tiles = []
+    for clips, lines in items:
+        zoom = max(1, 96 // clips[0].shape[-1])
+        strips = [rearrange(clip, "t c h w -> h (t w) c").repeat(zoom, 0).repeat(zoom, 1) for clip in clips]
+        text = np.full((20 * len(lines) + 8, strips[0].shape[1], 3), 255, np.uint8)
+        for i, (line, colour) in enumerate(lines):
+            width = strips[0].shape[1] // 6
+            write_line(text, line, 4 + 20 * i, 2, colour, 1 if 2 * len(line) > width else 2)
+        tiles.append(np.pad(np.concatenate(strips + [text]), ((0, 8), (0, 8), (0, 0)), constant_values=255))
+    height = max(tile.shape[0] for tile in tiles)
+    tiles = [np.pad(t, ((0, height - t.shape[0]), (0, 0), (0, 0)), constant_values=255) for t in tiles]
+    tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)
+    write_png(path, rearrange(np.stack(tiles), "(r c) h w k -> (r h) (c w) k", c=columns))
+
+
+def write_png(path: str | os.PathLike, image: np.ndarray):
+    """uint8 (H, W, 3) -> PNG, through FFmpeg's encoder."""
+    codec = av.CodecContext.create("png", "w")
+    codec.height, codec.width = image.shape[:2]
+    codec.pix_fmt, codec.time_base = "rgb24", Fraction(1, 1)
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+    Path(path).write_bytes(b"".join(bytes(packet) for packet in codec.encode(frame) + codec.encode(None)))
+
+
+# --------------------------------------------------------------------------------------------- the micro-world
+# A table, three blocks, two hands, nine actions. A scene is one mp4 of five one-second clips. The exo camera stands
+# opposite the actor (left and right swapped, the actor's body in view); the ego camera rides on the head: it follows
+# the hands late, walks, rolls and zooms, and big hands cover what they do. Sizes were tuned by trial (our choice).
+FPS, CLIP_FRAMES, CLIPS, SIDE = 8, 8, 5, 48
+COLOURS = {"red": (214, 54, 48), "green": (64, 168, 74), "blue": (58, 98, 214), "yellow": (240, 204, 62),
+           "purple": (156, 78, 184)}
+PATTERNS = ("plain", "striped", "dotted")
+VERBS = {"picks up": "pick up", "puts down": "put down", "pushes": "push", "pulls": "pull", "cuts": "cut",
+         "hammers": "hammer", "wipes": "wipe", "waters": "water", "taps": "tap"}
+GERUNDS = {"picks up": "picking up", "puts down": "putting down", "pushes": "pushing", "pulls": "pulling",
+           "cuts": "cutting", "hammers": "hammering", "wipes": "wiping", "waters": "watering", "taps": "tapping"}
+SKIN, SLEEVE, SHADOW, WOOD = (236, 188, 150), (70, 86, 122), (60, 52, 48), (196, 164, 128)
+REST = {"left": (-0.62, 0.0), "right": (0.62, 0.0)}        # where an idle hand lies, in table units
+
+
+@dataclass(frozen=True)
+class World:
+    """The knobs of the micro-world. Clips a split; the study turns the others."""
+    seed: int = 0
+    corpus: int = 5000          # exo clips from any angle, narrated: the stand-in for VideoLLaMA2's corpora
+    ego: int = 1000             # ego clips, narrated: the stand-in for EgoClip
+    pairs: int = 1200           # synchronized ego + exo clips, narrated: the stand-in for Ego-ExoClip
+    instruct: int = 1000        # ego clips with a question and answer: the stand-in for EgoIT
+    exo_cams: int = 2           # fixed exo cameras of a pair
+    noise: float = 1.0          # head motion, roll, zoom and light of the ego camera, 0 = a steady head
+    fov: float = 1.0            # field of view of the ego camera; smaller sees less
+    scale: float = 1.0          # multiplies every clip count but test's and val's
+
+    def clips(self, split: str) -> int:
+        fixed = {"val": 600, "test": 2000, "exo_test": 1000}
+        return fixed[split] if split in fixed else round(getattr(self, split) * self.scale)
+
+
+SPLITS = {"corpus": ("exo",), "ego": ("ego",), "pairs": ("ego", "exo"), "instruct": ("ego",), "val": ("ego", "exo"),
+          "test": ("ego", "exo"), "exo_test": ("exo",)}       # no scene is in two splits
+
+
+def plan_scene(rng: np.random.Generator) -> dict:
+    """Three blocks of different colours, five different moments: what the scene's narrations will say."""
+    colours = rng.permutation(list(COLOURS))[:3]
+    blocks = [(str(c), str(rng.choice(PATTERNS))) for c in colours]
+    x = np.array([-0.55, 0.0, 0.55]) + rng.uniform(-0.08, 0.08, 3)
+    places = np.stack([x, rng.uniform(0.42, 0.72, 3)], 1)
+    moments = []
+    while len(moments) < CLIPS:
+        moment = (str(rng.choice(list(VERBS))), int(rng.integers(3)), str(rng.choice(["left", "right"])))
+        if moment not in moments:
+            moments.append(moment)
+    return {"blocks": blocks, "places": places, "moments": moments}
+
+
+def narration(verb: str, colour: str, pattern: str, hand: str) -> str:
+    return f"Camera-wearer {verb} the {colour} {pattern} block with the {hand} hand."
+
+
+def questions(verb: str, colour: str, pattern: str, hand: str, rng: np.random.Generator) -> list[dict]:
+    """EgoIT's style: a question of the wearer, answered in the first person."""
+    asked = verb if rng.random() < 0.5 else str(rng.choice([v for v in VERBS if v != verb]))
+    pairs = [
+        (NARRATE, narration(verb, colour, pattern, hand)),
+        ("What am I doing?", f"I {VERBS[verb]} the {colour} {pattern} block with the {hand} hand."),
+        ("Which hand am I using?", f"The {hand} hand."),
+        ("What colour is the block I use?", f"It is {colour}."),
+        ("What pattern does the block I use have?", f"It is {pattern}."),
+        ("What do I do to the block?", f"I {VERBS[verb]} it."),
+        (f"Am I {GERUNDS[asked]} the block?", "Yes." if asked == verb else "No.")]
+    return [{"user": q, "assistant": a} for q, a in pairs]
+
+
+class Camera:
+    """An affine camera per frame: pixel = origin + M (x, y) - lift * height, with table units x right, y away."""
+
+    def __init__(self, centre, angle, zoom, tilt: float):
+        frames = len(centre)
+        cos, sin = np.cos(angle), np.sin(angle)
+        turn = np.stack([np.stack([cos, -sin], -1), np.stack([-sin * tilt, -cos * tilt], -1)], -2)
+        self.m = (turn * (zoom * SIDE / 2)[:, None, None]).astype(np.float32)          # (F, 2, 2)
+        self.inverse = np.linalg.inv(self.m)
+        self.scale = zoom * SIDE / 2
+        self.lift = self.scale * 0.6
+        self.origin = np.full((frames, 2), SIDE / 2) - np.einsum("fij,fj->fi", self.m, centre)
+
+    def pixels(self, points: np.ndarray, height=0.0) -> np.ndarray:
+        """(F, 2) table points -> (F, 2) pixels."""
+        at = self.origin + np.einsum("fij,fj->fi", self.m, points)
+        at[:, 1] -= self.lift * height
+        return at
+
+
+def exo_camera(frames: int, azimuth: float, zoom: float) -> Camera:
+    """Stands opposite the actor, looks slightly down and never moves."""
+    full = np.ones(frames)
+    return Camera(np.tile([0.0, 0.32], (frames, 1)), full * (np.pi + azimuth), full * zoom, tilt=0.8)
+
+
+def ego_camera(hand: np.ndarray, world: World, rng: np.random.Generator) -> Camera:
+    """Rides on the head: the gaze follows the acting hand late, and the head walks, rolls and zooms."""
+    frames, n = len(hand), world.noise
+    walk = rng.normal(0, 0.03 * n, (frames, 2)).cumsum(0) * 0.4 + rng.normal(0, 0.08 * n, (frames // CLIP_FRAMES, 2)
+                                                                            ).repeat(CLIP_FRAMES, 0)
+    gaze = np.empty_like(hand)
+    for i in range(frames):
+        if i % CLIP_FRAMES == 0:
+            late = 0.5 * hand[i] + (0, 0.25)
+        late = 0.7 * late + 0.3 * (0.6 * hand[i] + (0, 0.22))
+        gaze[i] = late
+    roll = rng.normal(0, 0.12 * n, frames // CLIP_FRAMES).repeat(CLIP_FRAMES) + rng.normal(0, 0.02 * n, frames)
+    zoom = (1.25 + rng.normal(0, 0.08 * n, frames // CLIP_FRAMES).repeat(CLIP_FRAMES)) / world.fov
+    return Camera(gaze + walk, roll, zoom, tilt=0.95)
+
+
+class Canvas:
+    """RGB frames (F, 48, 48, 3) and the one way to draw on them: a soft-edged shape in a window around a point."""
+
+    def __init__(self, background: np.ndarray, frames: int):
+        self.rgb = np.empty((frames, SIDE, SIDE, 3), np.float32)
+        self.rgb[:] = background
+
+    def stamp(self, camera: Camera, at: np.ndarray, which: np.ndarray, radius: float, shape, colour):
+        """Blend `colour` where `shape(x, y)` (distance to the edge in table units, negative inside) covers the window
+        around pixels `at` (F, 2) of the frames `which`. colour: RGB, or a function of (x, y) -> (..., 3)."""
+        half = min(int(np.ceil(radius * camera.scale.max())) + 1, SIDE // 2)
+        centre = np.rint(at[which]).astype(int)
+        if half == SIDE // 2:                                   # larger than the picture: the window is the picture
+            centre[:] = SIDE // 2
+        inside = (np.abs(centre - SIDE // 2) < SIDE // 2 + half).all(1)
+        which, centre = which[inside], centre[inside]
+        span = np.arange(-half, half + 1)
+        cols, rows = centre[:, 0, None] + span, centre[:, 1, None] + span               # (f, k)
+        dx = (cols - at[which, 0, None]).astype(np.float32)[:, None, :]
+        dy = (rows - at[which, 1, None]).astype(np.float32)[:, :, None]
+        inv = camera.inverse[which][:, :, :, None, None]
+        x, y = inv[:, 0, 0] * dx + inv[:, 0, 1] * dy, inv[:, 1, 0] * dx + inv[:, 1, 1] * dy
+        cover = 0.5 - shape(x, y) * camera.scale[which, None, None].astype(np.float32)
+        rows_in, cols_in = ((0 <= line) & (line < SIDE) for line in (rows, cols))     # windows may hang over the edge
+        f, r, c = np.nonzero((cover > 0) & rows_in[:, :, None] & cols_in[:, None, :])   # paint only what is covered
+        cover = np.minimum(cover[f, r, c], 1)[:, None]
+        paint = colour(x[f, r, c], y[f, r, c]) if callable(colour) else np.array(colour, np.float32)
+        index = which[f], rows[f, r], cols[f, c]
+        self.rgb[index] += cover * (paint - self.rgb[index])
+
+    def frames(self, gain=1.0, noise: float = 0.0, rng=None) -> np.ndarray:
+        """uint8 (F, 48, 48, 3)."""
+        rgb = self.rgb * gain
+        if noise:
+            rgb = rgb + rng.normal(0, noise, rgb.shape).astype(np.float32)
+        return np.clip(rgb, 0, 255).astype(np.uint8)
+
+    def hold(self):
+        """Everything drawn so far (in frame 0) stays: the still background of a fixed camera."""
+        self.rgb[1:] = self.rgb[0]
+
+
+def disc(r: float):
+    return lambda x, y: np.sqrt(x * x + y * y) - r
+
+
+def box(w: float, h: float):
+    return lambda x, y: np.maximum(np.abs(x) - w, np.abs(y) - h)
+
+
+def limb(reach: np.ndarray, r: float):
+    """A capsule from -reach to +reach (F, 2), which differs per frame."""
+    dx, dy = reach.astype(np.float32).T[:, :, None, None]
+
+    def distance(x, y):
+        t = np.clip((x * dx + y * dy) / (dx * dx + dy * dy + 1e-6), -1, 1)
+        return np.sqrt((x - t * dx) ** 2 + (y - t * dy) ** 2) - r
+    return distance
+
+
+def block_paint(colour: str, pattern: str):
+    """Plain, with white stripes, or with dark dots: large enough to be read at 48 pixels."""
+    base = np.array(COLOURS[colour], np.float32)
+
+    def paint(x, y):
+        if pattern == "plain":
+            return np.broadcast_to(base, x.shape + (3,))
+        if pattern == "striped":
+            mark, ink = np.clip(0.5 + (np.abs(np.mod(x + 0.06, 0.2) - 0.1) - 0.05) * 24, 0, 1), 250.0
+        else:
+            u, v = np.abs(np.abs(x) - 0.11), np.abs(np.abs(y) - 0.11)
+            mark, ink = np.clip(0.5 - (np.sqrt(u * u + v * v) - 0.065) * 24, 0, 1), 20.0
+        return base + mark[..., None] * (ink - base)
+    return paint
+
+
+def act(plan: dict, rng: np.random.Generator) -> dict:
+    """Motion of the scene, frame by frame: hands (F, 2) and heights (F,), blocks, and the tool of each clip."""
+    frames = CLIPS * CLIP_FRAMES
+    hands = {side: np.tile(np.array(REST[side]), (frames, 1)) + rng.normal(0, 0.01, (frames, 2)) for side in REST}
+    lift = {side: np.zeros(frames) for side in REST}
+    blocks = np.tile(plan["places"][:, None], (1, frames, 1))                         # (3, F, 2)
+    height, gap = np.zeros((3, frames)), np.zeros((3, frames))
+    tools = []
+    for clip, (verb, target, side) in enumerate(plan["moments"]):
+        f = np.arange(clip * CLIP_FRAMES, (clip + 1) * CLIP_FRAMES)
+        t = np.clip((np.arange(CLIP_FRAMES) + rng.uniform(0, 0.6)) / CLIP_FRAMES, 0, 1) ** rng.uniform(0.8, 1.25)
+        home = plan["places"][target]
+        spot = home + (0.05 if side == "right" else -0.05, -0.20)
+        beat = np.sin(t * 2 * np.pi * rng.uniform(1.7, 2.3) + rng.uniform(0, 6)) * 0.5 + 0.5
+        hands[side][f] = spot
+        if verb in ("picks up", "puts down"):
+            rise = t if verb == "picks up" else 1 - t
+            height[target, f] = lift[side][f] = 0.75 * rise
+        elif verb in ("pushes", "pulls"):
+            move = (t if verb == "pushes" else 1 - t)[:, None] * (0, 0.42) - (0, 0.16)
+            blocks[target, f] = home + move
+            hands[side][f] = spot + move
+        elif verb == "cuts":
+            gap[target, f] = 0.16 * t
+            lift[side][f] = 0.1 + 0.12 * beat
+        elif verb == "wipes":
+            phase = t * 2 * np.pi * 1.2 + rng.uniform(0, 6)
+            hands[side][f] = spot + np.stack([0.2 * np.cos(phase), 0.08 + 0.1 * np.sin(phase)], 1)
+        elif verb in ("hammers", "taps"):
+            lift[side][f] = 0.35 * beat
+        else:
+            lift[side][f] = 0.4
+        tools.append((verb, target, side, f, beat))
+    return {"hands": hands, "lift": lift, "blocks": blocks, "height": height, "gap": gap, "tools": tools}
+
+
+def render(plan: dict, motion: dict, camera: Camera, ego: bool, wall, gain=1.0, noise: float = 0.0, rng=None):
+    """The scene through one camera, painter's order -> uint8 (40, 48, 48, 3)."""
+    frames = CLIPS * CLIP_FRAMES
+    every = np.arange(frames)
+    canvas = Canvas(np.array(wall, np.float32), frames)
+    table = np.tile([0.0, 0.45], (frames, 1))
+    canvas.stamp(camera, camera.pixels(table), every if ego else every[:1], 1.6, box(1.05, 0.62), WOOD)
+    if not ego:                                                 # the demonstrator is seen: body, head
+        for at, shape, colour in (((0.0, -0.36), box(0.42, 0.2), SLEEVE), ((0.0, -0.62), disc(0.2), SKIN)):
+            canvas.stamp(camera, camera.pixels(np.tile(at, (frames, 1))), every[:1], 0.6, shape, colour)
+        canvas.hold()
+    order = np.argsort(plan["places"][:, 1])
+    for b in order if not ego else order[::-1]:
+        _draw_block(canvas, camera, plan["blocks"][b], motion["blocks"][b], motion["height"][b], motion["gap"][b])
+    for side in ("left", "right"):
+        hand, up = motion["hands"][side], motion["lift"][side]
+        shoulder = np.array([(-0.36 if side == "left" else 0.36), -0.3 if not ego else -0.75])
+        size = 0.15 if ego else 0.12
+        at = camera.pixels(hand, up)
+        sleeve = 0.5 * (shoulder + hand)
+        canvas.stamp(camera, camera.pixels(sleeve, 0.5 * up), every, 0.75, limb(0.5 * (shoulder - hand), 0.7 * size),
+                     SLEEVE)
+        canvas.stamp(camera, at, every, 0.25, disc(size), SKIN)
+        for verb, target, who, f, beat in motion["tools"]:
+            if who == side:
+                _draw_tool(canvas, camera, verb, hand, up, f, beat, motion["blocks"][target])
+    return canvas.frames(gain, noise, rng)
+
+
+def _draw_block(canvas, camera, look, place, height, gap):
+    every = np.arange(len(place))
+    lifted = every[height > 0.02]
+    canvas.stamp(camera, camera.pixels(place), lifted, 0.4, box(0.2, 0.18), SHADOW)
+    whole, cut = every[gap == 0], every[gap > 0]
+    canvas.stamp(camera, camera.pixels(place, height), whole, 0.4, box(0.24, 0.22), block_paint(*look))
+    for sign in (-1, 1):
+        half = place + np.stack([sign * (0.12 + gap), np.zeros_like(gap)], 1)
+        canvas.stamp(camera, camera.pixels(half), cut, 0.4, box(0.115, 0.22), block_paint(*look))
+
+
+def _draw_tool(canvas, camera, verb, hand, up, f, beat, block):
+    ahead = hand + (0, 0.17)
+    if verb == "cuts":
+        canvas.stamp(camera, camera.pixels(ahead + (0, 0.08), up), f, 0.45, box(0.035, 0.28), (226, 230, 236))
+    elif verb == "hammers":
+        canvas.stamp(camera, camera.pixels(ahead, up), f, 0.3, box(0.035, 0.18), (120, 76, 40))
+        canvas.stamp(camera, camera.pixels(ahead + (0, 0.16), up), f, 0.3, box(0.15, 0.075), (52, 54, 60))
+    elif verb == "wipes":
+        canvas.stamp(camera, camera.pixels(ahead, up), f, 0.3, box(0.15, 0.1), (250, 150, 190))
+    elif verb == "waters":
+        canvas.stamp(camera, camera.pixels(ahead, up), f, 0.3, box(0.12, 0.1), (60, 190, 190))
+        for i in range(3):
+            drop = block + (0.09 * (i - 1), 0.0)
+            fall = np.zeros(len(hand))
+            fall[f] = 0.4 * np.mod(beat + i / 3, 1)
+            canvas.stamp(camera, camera.pixels(drop, fall), f, 0.12, disc(0.05), (170, 226, 255))
+
+
+def make_scene(world: World, split: str, scene: int, out: Path) -> list[dict]:
+    """Render one scene's videos and return its rows. A pure function of (seed, split, scene)."""
+    rng = np.random.default_rng([world.seed, list(SPLITS).index(split), scene])
+    plan = plan_scene(rng)
+    motion = act(plan, rng)
+    frames, views = CLIPS * CLIP_FRAMES, {}
+    wall = rng.uniform(150, 235, 3)
+    if "exo" in SPLITS[split]:
+        fixed = split != "corpus"
+        cams = {"pairs": world.exo_cams}.get(split, 1)
+        for cam in range(cams):
+            if fixed:
+                azimuth, zoom = (0.22 if cam % 2 == 0 else -0.22) + rng.normal(0, 0.03), 0.92
+            else:
+                azimuth, zoom = rng.uniform(-0.45, 0.45), rng.uniform(0.84, 1.0)
+            look = (205, 214, 220) if fixed else wall
+            views[f"cam{cam}"] = render(plan, motion, exo_camera(frames, azimuth, zoom), False, look)
+    if "ego" in SPLITS[split]:
+        acting = np.concatenate([motion["hands"][side][f] for _, _, side, f, _ in motion["tools"]])
+        gain = (1 + rng.normal(0, 0.1 * world.noise, CLIPS)).repeat(CLIP_FRAMES)[:, None, None, None]
+        views["ego"] = render(plan, motion, ego_camera(acting, world, rng), True, wall, gain.astype(np.float32))
+    for view, images in views.items():
+        write_video(out / split / view / f"{scene}.mp4", images, FPS, gop=CLIP_FRAMES)
+    rows = []
+    for i, (verb, target, hand) in enumerate(plan["moments"]):
+        span = {"start": i * CLIP_FRAMES / FPS, "end": (i + 1) * CLIP_FRAMES / FPS}
+        clip = {view: {"video": f"{split}/{view}/{scene}.mp4", **span} for view in views}
+        facts = (verb, *plan["blocks"][target], hand)
+        asked = questions(*facts, rng)[0 if split in ("corpus", "instruct") else 1:]       # a test asks no narration
+        row = {"id": f"{split}/{scene}/{i}", "text": narration(*facts), "turns": [asked[(scene * CLIPS + i) % len(asked)]]}
+        if "ego" in views:
+            row["ego"] = clip.pop("ego")
+        if clip:
+            row["exo"] = list(clip.values())
+        rows.append(row)
+    return rows
+
+
+def _scene_job(job):
+    return make_scene(*job)
+
+
+def toy_split(out: str | os.PathLike, split: str, world: World = World()) -> Path:
+    """The manifest of one split of the micro-world, rendered when first needed (under a lock, in all cores)."""
+    out = Path(out)
+    manifest = out / f"{split}.jsonl"
+    with file_lock(out / ".lock", wait=True):
+        _claim_world(out, world)
+        if manifest.is_file():
+            return manifest
+        scenes = -(-world.clips(split) // CLIPS)
+        jobs = [(world, split, scene, out) for scene in range(scenes)]
+        rows, began = [], time.time()
+        with multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn").Pool(
+                os.cpu_count(), initializer=die_with_parent) as pool:
+            for done, scene_rows in enumerate(pool.imap(_scene_job, jobs, chunksize=4), 1):
+                rows += scene_rows
+                if done % 50 == 0 or done == scenes:
+                    rate = done / (time.time() - began)
+                    print(f"\rmicro-world {split}: {done * CLIPS}/{scenes * CLIPS} clips, {rate * CLIPS:.0f} clips/s, "
+                          f"{(scenes - done) / rate:.0f} s left ", end="", flush=True)
+        print(flush=True)
+        write_jsonl(manifest, rows)
+    return manifest
+
+
+def _claim_world(out: Path, world: World):
+    """A folder holds one world: refuse other knobs by name."""
+    file = out / "world.json"
+    if not file.is_file():
+        part = Path(f"{file}.part")
+        part.write_text(json.dumps(asdict(world)))
+        os.replace(part, file)
+    made = json.loads(file.read_text())
+    for key, value in asdict(world).items():
+        if made.get(key) != value:
+            raise DataError(f"{out} holds a micro-world with {key}={made.get(key)}, not {value}: choose another folder")
+
+
+def toy_world(out: str | os.PathLike) -> World:
+    """The knobs of the world in this folder (the defaults if it is not made yet)."""
+    file = Path(out) / "world.json"
+    return World(**json.loads(file.read_text())) if file.is_file() else World()
+
+
+def toy_tokenizer(out: str | os.PathLike, world: World, vocab: int) -> Path:
+    """A sentencepiece BPE model with byte fallback (as Mistral's), trained on the text of the exo corpus."""
+    path = Path(out) / "tokenizer.model"
+    if not path.is_file():
+        rows = read_manifest(toy_split(out, "corpus", world))
+        lines = [f"[INST] \n{turn['user']} [/INST] {turn['assistant']}" for row in rows
+                 for turn in row["turns"] + [{"user": NARRATE, "assistant": row["text"]}]]
+        part = Path(f"{path}.part")
+        with open(part, "wb") as file:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(lines), model_writer=file, vocab_size=vocab, model_type="bpe", num_threads=1,
+                byte_fallback=True, hard_vocab_limit=False, normalization_rule_name="identity",
+                remove_extra_whitespaces=False, minloglevel=2)
+        os.replace(part, path)
+    return path
+
+
+# --------------------------------------------------------------------------------------------------- commands
+def command_toy(args):
+    """Render the micro-world (every split, or those named)."""
+    world = World(**{f.name: getattr(args, f.name) for f in fields(World)})
+    for split in args.splits or SPLITS:
+        print(toy_split(args.out, split, world))
+    print(toy_tokenizer(args.out, world, 512))
+
+
+def command_show(args):
+    """Contact sheet of a manifest: ego above exo, text below."""
+    rows, items = read_manifest(args.manifest, args.root), []
+    for row in rows[::max(1, len(rows) // args.n)][:args.n]:
+        clips = ([row["ego"]] if "ego" in row else []) + row.get("exo", [])
+        frames = [read_clip(c["video"], c.get("start"), c.get("end"), 4, 96) for c in clips]
+        lines = [(row.get("text", ""), (0, 0, 0))]
+        lines += [(f"q: {t['user']}  a: {t['assistant']}", (90, 90, 90)) for t in row.get("turns", [])[:2]]
+        items.append((frames, lines))
+    contact_sheet(args.out, items)
+    print(f"{args.out}: {len(items)} rows of {args.manifest}")
+
+
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    toy = commands.add_parser("toy", help=command_toy.__doc__, allow_abbrev=False)
+    toy.add_argument("splits", nargs="*", help=f"of {', '.join(SPLITS)} (all)")
+    toy.add_argument("--out", default="out/toy")
+    for f in fields(World):
+        toy.add_argument("--" + f.name.replace("_", "-"), type=type(f.default), default=f.default)
+    show = commands.add_parser("show", help=command_show.__doc__, allow_abbrev=False)
+    show.add_argument("manifest")
+    show.add_argument("--root")
+    show.add_argument("--n", type=int, default=8)
+    show.add_argument("--out", default="sheet.png")
+    args = parser.parse_args(argv)
+    try:
+        {"toy": command_toy, "show": command_show}[args.command](args)
+    except DataError as error:
+        sys.exit(f"data.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
