@@ -330,11 +330,11 @@ class Loader:
                 clips["ego"] = self.rows[row]["ego"]
             if self.view in ("exo", "pair"):
                 clips["exo"] = self.rows[row]["exo"][view]
-            moments = [self.seed, number // self.samples, row]      # one draw for all views: they are synchronized
+            draw = [self.seed, number // self.samples, row]         # one draw for all views: they are synchronized
             try:
                 return row, view, {key: read_clip(
                     clip["video"], clip.get("start"), clip.get("end"), self.cfg.frames, self.cfg.image_size,
-                    np.random.default_rng(moments) if self.train else None) for key, clip in clips.items()}
+                    np.random.default_rng(draw) if self.train else None) for key, clip in clips.items()}
             except DataError as error:
                 skipped.append(f"{self.rows[row]['id']}: {error}")
         raise DataError(f"ten samples in a row cannot be read, the last: {skipped[-1]}")
@@ -441,48 +441,47 @@ def write_png(path: str | os.PathLike, image: np.ndarray):
 # opposite the actor (left and right swapped, the actor's body in view); the ego camera rides on the head: it follows
 # the hands late, walks, rolls and zooms, and big hands cover what they do. Sizes were tuned by trial (our choice).
 FPS, CLIP_FRAMES, CLIPS, SIDE = 8, 8, 5, 48
-COLOURS = {"red": (214, 54, 48), "green": (64, 168, 74), "blue": (58, 98, 214), "yellow": (240, 204, 62),
-           "purple": (156, 78, 184)}
+COLOURS = {"red": (214, 54, 48), "green": (40, 150, 70), "blue": (48, 90, 214), "yellow": (250, 216, 50),
+           "purple": (190, 64, 190)}
 PATTERNS = ("plain", "striped", "dotted")
 VERBS = {"picks up": "pick up", "puts down": "put down", "pushes": "push", "pulls": "pull", "cuts": "cut",
          "hammers": "hammer", "wipes": "wipe", "waters": "water", "taps": "tap"}
 GERUNDS = {"picks up": "picking up", "puts down": "putting down", "pushes": "pushing", "pulls": "pulling",
            "cuts": "cutting", "hammers": "hammering", "wipes": "wiping", "waters": "watering", "taps": "tapping"}
 SKIN, SLEEVE, SHADOW, WOOD = (236, 188, 150), (70, 86, 122), (60, 52, 48), (196, 164, 128)
+BLOCK = (0.3, 0.25)             # half width and half depth, table units
 REST = {"left": (-0.62, 0.0), "right": (0.62, 0.0)}        # where an idle hand lies, in table units
 
 
 @dataclass(frozen=True)
 class World:
-    """The knobs of the micro-world. Clips a split; the study turns the others."""
+    """The knobs of the micro-world: clips a split (no scene is in two), then what the study turns."""
     seed: int = 0
     corpus: int = 5000          # exo clips from any angle, narrated: the stand-in for VideoLLaMA2's corpora
     ego: int = 1000             # ego clips, narrated: the stand-in for EgoClip
     pairs: int = 1200           # synchronized ego + exo clips, narrated: the stand-in for Ego-ExoClip
     instruct: int = 1000        # ego clips with a question and answer: the stand-in for EgoIT
-    exo_cams: int = 2           # fixed exo cameras of a pair
+    val: int = 600              # ego + exo: for choices
+    test: int = 2000            # ego + exo: for results of the learner
+    exo_test: int = 1000        # exo: for results of the demonstrator
+    exo_cams: int = 2           # fixed exo cameras of a training pair
     noise: float = 1.0          # head motion, roll, zoom and light of the ego camera, 0 = a steady head
     fov: float = 1.0            # field of view of the ego camera; smaller sees less
-    scale: float = 1.0          # multiplies every clip count but test's and val's
-
-    def clips(self, split: str) -> int:
-        fixed = {"val": 600, "test": 2000, "exo_test": 1000}
-        return fixed[split] if split in fixed else round(getattr(self, split) * self.scale)
+    scale: float = 1.0          # multiplies the training clips
 
 
 SPLITS = {"corpus": ("exo",), "ego": ("ego",), "pairs": ("ego", "exo"), "instruct": ("ego",), "val": ("ego", "exo"),
-          "test": ("ego", "exo"), "exo_test": ("exo",)}       # no scene is in two splits
+          "test": ("ego", "exo"), "exo_test": ("exo",)}
 
 
 def plan_scene(rng: np.random.Generator) -> dict:
-    """Three blocks of different colours, five different moments: what the scene's narrations will say."""
-    colours = rng.permutation(list(COLOURS))[:3]
+    """Two blocks of different colours, five different moments: what the scene's narrations will say."""
+    colours = rng.permutation(list(COLOURS))[:2]
     blocks = [(str(c), str(rng.choice(PATTERNS))) for c in colours]
-    x = np.array([-0.55, 0.0, 0.55]) + rng.uniform(-0.08, 0.08, 3)
-    places = np.stack([x, rng.uniform(0.42, 0.72, 3)], 1)
+    places = np.stack([np.array([-0.44, 0.44]) + rng.uniform(-0.08, 0.08, 2), rng.uniform(0.42, 0.64, 2)], 1)
     moments = []
     while len(moments) < CLIPS:
-        moment = (str(rng.choice(list(VERBS))), int(rng.integers(3)), str(rng.choice(["left", "right"])))
+        moment = (str(rng.choice(list(VERBS))), int(rng.integers(2)), str(rng.choice(["left", "right"])))
         if moment not in moments:
             moments.append(moment)
     return {"blocks": blocks, "places": places, "moments": moments}
@@ -529,7 +528,7 @@ class Camera:
 def exo_camera(frames: int, azimuth: float, zoom: float) -> Camera:
     """Stands opposite the actor, looks slightly down and never moves."""
     full = np.ones(frames)
-    return Camera(np.tile([0.0, 0.32], (frames, 1)), full * (np.pi + azimuth), full * zoom, tilt=0.8)
+    return Camera(np.tile([0.0, 0.36], (frames, 1)), full * (np.pi + azimuth), full * zoom, tilt=0.8)
 
 
 def ego_camera(hand: np.ndarray, world: World, rng: np.random.Generator) -> Camera:
@@ -616,10 +615,10 @@ def block_paint(colour: str, pattern: str):
         if pattern == "plain":
             return np.broadcast_to(base, x.shape + (3,))
         if pattern == "striped":
-            mark, ink = np.clip(0.5 + (np.abs(np.mod(x + 0.06, 0.2) - 0.1) - 0.05) * 24, 0, 1), 250.0
+            mark, ink = np.clip(0.5 + (np.abs(np.mod(x, 0.24) - 0.12) - 0.06) * 24, 0, 1), 250.0
         else:
-            u, v = np.abs(np.abs(x) - 0.11), np.abs(np.abs(y) - 0.11)
-            mark, ink = np.clip(0.5 - (np.sqrt(u * u + v * v) - 0.065) * 24, 0, 1), 20.0
+            u, v = np.abs(np.abs(x) - 0.15), np.abs(np.abs(y) - 0.12)
+            mark, ink = np.clip(0.5 - (np.sqrt(u * u + v * v) - 0.08) * 24, 0, 1), 20.0
         return base + mark[..., None] * (ink - base)
     return paint
 
@@ -629,14 +628,14 @@ def act(plan: dict, rng: np.random.Generator) -> dict:
     frames = CLIPS * CLIP_FRAMES
     hands = {side: np.tile(np.array(REST[side]), (frames, 1)) + rng.normal(0, 0.01, (frames, 2)) for side in REST}
     lift = {side: np.zeros(frames) for side in REST}
-    blocks = np.tile(plan["places"][:, None], (1, frames, 1))                         # (3, F, 2)
-    height, gap = np.zeros((3, frames)), np.zeros((3, frames))
+    blocks = np.tile(plan["places"][:, None], (1, frames, 1))                         # (2, F, 2)
+    height, gap = np.zeros((2, frames)), np.zeros((2, frames))
     tools = []
     for clip, (verb, target, side) in enumerate(plan["moments"]):
         f = np.arange(clip * CLIP_FRAMES, (clip + 1) * CLIP_FRAMES)
         t = np.clip((np.arange(CLIP_FRAMES) + rng.uniform(0, 0.6)) / CLIP_FRAMES, 0, 1) ** rng.uniform(0.8, 1.25)
         home = plan["places"][target]
-        spot = home + (0.05 if side == "right" else -0.05, -0.20)
+        spot = home + (0.05 if side == "right" else -0.05, -0.32)
         beat = np.sin(t * 2 * np.pi * rng.uniform(1.7, 2.3) + rng.uniform(0, 6)) * 0.5 + 0.5
         hands[side][f] = spot
         if verb in ("picks up", "puts down"):
@@ -690,32 +689,29 @@ def render(plan: dict, motion: dict, camera: Camera, ego: bool, wall, gain=1.0, 
 
 
 def _draw_block(canvas, camera, look, place, height, gap):
-    every = np.arange(len(place))
-    lifted = every[height > 0.02]
-    canvas.stamp(camera, camera.pixels(place), lifted, 0.4, box(0.2, 0.18), SHADOW)
-    whole, cut = every[gap == 0], every[gap > 0]
-    canvas.stamp(camera, camera.pixels(place, height), whole, 0.4, box(0.24, 0.22), block_paint(*look))
-    for sign in (-1, 1):
-        half = place + np.stack([sign * (0.12 + gap), np.zeros_like(gap)], 1)
-        canvas.stamp(camera, camera.pixels(half), cut, 0.4, box(0.115, 0.22), block_paint(*look))
+    every, (w, h) = np.arange(len(place)), BLOCK
+    canvas.stamp(camera, camera.pixels(place), every[height > 0.02], 0.5, box(0.85 * w, 0.85 * h), SHADOW)
+    canvas.stamp(camera, camera.pixels(place, height), every[gap == 0], 0.5, box(w, h), block_paint(*look))
+    for sign in (-1, 1):                                        # cut: two halves drift apart
+        half = place + np.stack([sign * (0.5 * w + gap), np.zeros_like(gap)], 1)
+        canvas.stamp(camera, camera.pixels(half), every[gap > 0], 0.5, box(0.48 * w, h), block_paint(*look))
+
+
+TOOLS = {   # verb: what the hand holds, as (offset ahead of the hand, half width, half height, colour)
+    "cuts": ((0.2, 0.05, 0.1, (40, 40, 44)), (0.42, 0.06, 0.22, (232, 238, 246))),
+    "hammers": ((0.2, 0.04, 0.16, (120, 76, 40)), (0.37, 0.2, 0.1, (52, 54, 60))),
+    "wipes": ((0.2, 0.17, 0.12, (250, 150, 190)),),
+    "waters": ((0.2, 0.15, 0.12, (60, 190, 190)),)}
 
 
 def _draw_tool(canvas, camera, verb, hand, up, f, beat, block):
-    ahead = hand + (0, 0.17)
-    if verb == "cuts":
-        canvas.stamp(camera, camera.pixels(ahead + (0, 0.08), up), f, 0.45, box(0.035, 0.28), (226, 230, 236))
-    elif verb == "hammers":
-        canvas.stamp(camera, camera.pixels(ahead, up), f, 0.3, box(0.035, 0.18), (120, 76, 40))
-        canvas.stamp(camera, camera.pixels(ahead + (0, 0.16), up), f, 0.3, box(0.15, 0.075), (52, 54, 60))
-    elif verb == "wipes":
-        canvas.stamp(camera, camera.pixels(ahead, up), f, 0.3, box(0.15, 0.1), (250, 150, 190))
-    elif verb == "waters":
-        canvas.stamp(camera, camera.pixels(ahead, up), f, 0.3, box(0.12, 0.1), (60, 190, 190))
+    for ahead, half_width, half_height, colour in TOOLS.get(verb, ()):
+        canvas.stamp(camera, camera.pixels(hand + (0, ahead), up), f, 0.3, box(half_width, half_height), colour)
+    if verb == "waters":
         for i in range(3):
-            drop = block + (0.09 * (i - 1), 0.0)
             fall = np.zeros(len(hand))
             fall[f] = 0.4 * np.mod(beat + i / 3, 1)
-            canvas.stamp(camera, camera.pixels(drop, fall), f, 0.12, disc(0.05), (170, 226, 255))
+            canvas.stamp(camera, camera.pixels(block + (0.09 * (i - 1), 0.05), fall), f, 0.12, disc(0.055), (170, 226, 255))
 
 
 def make_scene(world: World, split: str, scene: int, out: Path) -> list[dict]:
@@ -730,9 +726,9 @@ def make_scene(world: World, split: str, scene: int, out: Path) -> list[dict]:
         cams = {"pairs": world.exo_cams}.get(split, 1)
         for cam in range(cams):
             if fixed:
-                azimuth, zoom = (0.22 if cam % 2 == 0 else -0.22) + rng.normal(0, 0.03), 0.92
+                azimuth, zoom = (0.22 if cam % 2 == 0 else -0.22) + rng.normal(0, 0.03), 1.1
             else:
-                azimuth, zoom = rng.uniform(-0.45, 0.45), rng.uniform(0.84, 1.0)
+                azimuth, zoom = rng.uniform(-0.45, 0.45), rng.uniform(0.95, 1.15)
             look = (205, 214, 220) if fixed else wall
             views[f"cam{cam}"] = render(plan, motion, exo_camera(frames, azimuth, zoom), False, look)
     if "ego" in SPLITS[split]:
@@ -768,7 +764,8 @@ def toy_split(out: str | os.PathLike, split: str, world: World = World()) -> Pat
         _claim_world(out, world)
         if manifest.is_file():
             return manifest
-        scenes = -(-world.clips(split) // CLIPS)
+        scale = 1 if split in ("val", "test", "exo_test") else world.scale
+        scenes = max(1, round(getattr(world, split) * scale / CLIPS))
         jobs = [(world, split, scene, out) for scene in range(scenes)]
         rows, began = [], time.time()
         with multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn").Pool(

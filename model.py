@@ -230,8 +230,8 @@ class ViTBlock(nn.Module):
         h = self.norm1(x)
         q, k, v = (rearrange(proj(h), "t (h d) -> t h d", h=self.heads) for proj in (self.q, self.k, self.v))
         x = x + self.out(rearrange(attention(q, k, v, seg, causal=False), "t h d -> t (h d)"))
-        h = self.fc1(self.norm2(x))
-        return x + self.fc2(h * torch.sigmoid(1.702 * h))                   # quick-GELU
+        h = F.silu(1.702 * self.fc1(self.norm2(x))) / 1.702                 # quick-GELU: h * sigmoid(1.702 h)
+        return x + self.fc2(h)
 
 
 class VisionEncoder(nn.Module):
@@ -584,8 +584,8 @@ class Exo2Ego(nn.Module):
     # -- seeing
     def grid(self, vit: VisionEncoder, frames: Tensor) -> Tensor:
         """uint8 (B, T, 3, S, S) -> the ViT's grid (B, T, h, w, D)."""
-        x = rearrange(frames, "b t c h w -> (b t) c h w").float() / 255
-        mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (PIXEL_MEAN, PIXEL_STD))
+        x = rearrange(frames, "b t c h w -> (b t) c h w").float()
+        mean, std = (torch.tensor(v, device=x.device)[:, None, None] * 255 for v in (PIXEL_MEAN, PIXEL_STD))
         return rearrange(vit((x - mean) / std), "(b t) h w d -> b t h w d", b=len(frames))
 
     def read_ego(self, x: Tensor) -> Tensor:

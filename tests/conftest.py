@@ -1,0 +1,39 @@
+"""A micro-world of a few scenes and a stage 0 of a few steps, made once: enough for every promise but quality."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+REPO = Path(__file__).parent.parent
+sys.path.insert(0, str(REPO))
+TINY = ["--corpus", "60", "--ego", "30", "--pairs", "30", "--instruct", "30", "--val", "20", "--test", "20",
+        "--exo-test", "20"]
+torch.set_num_threads(1)
+
+
+def run(*args, cwd=None, check=True, env=None, timeout=300):
+    """A command of the repository, as a user types it: (exit code, stdout, stderr)."""
+    done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd or REPO, capture_output=True, text=True,
+                          timeout=timeout, env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}))
+    if check:
+        assert done.returncode == 0, f"{args}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    """Folder with a tiny micro-world in toy/ and stages 0 to 3 in stage0/ ... stage3/, three steps each."""
+    out = tmp_path_factory.mktemp("out")
+    run(REPO / "data.py", "toy", "--out", out / "toy", *TINY)
+    for stage in range(4):
+        run(REPO / "train.py", *flags(out, stage), "--steps", 3)
+    return out
+
+
+def flags(out, stage, name=None):
+    """Command line of a stage that reads and writes under `out`."""
+    return ["--stage", stage, "--data", out / "toy", "--out", out / (name or f"stage{stage}"), "--base", out / "stage0",
+            "--init", out / f"stage{max(stage - 1, 0)}"]

@@ -1,0 +1,228 @@
+"""Video reading never lies, manifests fail by name, and a batch is a function of (seed, step, rank)."""
+import json
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPO, run
+
+import data
+from data import DataError, Loader, World, read_clip, read_manifest, write_video
+from model import IGNORE, PRESETS, VIDEO, Tokenizer
+
+FPS = 10
+
+
+def numbered(path, frames=60, size=48, fps=FPS, gop=12):
+    """A video whose pixels carry the frame number, as six bits in six fields."""
+    images = np.zeros((frames, size, size, 3), np.uint8)
+    for i in range(frames):
+        for bit in range(6):
+            images[i, :, bit * size // 6:(bit + 1) * size // 6] = 235 if i >> bit & 1 else 20
+    write_video(path, images, fps, gop)
+    return path
+
+
+def number(frame):
+    """(3, S, S) -> the frame number its pixels carry."""
+    fields = np.array_split(frame.mean(0).mean(0), 6)
+    return sum((field[1:-1].mean() > 128) << bit for bit, field in enumerate(fields))
+
+
+@pytest.mark.parametrize("gop", (1, 8, 60))
+def test_every_frame_is_the_one_asked_for(tmp_path, gop):
+    video = numbered(tmp_path / "v.mp4", gop=gop)
+    for start, end, frames in ((0, 6, 16), (1.0, 2.0, 5), (3.7, 4.1, 4), (2.3, 2.4, 3), (5.5, 6.0, 5), (None, None, 6)):
+        clip = read_clip(video, start, end, frames, 48)
+        begin, stop = start or 0, 6 if end is None else end
+        moments = begin + (stop - begin) * (np.arange(frames) + 0.5) / frames
+        assert [number(f) for f in clip] == [int(t * FPS + 1e-6) for t in moments]
+
+
+def test_training_frames_are_random_within_their_span(tmp_path):
+    video, seen = numbered(tmp_path / "v.mp4"), set()
+    for seed in range(20):
+        rng, again = (np.random.default_rng(seed) for _ in range(2))
+        clip = read_clip(video, 0, 6, 4, 48, rng)
+        numbers = [number(f) for f in clip]
+        assert numbers == [int(t * FPS + 1e-6) for t in 6 * (np.arange(4) + again.random(4)) / 4]
+        assert all(15 * i <= n < 15 * (i + 1) for i, n in enumerate(numbers))
+        seen.update(numbers)
+    assert len(seen) > 20
+
+
+def test_a_short_clip_repeats_real_frames(tmp_path):
+    video = numbered(tmp_path / "v.mp4")
+    assert [number(f) for f in read_clip(video, 2.0, 2.2, 6, 48)] == [20, 20, 20, 21, 21, 21]
+
+
+def test_wide_video_is_padded_to_a_square(tmp_path):
+    write_video(tmp_path / "w.mp4", np.full((4, 32, 64, 3), 200, np.uint8), FPS)
+    clip = read_clip(tmp_path / "w.mp4", None, None, 2, 48)
+    assert clip.shape == (2, 3, 48, 48) and abs(int(clip[0, 0, 24, 24]) - 200) < 12 and clip[0, 0, 2, 24] == 122
+
+
+def test_bad_videos_are_named(tmp_path):
+    video = numbered(tmp_path / "v.mp4")
+    whole = video.read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(whole[:len(whole) // 3])
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "text.mp4").write_text("ffconcat version 1.0\nfile v.mp4\n")
+    for name in ("missing.mp4", "cut.mp4", "empty.mp4", "text.mp4"):
+        with pytest.raises(DataError, match=name):
+            read_clip(tmp_path / name, 0, 1, 4, 48)
+    with pytest.raises(DataError, match="no length"):
+        read_clip(video, 2.0, 2.0, 4, 48)
+    with pytest.raises(DataError, match="starts at 9"):
+        read_clip(video, 9.0, 9.5, 4, 48)
+
+
+@pytest.mark.parametrize("line, words", [
+    ("{not json", "line 2 is not JSON"), ('{"ego": {}}', 'line 2 lacks "id"'), ('[1]', 'line 2 lacks "id"'),
+    ('{"id": "a", "ego": {"start": 0}}', 'lacks "video"'), ('{"id": "a", "exo": {"video": "v.mp4"}}', "list"),
+    ('{"id": "a", "ego": {"video": "v.mp4", "start": 1, "end": 1}}', "zero length"),
+    ('{"id": "a", "ego": {"video": "v.mp4", "start": NaN}}', "seconds"),
+    ('{"id": "a", "ego": {"video": "../v.mp4"}}', "outside"), ('{"id": "a", "ego": {"video": "/etc/passwd"}}', "outside"),
+    ('{"id": "a", "text": 3}', "string"), ('{"id": "a", "turns": [{"user": "q"}]}', "turns")])
+def test_bad_manifest_lines_are_named(tmp_path, line, words):
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"id": "ok", "text": "x"}\n' + line + "\n")
+    with pytest.raises(DataError, match=words) as error:
+        read_manifest(path)
+    assert "m.jsonl line 2" in str(error.value)
+
+
+def test_links_do_not_leave_the_root(tmp_path):
+    inside = tmp_path / "in"
+    inside.mkdir()
+    numbered(tmp_path / "v.mp4")
+    (inside / "link.mp4").symlink_to(tmp_path / "v.mp4")
+    (inside / "m.jsonl").write_text('{"id": "a", "ego": {"video": "link.mp4"}}\n')
+    with pytest.raises(DataError, match="outside"):
+        read_manifest(inside / "m.jsonl")
+    assert read_manifest(inside / "m.jsonl", allow_outside=True)
+
+
+def loader(toy, view="pair", split="pairs", **options):
+    tokenizer = Tokenizer(toy / "toy" / "tokenizer.model")
+    return Loader(read_manifest(toy / "toy" / f"{split}.jsonl"), PRESETS["toy"], tokenizer, view=view,
+                  **(dict(batch=8) | options))
+
+
+def test_a_batch_is_a_function_of_the_step(toy):
+    one, other = loader(toy), loader(toy)
+    other.batch(5)
+    for a, b in zip(one.batch(2), other.batch(2)):
+        assert torch.equal(a.ego, b.ego) and torch.equal(a.exo, b.exo) and torch.equal(a.ids, b.ids)
+    streamed = list(loader(toy).stream(1, 4, workers=1))
+    for step, batches in zip(range(1, 4), streamed):
+        assert torch.equal(batches[0].exo, one.batch(step)[0].exo)
+    assert loader(toy, seed=1).batch(0)[0].names != one.batch(0)[0].names
+
+
+def test_ranks_and_micro_batches_share_one_order(toy):
+    plain = [n for b in loader(toy, view="exo").batch(3) for n in b.names]
+    parts = [loader(toy, view="exo", rank=r, world=2, micro=2).batch(3) for r in (0, 1)]
+    interleaved = [n for pair in zip(*parts) for b in pair for n in b.names]
+    assert interleaved == plain and len(plain) == 8
+
+
+def test_an_epoch_shows_every_sample_once_and_views_stay_together(toy):
+    one = loader(toy)
+    assert one.samples == 60                                    # 30 rows x 2 exo cameras
+    seen = [one.sample(i) for i in range(120)]
+    assert len(set(seen[:60])) == 60 and seen[:60] != seen[60:]
+    assert all(a[0] == b[0] and (a[1], b[1]) == (0, 1) for a, b in zip(seen[::2], seen[1::2]))
+    batch = one.batch(0)[0]
+    assert len(batch.ego) == 4 and len(batch.exo) == 8 and batch.repeats.tolist() == [2] * 4
+    assert batch.ego_of.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_views_of_a_moment_are_synchronized(tmp_path):
+    for name in ("ego", "a", "b"):
+        numbered(tmp_path / f"{name}.mp4")
+    row = {"id": "x", "ego": {"video": "ego.mp4"}, "exo": [{"video": "a.mp4"}, {"video": "b.mp4"}], "text": "t"}
+    (tmp_path / "m.jsonl").write_text(json.dumps(row) + "\n")
+    one = Loader(read_manifest(tmp_path / "m.jsonl"), PRESETS["toy"], None, view="pair", batch=2)
+    one.prompt = lambda row, index: ([], [])
+    batch = one.batch(3)[0]
+    numbers = [[number(f) for f in clip.numpy()] for clip in (batch.ego[0], batch.exo[0], batch.exo[1])]
+    assert numbers[0] == numbers[1] == numbers[2]
+
+
+def test_an_unreadable_clip_is_named_and_replaced(toy):
+    one = loader(toy, view="ego", split="ego")
+    bad = one.sample(0)[0]
+    one.rows[bad] = one.rows[bad] | {"ego": {"video": "/nowhere.mp4"}}
+    batch = one.batch(0)[0]
+    assert len(batch.skipped) >= 1 and "nowhere.mp4" in batch.skipped[0] and batch.samples == 8
+    assert one.rows[bad]["id"] not in batch.names
+
+
+def test_a_row_without_what_the_stage_needs_is_named(toy):
+    with pytest.raises(DataError, match='"exo"'):
+        loader(toy, view="exo", split="ego")
+
+
+def test_supervision_is_the_answer_and_its_end(toy):
+    tokenizer = Tokenizer(toy / "toy" / "tokenizer.model")
+    turns = [{"user": "Which hand?", "assistant": "The left hand."}, {"user": "Sure?", "assistant": "Yes."}]
+    ids, labels = tokenizer.chat(turns, 8)
+    supervised = [t for t, l in zip(ids, labels) if l != IGNORE]
+    assert supervised == sum((tokenizer.encode(t["assistant"]) + [tokenizer.eos] for t in turns), [])
+    assert all(l in (IGNORE, t) for t, l in zip(ids, labels)) and ids[0] == tokenizer.bos and ids.count(VIDEO) == 8
+    prompt, none = tokenizer.chat([{"user": "Which hand?"}], 8)
+    assert ids[:len(prompt)] == prompt and set(none) == {IGNORE}
+    assert tokenizer.eos not in tokenizer.encode("a literal </s> stays text")
+    assert tokenizer.chat([{"user": "before <video> after"}], 3)[0].count(VIDEO) == 3
+    for bad in ("<video> and <video>",):
+        with pytest.raises(ValueError, match="<video>"):
+            tokenizer.chat([{"user": bad}], 8)
+
+
+def test_words_are_single_tokens_and_any_text_survives(toy):
+    tokenizer = Tokenizer(toy / "toy" / "tokenizer.model")
+    text = data.narration("picks up", "red", "dotted", "left")
+    assert len(tokenizer.encode(text)) <= 18 and tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode(tokenizer.encode("Zürich \U0001f600 [x]")) == "Zürich \U0001f600 [x]"
+
+
+def test_no_scene_is_in_two_splits_and_the_world_is_reproducible(tmp_path, toy):
+    a, b = (data.plan_scene(np.random.default_rng([0, split, 0])) for split in (0, 1))
+    assert a["moments"] != b["moments"]
+    world = World(**json.loads((toy / "toy" / "world.json").read_text()))
+    rows = data.make_scene(world, "pairs", 3, tmp_path)
+    assert rows == [json.loads(l) for l in (toy / "toy" / "pairs.jsonl").read_text().splitlines()][15:20]
+    assert (tmp_path / "pairs/ego/3.mp4").read_bytes() == (toy / "toy/pairs/ego/3.mp4").read_bytes()
+
+
+def test_a_scene_has_five_different_moments():
+    for scene in range(50):
+        plan = data.plan_scene(np.random.default_rng(scene))
+        facts = {(verb, plan["blocks"][block], hand) for verb, block, hand in plan["moments"]}
+        assert len(facts) == 5 and len({colour for colour, _ in plan["blocks"]}) == 3
+
+
+def test_another_world_in_the_same_folder_is_refused(toy):
+    code, _, err = run(REPO / "data.py", "toy", "--out", toy / "toy", "--pairs", 7, check=False)
+    assert code != 0 and "corpus=60" in err
+
+
+def test_contact_sheet_shows_pictures_and_text(toy, tmp_path):
+    run(REPO / "data.py", "show", toy / "toy" / "val.jsonl", "--n", 4, "--out", tmp_path / "s.png")
+    import av
+    with av.open(str(tmp_path / "s.png")) as png:
+        image = next(png.decode(video=0)).to_ndarray(format="rgb24")
+    assert image.shape[1] >= 700 and image.std() > 40
+
+
+def test_decoding_uses_one_thread(tmp_path, monkeypatch):
+    video, seen = numbered(tmp_path / "v.mp4"), []
+    plain = data._frames_at
+    monkeypatch.setattr(data, "_frames_at", lambda container, stream, *rest: (
+        seen.append((stream.codec_context.thread_count, str(stream.codec_context.thread_type))),
+        plain(container, stream, *rest))[1])
+    read_clip(video, 0, 1, 4, 48)
+    assert seen[0][0] == 1 and "NONE" in seen[0][1]

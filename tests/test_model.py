@@ -1,0 +1,180 @@
+"""The network keeps its promises: one attention, exact packing and caching, the published shapes."""
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model import (IGNORE, PRESETS, VIDEO, Connector, Decoder, Exo2Ego, Mapping, RegNetBlock, Segments, VisionEncoder,
+                   attention)
+
+TOY = PRESETS["toy"]
+
+
+def parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+CASES = {"self": ((5, 1, 0, 9), (5, 1, 0, 9)), "cached": ((1, 3, 2), (6, 3, 7)), "one": ((1, 1), (4, 9)),
+         "more queries": ((4, 2), (2, 2)), "uniform": ((7, 7), (7, 7)), "tiny": ((6, 5, 6, 7), (6, 5, 6, 7))}
+
+
+@pytest.mark.parametrize("case, causal, window, kv", itertools.product(CASES, (False, True), (None, 3), (1, 4)))
+def test_sdpa_equals_the_formula(case, causal, window, kv):
+    if window and not causal:
+        pytest.skip("a window needs causal")
+    torch.manual_seed(0)
+    seg = Segments.cached(*CASES[case])
+    q = torch.randn(sum(seg.q_lens), 4, 16, requires_grad=True)
+    k, v = (torch.randn(sum(seg.k_lens), kv, 16, requires_grad=True) for _ in range(2))
+    out = attention(q, k, v, seg, causal=causal, window=window)
+    exact = attention(*(t.double() for t in (q, k, v)), seg, causal=causal, window=window, backend="reference")
+    assert torch.allclose(out.double(), exact, atol=1e-5)
+    upstream = torch.randn_like(out)
+    ours = torch.autograd.grad(out, (q, k, v), upstream)
+    truth = torch.autograd.grad(exact, (q, k, v), upstream.double())
+    for a, b in zip(ours, truth):
+        assert torch.isfinite(a).all() and torch.allclose(a.double(), b.double(), atol=1e-5)
+
+
+def test_a_row_without_keys_gives_zero():
+    q, k = torch.randn(4, 2, 8), torch.randn(2, 2, 8)
+    out = attention(q, k, k, Segments.cached((4,), (2,)), causal=True)
+    assert (out[:2] == 0).all() and (out[2:] != 0).all()
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(q=(4, 3, 8)), "heads"), (dict(k=(4, 2, 4), v=(4, 2, 4)), "head_dim"), (dict(q=(5, 4, 8)), "queries"),
+    (dict(window=0), "window"), (dict(window=2, causal=False), "causal"), (dict(backend="fast"), "backend")])
+def test_attention_names_what_is_wrong(change, words):
+    shapes = dict(q=(4, 4, 8), k=(4, 2, 8), v=(4, 2, 8)) | {n: s for n, s in change.items() if n in "qkv"}
+    options = dict(causal=True) | {n: s for n, s in change.items() if n not in "qkv"}
+    with pytest.raises(ValueError, match=words):
+        attention(*(torch.randn(shapes[n]) for n in "qkv"), Segments.packed((4,)), **options)
+
+
+def test_shapes_of_the_presets():
+    for name, (grid, tokens) in {"toy": (4, 8), "small": (8, 5 * 5 * 5), "7b": (24, 9 * 13 * 13)}.items():
+        cfg = PRESETS[name]
+        with torch.device("meta"):
+            frames = torch.empty(2 * cfg.frames, 3, cfg.image_size, cfg.image_size)
+            features = VisionEncoder(cfg)(frames)
+            assert features.shape == (2 * cfg.frames, grid, grid, cfg.vit_width)
+            clip = features.unflatten(0, (2, cfg.frames))
+            assert Connector(cfg)(clip).shape == (2, tokens, cfg.width) and cfg.visual_tokens == tokens
+            for kind in ("resnet", "mlp"):
+                assert Mapping(cfg, kind)(clip).shape == clip.shape
+
+
+def test_parameter_counts_are_the_published_ones():
+    with torch.device("meta"):
+        cfg = PRESETS["7b"]
+        layer = 4 * (1024 * 1024 + 1024) + 2 * 4 * 1024 * 1024 + 5 * 1024 + 4 * 1024    # attention, MLP, two norms
+        unused = layer + 2 * 1024                               # CLIP's last layer and post norm, which are never run
+        assert parameters(VisionEncoder(cfg)) + unused == 303_507_456
+        assert parameters(Connector(cfg)) == 489_188_608
+        assert parameters(Decoder(cfg)) == 7_241_732_096
+
+
+def test_connector_has_the_published_names():
+    with torch.device("meta"):
+        tensors = {n: tuple(t.shape) for n, t in Connector(PRESETS["7b"]).state_dict().items()}
+    assert tensors["s1.b1.conv1.conv.weight"] == (4096, 1024, 1, 1)
+    assert tensors["s1.b1.conv2.conv.weight"] == (4096, 1, 3, 3)
+    assert tensors["s1.b1.se.fc1.weight"] == (256, 4096, 1, 1)
+    assert tensors["s1.b1.downsample.conv.weight"] == (4096, 1024, 1, 1)
+    assert tensors["sampler.0.weight"] == (4096, 4096, 2, 2, 2)
+    assert {"s2.b4.conv3.bn.bias", "readout.0.weight", "readout.2.bias"} <= tensors.keys()
+
+
+@pytest.mark.parametrize("padding", (0, 1))
+@pytest.mark.parametrize("side", (4, 5))
+def test_down_sampling_equals_conv3d(padding, side):
+    from dataclasses import replace
+    connector = Connector(replace(TOY, stc_padding=padding))
+    x = torch.randn(2, 4, side, side, 96)
+    with torch.no_grad():
+        plain = connector.sampler(x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
+        assert torch.allclose(connector.down(x), plain, atol=1e-5)
+
+
+def test_regnet_block_equals_plain_convolutions_and_starts_as_silu():
+    torch.manual_seed(0)
+    block, x = RegNetBlock(96, 96), torch.randn(3, 4, 4, 96)
+    assert torch.allclose(block(x), F.silu(x), atol=1e-6)
+    nn.init.normal_(block.conv3.bn.weight)
+    norm = lambda h, layer: layer(h.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    image = x.permute(0, 3, 1, 2)
+    h = F.silu(norm(block.conv1.conv(image), block.conv1.bn))
+    h = F.silu(norm(block.conv2.conv(h), block.conv2.bn))
+    h = h * torch.sigmoid(block.se.fc2(F.relu(block.se.fc1(h.mean((2, 3), keepdim=True)))))
+    plain = F.silu(norm(block.conv3.conv(h), block.conv3.bn) + image)
+    assert torch.allclose(block(x), plain.permute(0, 2, 3, 1), atol=1e-5)
+
+
+def test_mapping_reaches_neighbours_only_with_convolutions():
+    """resnet can move what it sees across the grid; mlp, the ablation, cannot."""
+    for kind, spreads in (("resnet", True), ("mlp", False)):
+        x = torch.randn(1, 1, 4, 4, 96, requires_grad=True)
+        Mapping(TOY, kind)(x)[0, 0, 0, 0].square().sum().backward()
+        assert (x.grad[0, 0, 3, 3].abs().sum() > 0) == spreads and x.grad[0, 0, 0, 0].abs().sum() > 0
+
+
+def prompts(model, lens):
+    torch.manual_seed(1)
+    n = model.cfg.visual_tokens
+    visual = torch.randn(len(lens), n, model.cfg.width)
+    ids = [torch.cat([torch.tensor([1]), torch.full((n,), VIDEO), torch.randint(3, 400, (k,))]) for k in lens]
+    return visual, ids
+
+
+def test_packed_equals_one_by_one():
+    torch.manual_seed(0)
+    model = Exo2Ego(TOY).eval()
+    visual, ids = prompts(model, (5, 12, 40))
+    labels = [torch.where(torch.arange(len(i)) > 12, i, IGNORE) for i in ids]
+    both, _ = model.text_logits(visual, torch.cat(ids), torch.cat(labels), [len(i) for i in ids])
+    alone = [model.text_logits(visual[k:k + 1], i, l, [len(i)])[0] for k, (i, l) in enumerate(zip(ids, labels))]
+    assert torch.allclose(both, torch.cat(alone), atol=1e-5)
+    total, right = model.score(visual, torch.cat(ids), torch.cat(labels), [len(i) for i in ids])
+    for k, (i, l) in enumerate(zip(ids, labels)):
+        one, _ = model.score(visual[k:k + 1], i, l, [len(i)])
+        assert torch.allclose(total[k], one[0], atol=1e-4)
+    assert not right.any()
+
+
+def test_cache_equals_no_cache():
+    torch.manual_seed(0)
+    model = Exo2Ego(TOY).eval()
+    visual, ids = prompts(model, (3, 9, 4))
+    fast = model.generate(visual, ids, eos=2, max_new=12)
+    assert fast == model.generate(visual, ids, eos=2, max_new=12, use_cache=False)
+    assert fast == [model.generate(visual[k:k + 1], [i], eos=2, max_new=12)[0] for k, i in enumerate(ids)]
+
+
+def test_lora_starts_at_the_base_and_merges():
+    torch.manual_seed(0)
+    decoder = Decoder(TOY).eval()
+    x, seg = torch.randn(9, 96), Segments.packed((9,))
+    run = lambda: decoder(x, seg, torch.arange(9))
+    base = run()
+    decoder.add_lora(4, 8, 0.0)
+    assert torch.equal(run(), base)
+    for module in decoder.lora_modules():
+        nn.init.normal_(module.lora_b, std=0.02)
+    with_lora = run()
+    decoder.merge_lora()
+    assert not torch.allclose(with_lora, base, atol=1e-3) and torch.allclose(run(), with_lora, atol=1e-5)
+    assert not any("lora" in n for n, _ in decoder.named_parameters())
+
+
+def test_supervised_logits_are_the_full_ones_shifted():
+    torch.manual_seed(0)
+    model = Exo2Ego(TOY).eval()
+    visual, (ids,) = prompts(model, (10,))
+    labels = torch.full_like(ids, IGNORE)
+    labels[-3:] = ids[-3:]
+    logits, targets = model.text_logits(visual, ids, labels, [len(ids)])
+    hidden = model.decoder(model.splice(visual, ids), Segments.packed([len(ids)]), torch.arange(len(ids)))
+    assert torch.equal(targets, ids[-3:]) and torch.allclose(logits, model.decoder.logits(hidden)[-4:-1], atol=1e-6)

@@ -1,0 +1,244 @@
+"""Training is exact: resuming, accumulating, splitting over ranks; and only what the stage table names moves."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import REPO, flags, run
+from safetensors.torch import load_file
+
+import train
+from model import checkpoint_tensors, load_checkpoint, newest_checkpoint
+
+
+def weights(folder):
+    return load_file(newest_checkpoint(folder) / "model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def go(*args):
+    """train.py in this process."""
+    train.main([str(a) for a in args])
+
+
+@pytest.mark.parametrize("stage, moves", [
+    (0, {"exo_vit", "exo_connector", "ego_vit", "ego_connector", "decoder"}), (1, {"exo_vit", "exo_connector"}),
+    (2, {"ego_vit", "ego_connector", "F", "G"}), (3, {"ego_vit", "F", "lora"})])
+def test_only_the_parts_of_the_stage_move(toy, stage, moves):
+    after = checkpoint_tensors(newest_checkpoint(toy / f"stage{stage}"))
+    assert {p for row in train.TOY[stage] for p in row.trains} - {"loss"} <= moves
+    if stage == 0:
+        return
+    before = checkpoint_tensors(newest_checkpoint(toy / f"stage{stage - 1}"))
+    changed = {train.part_of(n) for n, t in after.items()
+               if not n.startswith("loss.") and (n not in before or not torch.equal(t, before[n]))}
+    assert changed == moves
+    whole = {n: t for n, t in after.items() if train.part_of(n) in moves and t.ndim > 1 and n in before}
+    assert all(not torch.equal(t, before[n]) for n, t in whole.items())     # every matrix of a trained part moves
+
+
+def test_a_checkpoint_holds_what_differs_from_the_base(toy):
+    names = {stage: {train.part_of(n) for n in weights(toy / f"stage{stage}")} for stage in (1, 2, 3)}
+    assert names[1] == {"exo_vit", "exo_connector"}
+    assert names[2] == names[1] | {"ego_vit", "ego_connector", "F", "G", "loss"}
+    assert names[3] == names[2] - {"loss"} | {"lora"}
+    model, tokenizer, state = load_checkpoint(toy / "stage3")
+    assert state["stage"] == 3 and model.cfg.lora and model.cfg.mapping == "resnet" and tokenizer.size > 300
+
+
+def test_killed_and_resumed_equals_uninterrupted(toy, tmp_path):
+    args = ["--stage", 2, "--data", toy / "toy", "--base", toy / "stage0", "--init", toy / "stage1", "--steps", 14,
+            "--save-every", 2, "--batch", 8, "--no-eval", "--keep", 20]
+    go(*args, "--out", tmp_path / "whole")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1", REPO / "train.py", *args, "--out",
+               tmp_path / "cut"]
+    for victim in ("rank", "launcher"):
+        launcher = subprocess.Popen([str(c) for c in command], env=os.environ | {"OMP_NUM_THREADS": "1"},
+                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        done = 2 if victim == "rank" else 8
+        deadline = time.time() + 90
+        while not (tmp_path / "cut" / f"step_{done:06d}").exists() and time.time() < deadline:
+            time.sleep(0.02)
+        family = descendants(launcher.pid)
+        assert len(family) >= 2, "a rank and a loader worker"
+        os.kill(family[0] if victim == "rank" else launcher.pid, signal.SIGKILL)
+        launcher.wait(timeout=60)
+        deadline = time.time() + 6
+        while any(alive(pid) for pid in family) and time.time() < deadline:
+            time.sleep(0.1)
+        assert not any(alive(pid) for pid in family), f"a process outlived its killed {victim}"
+    assert newest_checkpoint(tmp_path / "cut").name < "step_000014"
+    go(*args, "--out", tmp_path / "cut")
+    assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+    steps = lambda name: [(r["step"], r["loss"], r["kl"], r["ccl"]) for r in log(tmp_path / name)]
+    assert steps("cut") == steps("whole")
+
+
+def descendants(pid):
+    children = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True).stdout.split("\n")
+    pairs = [tuple(map(int, line.split())) for line in children if line.strip()]
+    found = [pid]
+    for parent in found:
+        found += [p for p, q in pairs if q == parent]
+    return found[1:]
+
+
+def alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def close(a, b, tolerance):
+    assert a.keys() == b.keys()
+    worst = max(float((a[n] - b[n]).abs().max()) for n in a)
+    assert worst <= tolerance, worst
+
+
+@pytest.mark.parametrize("stage", (1, 2, 3))
+def test_accumulation_and_ranks_equal_one_batch(toy, tmp_path, stage):
+    """1 x 8 == 4 x 2 == 2 ranks x 4, AdamW, float32: losses to 1e-5 relative, weights to 2e-5 after four steps."""
+    args = [*flags(toy, stage), "--steps", 4, "--batch", 8, "--no-eval", "--optimizer", "adamw", "--lr", 1e-3]
+    out = args.index("--out") + 1
+
+    def result(name, *more, launch=None):
+        mine = args[:out] + [tmp_path / name] + args[out + 1:]
+        run(*(launch or []), REPO / "train.py", *mine, *more)
+        return weights(tmp_path / name), log(tmp_path / name)
+    plain, plain_log = result("plain")
+    for name, more, launch in (("micro", ["--micro-batch", 2], None),
+                               ("ranks", [], ["-m", "torch.distributed.run", "--nproc_per_node", "2"])):
+        other, other_log = result(name, *more, launch=launch)
+        close(plain, other, 2e-5)
+        for a, b in zip(plain_log, other_log):
+            assert abs(a["loss"] - b["loss"]) <= 1e-5 * abs(a["loss"]) and abs(a["grad_norm"] / b["grad_norm"] - 1) < 1e-3
+
+
+def test_overfit_reaches_nothing(toy, tmp_path):
+    go(*flags(toy, 1)[:-2], "--init", toy / "stage0", "--out", tmp_path / "o", "--overfit", "--batch", 4, "--steps", 120,
+       "--no-eval", "--lr", 1e-2)
+    assert log(tmp_path / "o")[-1]["loss"] < 0.05
+
+
+@pytest.mark.parametrize("change, present, absent", [
+    (["--no-kl"], {"ccl"}, {"kl"}), (["--no-cycle"], {"kl"}, {"ccl"}), (["--forward-cycle-only"], {"kl", "ccl"}, set()),
+    (["--no-mapping"], {"vtg"}, {"kl", "ccl"}), (["--mapping", "mlp"], {"kl", "ccl"}, set()),
+    (["--contrastive", "0.5"], {"contrastive"}, set()), (["--shuffle-pairs"], {"kl"}, set()),
+    (["--kl-space", "vit", "--kl-weight", "1", "--ccl-weight", "0.2", "--kl-temperature", "2"], {"kl"}, set())])
+def test_every_ablation_runs_and_does_what_it_says(toy, tmp_path, change, present, absent):
+    go(*flags(toy, 2), *change, "--out", tmp_path / "a", "--steps", 2, "--batch", 8, "--no-eval")
+    row = log(tmp_path / "a")[-1]
+    assert present <= row.keys() and not absent & row.keys()
+    parts = {train.part_of(n) for n in weights(tmp_path / "a")}
+    assert ("G" in parts) == (change[0] not in ("--no-cycle", "--no-mapping"))
+    assert ("F" in parts) == (change[0] != "--no-mapping")
+
+
+def test_stage_3_without_lora(toy, tmp_path):
+    go(*flags(toy, 3), "--no-lora", "--out", tmp_path / "a", "--steps", 2, "--no-eval")
+    assert not any("lora" in n for n in weights(tmp_path / "a"))
+    assert not load_checkpoint(tmp_path / "a")[0].cfg.lora
+
+
+def test_shuffled_pairs_are_a_derangement():
+    rows = [{"id": str(i), "exo": i} for i in range(50)]
+    shuffled = train.shuffle_pairs(rows, 0)
+    assert sorted(r["exo"] for r in shuffled) == list(range(50))
+    assert all(a["exo"] != b["exo"] for a, b in zip(rows, shuffled)) and shuffled == train.shuffle_pairs(rows, 0)
+
+
+def test_rows_without_text_take_part_through_kl_and_ccl(toy, tmp_path):
+    rows = [json.loads(line) for line in (toy / "toy" / "pairs.jsonl").read_text().splitlines()]
+    for row in rows[::2]:
+        del row["text"]
+    path = toy / "toy" / "half.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    for name, micro in (("a", 8), ("b", 2)):                    # with micro batches of 2 some have no text at all
+        go(*flags(toy, 2), "--data", path, "--out", tmp_path / name, "--steps", 3, "--batch", 8, "--micro-batch", micro,
+           "--optimizer", "adamw")
+    close(weights(tmp_path / "a"), weights(tmp_path / "b"), 1e-4)
+
+
+def test_log_and_validation(toy, tmp_path):
+    go(*flags(toy, 1), "--out", tmp_path / "v", "--steps", 4, "--val-every", 2, "--no-eval")
+    rows = log(tmp_path / "v")
+    want = {"step", "steps", "loss", "vtg", "lr", "grad_norm", "seconds", "clips_per_second", "tokens_per_second",
+            "max_memory_bytes", "skipped"}
+    assert want <= rows[0].keys() and [r["step"] for r in rows if "val_loss" in r] == [2, 4]
+
+
+def test_a_non_finite_loss_stops_and_names_the_samples(toy, tmp_path):
+    shutil.copytree(toy / "stage0", tmp_path / "stage0")
+    file = newest_checkpoint(tmp_path / "stage0") / "model.safetensors"
+    tensors = load_file(file)
+    tensors["exo_vit.pre_norm.weight"][3] = float("nan")
+    from safetensors.torch import save_file
+    save_file(tensors, file)
+    code, _, err = run(REPO / "train.py", "--stage", 1, "--data", toy / "toy", "--init", tmp_path / "stage0", "--base",
+                       tmp_path / "stage0", "--out", tmp_path / "n", "--steps", 3, check=False)
+    assert code != 0 and "loss nan" in err and "pairs/" in err
+
+
+REFUSED = [
+    (["--stage", "2", "--init", "{toy}/stage0"], "of stage 0"), (["--stage", "5"], "--stage must be one of"),
+    (["--stage", "1", "--preset", "huge"], "--preset must be one of"), (["--stage", "1", "--bach", "3"], "--bach"),
+    (["--stage", "1", "--st", "3"], "--st"), (["--stage", "1", "--init", "{toy}/nowhere"], "no checkpoint"),
+    (["--stage", "1", "--batch", "7", "--micro-batch", "2"], "multiple"),
+    (["--stage", "1", "--data", "{toy}/no.jsonl"], "no.jsonl"),
+    (["--stage", "1", "--out", "{toy}/stage1", "--seed", "9"], "seed=0"),
+    (["--stage", "1", "--data", "{tmp}/missing.jsonl", "--steps", "40"], "--max-bad")]
+
+
+@pytest.mark.parametrize("args, words", REFUSED)
+def test_bad_input_gets_one_sentence(toy, tmp_path, args, words):
+    row = {"exo": [{"video": "gone.mp4"}], "text": "t"}
+    (tmp_path / "missing.jsonl").write_text("".join(json.dumps(row | {"id": str(i)}) + "\n" for i in range(12)) + "".join(
+        (toy / "toy/pairs.jsonl").read_text().replace("pairs/", f"{toy}/toy/pairs/").splitlines(True)))
+    args = [a.format(toy=toy, tmp=tmp_path) for a in args]
+    stage = int(args[1]) if args[1] in "0123" else 1
+    base = [str(f) for f in flags(toy, stage)]
+    for name in [a for a in args if a.startswith("--")]:
+        if name in base:
+            del base[base.index(name):base.index(name) + 2]
+    if "--out" not in args:
+        base += ["--out", tmp_path / "out"]
+    steps = [] if "--steps" in args else ["--steps", 3]
+    outside = ["--allow-outside"] if "missing" in str(args) else []
+    code, _, err = run(REPO / "train.py", *base, *args, *steps, *outside, check=False)
+    assert code == 2 and words in err and "Traceback" not in err
+    assert newest_checkpoint(tmp_path / "out") is None
+
+
+def test_a_finished_run_says_so_and_a_busy_folder_is_refused(toy):
+    code, out, _ = run(REPO / "train.py", *flags(toy, 1), "--steps", 3)
+    assert "is finished" in out
+    import data
+    holder = subprocess.Popen([sys.executable, "-c", f"import sys, time; sys.path.insert(0, {str(REPO)!r})\n"
+                               f"import data\nwith data.file_lock({str(toy / 'stage1' / '.lock')!r}, wait=False):\n"
+                               "    print('held', flush=True); time.sleep(60)"], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline().strip() == "held"
+    code, _, err = run(REPO / "train.py", *flags(toy, 1), "--steps", 3, check=False)
+    holder.kill()
+    assert code == 2 and f"process {holder.pid}" in err
+
+
+def test_a_half_written_checkpoint_is_never_taken(toy, tmp_path):
+    shutil.copytree(toy / "stage1", tmp_path / "s")
+    finished = newest_checkpoint(tmp_path / "s")
+    half = tmp_path / "s" / "part_step_000009"
+    shutil.copytree(finished, half)
+    assert newest_checkpoint(tmp_path / "s") == finished
