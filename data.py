@@ -1,12 +1,13 @@
-"""Everything before a tensor reaches the network: video, manifests, the loader, and a micro-world to learn from.
+"""Everything before a tensor reaches the network: video, manifests, the loader, and a micro-world to learn
+from.
 
     python data.py toy --out out/toy            # render the micro-world: mp4 files, JSON lines, a tokenizer
     python data.py show out/toy/val.jsonl       # contact sheet: ego above exo, text below
 
 One row of a manifest (JSON lines) is one narrated moment; training reads nothing else:
 
-    {"id": "s7/2", "ego": {"video": "ego/7.mp4", "start": 2.0, "end": 3.0}, "exo": [{"video": "cam0/7.mp4", ...}],
-     "text": "Camera-wearer cuts ...", "turns": [{"user": "Which hand am I using?", "assistant": "The left hand."}]}
+    {"id": "s7/2", "ego": {"video": "ego/7.mp4", "start": 2.0, "end": 3.0}, "exo": [{"video": "cam0/7.mp4"}],
+     "text": "Camera-wearer cuts ...", "turns": [{"user": "Which hand do I use?", "assistant": "The left."}]}
 """
 from __future__ import annotations
 
@@ -16,14 +17,17 @@ import json
 import math
 import multiprocessing
 import os
+import resource
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from fractions import Fraction
 from pathlib import Path
+from types import UnionType
+from typing import Union, get_args, get_origin, get_type_hints
 
 import av
 import numpy as np
@@ -35,9 +39,10 @@ from torch import Tensor
 
 from model import IGNORE, VIDEO, ModelConfig, Tokenizer
 
-NARRATE = "Narrate the video."          # the prompt of a row's `text` (our choice: the paper names none for stages 1, 2)
+# the prompt of a row's `text` (our choice: the paper names none for stages 1, 2)
+NARRATE = "Narrate the video."
 MAX_SIDE, MAX_PIXELS = 16384, 64 << 20  # refused before a frame of such a size is decoded
-OPEN_OPTIONS = {                        # FFmpeg opens more than files: playlists, URLs, concat scripts. We do not.
+OPEN_OPTIONS = {  # FFmpeg opens more than files: playlists, URLs, concat scripts. We do not.
     "protocol_whitelist": "file",
     "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"}
 
@@ -46,14 +51,15 @@ class DataError(ValueError):
     """Bad input: the message names the file, line or field, and the way out."""
 
 
-# ---------------------------------------------------------------------------------------------------- video
+# ----------------------------------------------------------------------------------------------------- video
 def read_clip(video: str | os.PathLike, start: float | None, end: float | None, num_frames: int, size: int,
               rng: np.random.Generator | None = None) -> np.ndarray:
     """`num_frames` RGB frames of [start, end) seconds -> uint8 (T, 3, S, S).
 
-    The clip is cut into T equal spans; a frame is what a viewer would see at one moment of each span: its centre, or
-    with `rng` (training) a random moment. By timestamp, never by index times fps; a clip with fewer frames repeats
-    real ones. One decoding thread (slice threads deadlock in loader workers). DataError if it cannot be read.
+    The clip is cut into T equal spans; a frame is what a viewer would see at one moment of each span: its
+    centre, or with `rng` (training) a random moment. By timestamp, never by index times fps; a clip with
+    fewer frames repeats real ones. One decoding thread (slice threads deadlock in loader workers). DataError
+    if it cannot be read.
     """
     try:
         with av.open(str(video), options=OPEN_OPTIONS, metadata_errors="replace") as container:
@@ -110,14 +116,16 @@ def _frames_at(container, stream, moments: np.ndarray, size: int, name: str) -> 
     return out
 
 
-_reformatter = VideoReformatter()       # one a process: it keeps its tables, and making them costs more than using them
+# one a process: it keeps its tables, and making them costs more than using them
+_reformatter = VideoReformatter()
 
 
 def _pixels(frame, size: int) -> np.ndarray:
-    """One frame as RGB (3, S, S): scaled to fit, padded to a square with CLIP's mean colour (VideoLLaMA2's way)."""
+    """One frame as RGB (3, S, S): scaled to fit, padded to a square with CLIP's mean colour (VideoLLaMA2's
+    way)."""
     scale = size / max(frame.width, frame.height)
     w, h = max(1, round(frame.width * scale)), max(1, round(frame.height * scale))
-    rgb = _reformatter.reformat(frame, width=w, height=h, format="rgb24", interpolation="BICUBIC", threads=1).to_ndarray()
+    rgb = _reformatter.reformat(frame, w, h, "rgb24", interpolation="BICUBIC", threads=1).to_ndarray()
     if (w, h) == (size, size):
         return rgb.transpose(2, 0, 1)
     out = np.empty((3, size, size), np.uint8)
@@ -128,7 +136,8 @@ def _pixels(frame, size: int) -> np.ndarray:
 
 
 def write_video(path: str | os.PathLike, frames: np.ndarray, fps: int, gop: int = 12):
-    """uint8 (N, H, W, 3) -> mp4 (mpeg4, 400 kbit/s), through a temporary name: a killed write never looks finished."""
+    """uint8 (N, H, W, 3) -> mp4 (mpeg4, 400 kbit/s), through a temporary name: a killed write never looks
+    finished."""
     part = Path(f"{path}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(part), "w", format="mp4") as container:
@@ -145,8 +154,8 @@ def write_video(path: str | os.PathLike, frames: np.ndarray, fps: int, gop: int 
 # ------------------------------------------------------------------------------------------------- manifests
 def read_manifest(path: str | os.PathLike, root: str | os.PathLike | None = None,
                   allow_outside: bool = False) -> list[dict]:
-    """Rows of a JSON-lines manifest, checked, with every video path made absolute. Paths count from `root` (default:
-    the manifest's folder) and must stay inside it, links resolved, unless allow_outside."""
+    """Rows of a JSON-lines manifest, checked, with every video path made absolute. Paths count from `root`
+    (default: the manifest's folder) and must stay inside it, links resolved, unless allow_outside."""
     path = Path(path)
     base = Path(os.path.realpath(root or path.parent))
     rows = []
@@ -177,13 +186,13 @@ def _check_row(row, where: str, base: Path, allow_outside: bool) -> dict:
         if not isinstance(clip, dict) or not isinstance(clip.get("video"), str):
             raise DataError(f'{where}: a clip lacks "video" (a path)')
         times = [clip.get(key) for key in ("start", "end")]
-        if any(not isinstance(t, (int, float, type(None))) or t is not None and not math.isfinite(t) for t in times):
+        if not all(t is None or isinstance(t, (int, float)) and math.isfinite(t) for t in times):
             raise DataError(f'{where}: "start" and "end" are seconds, got {times}')
         if None not in times and not times[0] < times[1]:
-            raise DataError(f"{where}: clip of {clip['video']} from {times[0]} to {times[1]} s has zero length")
+            raise DataError(f"{where}: {clip['video']} from {times[0]} to {times[1]} s has zero length")
         real = os.path.realpath(base / clip["video"])
         if not allow_outside and not real.startswith(f"{base}{os.sep}"):
-            raise DataError(f"{where}: {clip['video']} lies outside {base}: pass --root DIR or --allow-outside")
+            raise DataError(f"{where}: {clip['video']} is outside {base}: pass --root or --allow-outside")
         clip["video"] = real
     turns = row.get("turns", [])
     if not isinstance(turns, list) or not all(isinstance(t, dict) and isinstance(t.get("user"), str)
@@ -201,16 +210,17 @@ def write_jsonl(path: str | os.PathLike, rows: list[dict]):
 
 @contextmanager
 def file_lock(path: str | os.PathLike, wait: bool):
-    """Hold a lock file (a POSIX record lock: gone with its process, even after kill -9). Without `wait` a second
-    holder is refused by the first one's pid."""
+    """Hold a lock file (a POSIX record lock: gone with its process, even after kill -9). Without `wait` a
+    second holder is refused by the first one's pid."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError:
             file.seek(0)
-            raise DataError(f"{Path(path).parent} is in use by process {file.read().strip() or '?'}: wait for it, or "
-                            f"choose another --out") from None
+            holder = file.read().strip() or "?"
+            raise DataError(f"{Path(path).parent} is in use by process {holder}: wait for it, or choose "
+                            f"another --out") from None
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
@@ -220,52 +230,44 @@ def file_lock(path: str | os.PathLike, wait: bool):
 # --------------------------------------------------------------------------------------------------- loading
 @dataclass
 class Batch:
-    """One micro batch. Text is packed: ids and labels (tokens,) with each sample's length in `lens`; a narration with
-    several exo views stands once, `repeats` says for how many samples; `ego_of[i]` is the ego clip of exo clip i."""
+    """One micro batch of E ego clips (moments), X exo clips and S packed texts."""
     ego: Tensor | None                  # (E, T, 3, S, S) uint8
     exo: Tensor | None                  # (X, T, 3, S, S) uint8
-    ids: Tensor
-    labels: Tensor
-    lens: list[int]                     # 0 for a row without text
-    repeats: Tensor                     # (E,) float
-    ego_of: Tensor                      # (X,) long
-    names: list[str]
-    texts: list[str]                    # the narrations
-    skipped: list[str] = field(default_factory=list)        # samples that could not be read, with the reason
-
-    @property
-    def samples(self) -> int:
-        return int(self.repeats.sum())
-
-    @property
-    def supervised(self) -> int:
-        """Supervised tokens, each counted once per sample."""
-        owner = torch.repeat_interleave(self.repeats, torch.tensor(self.lens))
-        return int(owner[self.labels != IGNORE].sum())
+    ego_of: Tensor                      # (X,) the moment that each exo clip shows
+    ids: Tensor                         # (tokens,) packed
+    labels: Tensor                      # (tokens,) IGNORE where not supervised
+    weights: Tensor                     # (tokens,) for how many samples a supervised token counts, else 0
+    lens: list[int]                     # tokens of each text
+    text_of: Tensor                     # (S,) the moment that each text tells; a moment may have none
+    samples: int
+    names: list[str]                    # of the moments
+    texts: list[str]                    # their narrations
+    skipped: list[str]                  # samples that could not be read, with the reason
 
     def to(self, device) -> Batch:
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in moved.items()})
+        parts = (getattr(self, f.name) for f in fields(self))
+        return Batch(*(p.to(device, non_blocking=True) if isinstance(p, Tensor) else p for p in parts))
 
 
 class Loader:
-    """Samples in an order that is a pure function of (seed, step, rank): resuming needs no state, and the global batch
-    is the same for any number of ranks and micro batches.
+    """Samples in an order that is a pure function of (seed, step, rank): resuming needs no state, and the
+    global batch is the same for any number of ranks and micro batches.
 
-    A sample is (row, exo view) for view="exo" and "pair", a row for view="ego"; the views of a row are adjacent.
-    `text` picks what is supervised: "text" narrates, "turns" answers (a row without turns narrates), "mix" takes
-    turns; view="text" reads no video at all.
+    A sample is (row, exo view) for view="exo" and "pair", a row for view="ego"; the views of a row are
+    adjacent. `text` picks what is supervised: "text" narrates, "turns" answers (a row without turns
+    narrates), "mix" takes turns; view="text" reads no video at all.
     """
 
-    def __init__(self, rows: list[dict], cfg: ModelConfig, tokenizer: Tokenizer, *, view: str, text: str = "text",
-                 batch: int, micro: int | None = None, seed: int = 0, rank: int = 0, world: int = 1,
-                 train: bool = True, video_tokens: int | None = None):
+    def __init__(self, rows: list[dict], cfg: ModelConfig, tokenizer: Tokenizer, *, view: str,
+                 text: str = "text", batch: int, micro: int | None = None, seed: int = 0, rank: int = 0,
+                 world: int = 1, train: bool = True, video_tokens: int | None = None):
         self.rows, self.cfg, self.tokenizer, self.view, self.text = rows, cfg, tokenizer, view, text
-        self.batch_size, self.micro, self.seed, self.train = batch, micro or max(1, batch // world), seed, train
+        self.batch_size, self.micro = batch, micro or max(1, batch // world)
+        self.seed, self.train = seed, train
         self.rank, self.world = rank, world
         self.video_tokens = cfg.visual_tokens if video_tokens is None else video_tokens
         if batch % (self.micro * world):
-            raise DataError(f"--batch {batch} is not a multiple of --micro-batch {self.micro} x {world} ranks")
+            raise DataError(f"--batch {batch} is no multiple of --micro-batch {self.micro} x {world} ranks")
         need = {"exo": ("exo",), "ego": ("ego",), "pair": ("ego", "exo"), "text": ()}[view]
         for row in rows:
             for key in need + (("text",) if view != "pair" and text == "text" else ()):
@@ -297,40 +299,42 @@ class Loader:
         return [self.micro_batch(range(a, b)) for a, b in spans if a < b]
 
     def micro_batch(self, indices: range) -> Batch:
-        """Read the clips of these samples; one that cannot be read is named and replaced by another real sample."""
-        skipped, seen, ego, exo, ego_of, repeats, packs, names, texts = [], {}, [], [], [], [], [], [], []
+        """Read the clips of these samples; one that cannot be read is named and replaced by another real
+        sample."""
+        moments, skipped, ego, exo, ego_of = {}, [], [], [], []     # moments: key -> [row, samples, prompt]
         for index in indices:
-            row, view, frames = self._read(index, seen, skipped)
-            if row not in seen or self.view == "exo":
-                seen[row] = len(repeats)
-                repeats.append(0)
-                packs.append(self.prompt(self.rows[row], index))
-                names.append(self.rows[row]["id"])
-                texts.append(self.rows[row].get("text", ""))
-                if "ego" in frames:
-                    ego.append(frames["ego"])
-            repeats[seen[row]] += 1
-            ego_of.append(seen[row])
-            if "exo" in frames:
-                exo.append(frames["exo"])
-        stack = lambda clips: torch.from_numpy(np.stack(clips)) if clips else None
-        flat = lambda k: torch.tensor([token for pack in packs for token in pack[k]], dtype=torch.long)
-        return Batch(stack(ego), stack(exo), flat(0), flat(1), [len(p[0]) for p in packs],
-                     torch.tensor(repeats, dtype=torch.float32), torch.tensor(ego_of), names,
-                     texts, skipped)
+            row, view, clips = self._read(index, moments, skipped)
+            key = index if self.view == "exo" else row  # the views of a narration share its moment
+            if key not in moments:
+                moments[key] = [self.rows[row], 0, self.prompt(self.rows[row], index)]
+                ego += [clips["ego"]] if "ego" in clips else []
+            moments[key][1] += 1
+            exo += [clips["exo"]] if "exo" in clips else []
+            ego_of.append(list(moments).index(key))
+        rows, repeats, prompts = zip(*moments.values())
+        ids, labels = ([token for prompt in prompts for token in prompt[k]] for k in (0, 1))
+        weights = [n * (label != IGNORE) for n, (_, labels_) in zip(repeats, prompts) for label in labels_]
+        told = [i for i, (text, _) in enumerate(prompts) if text]
+        return Batch(
+            torch.from_numpy(np.stack(ego)) if ego else None,
+            torch.from_numpy(np.stack(exo)) if exo else None,
+            torch.tensor(ego_of), torch.tensor(ids, dtype=torch.long), torch.tensor(labels, dtype=torch.long),
+            torch.tensor(weights, dtype=torch.float32), [len(prompts[i][0]) for i in told],
+            torch.tensor(told, dtype=torch.long), len(indices), [row["id"] for row in rows],
+            [row.get("text", "") for row in rows], skipped)
 
-    def _read(self, index: int, seen: dict, skipped: list) -> tuple[int, int, dict[str, np.ndarray]]:
+    def _read(self, index: int, moments: dict, skipped: list) -> tuple[int, int, dict[str, np.ndarray]]:
         for attempt in range(10):
             number = index
-            if attempt:             # the substitute is a pure function of the seed, the sample and the attempt
+            if attempt:  # the substitute is a pure function of the seed, the sample and the attempt
                 number = int(np.random.default_rng([self.seed, index, attempt]).integers(self.samples))
             row, view = self.sample(number)
             clips = {}
-            if self.view in ("ego", "pair") and row not in seen:
+            if self.view in ("ego", "pair") and row not in moments:
                 clips["ego"] = self.rows[row]["ego"]
             if self.view in ("exo", "pair"):
                 clips["exo"] = self.rows[row]["exo"][view]
-            draw = [self.seed, number // self.samples, row]         # one draw for all views: they are synchronized
+            draw = [self.seed, number // self.samples, row]  # one draw for all views: they are synchronized
             try:
                 return row, view, {key: read_clip(
                     clip["video"], clip.get("start"), clip.get("end"), self.cfg.frames, self.cfg.image_size,
@@ -344,17 +348,19 @@ class Loader:
         if row.get("turns") and (self.text == "turns" or self.text == "mix" and index % 2):
             ids, labels = self.tokenizer.chat(row["turns"], self.video_tokens)
         elif row.get("text"):
-            ids, labels = self.tokenizer.chat([{"user": NARRATE, "assistant": row["text"]}], self.video_tokens)
+            turn = {"user": NARRATE, "assistant": row["text"]}
+            ids, labels = self.tokenizer.chat([turn], self.video_tokens)
         else:
             return [], []
         if len(ids) > self.cfg.max_length:
-            raise DataError(f"row {row['id']!r} has {len(ids)} tokens, the model reads {self.cfg.max_length}: shorten it")
+            raise DataError(f"row {row['id']!r} has {len(ids)} tokens, over {self.cfg.max_length}: shorten")
         return ids, labels
 
-    def stream(self, start: int, stop: int, workers: int = 1) -> Iterator[list[Batch]]:
-        """batch(start) ... batch(stop - 1), read ahead by worker processes."""
+    def stream(self, start: int, stop: int, workers: int = 1, repeat: bool = False) -> Iterator[list[Batch]]:
+        """batch(start) ... batch(stop - 1), read ahead by worker processes; `repeat`: batch(0) every time."""
+        steps = [0] * (stop - start) if repeat else range(start, stop)
         loader = torch.utils.data.DataLoader(
-            _Steps(self), sampler=range(start, stop), batch_size=None, num_workers=workers,
+            _Steps(self), sampler=steps, batch_size=None, num_workers=workers,
             worker_init_fn=_start_worker, prefetch_factor=2 if workers else None, collate_fn=_as_is,
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None)
         return iter(loader)
@@ -380,7 +386,8 @@ def _start_worker(_):
 
 
 def die_with_parent():
-    """End this process within two seconds of its parent's death: kill -9 must not leave orphans that train on."""
+    """End this process within two seconds of its parent's death: kill -9 must not leave orphans that train
+    on."""
     parent = os.getppid()
 
     def watch():
@@ -390,15 +397,105 @@ def die_with_parent():
     threading.Thread(target=watch, daemon=True).start()
 
 
-# ------------------------------------------------------------------------------------------------- looking at it
-GLYPHS = " abcdefghijklmnopqrstuvwxyz0123456789.,:?!'-()/"             # 5 x 8 dots each, a byte a column, low bit on top
+def shuffle_pairs(rows: list[dict], seed: int) -> list[dict]:
+    """The control: every ego clip gets another row's exo clips (a cyclic shift in random order: no fixed
+    point)."""
+    order = np.random.default_rng(seed).permutation(len(rows))
+    partner = dict(zip(order, np.roll(order, 1)))
+    return [row | {"exo": rows[partner[i]]["exo"]} for i, row in enumerate(rows)]
+
+
+def scatter_words(texts: list[list[int]], slots: int, vocab: int) -> Tensor:
+    """How loud each word is in each of the slots that stand for a video (B, slots, vocab): the words of the
+    text, each spread over few or many slots, among fainter words of another text. What the toy decoder learns
+    to read."""
+    mixture = torch.zeros(len(texts), slots, vocab)
+    for row, own, other in zip(mixture, texts, texts[-1:] + texts):
+        loud = torch.cat([torch.empty(len(own)).uniform_(0.7, 1.3), torch.empty(len(other)).uniform_(0, 0.5)])
+        focus = 10 ** torch.empty(len(loud), 1).uniform_(-1.5, 1)  # small: one slot; large: all of them
+        spread = torch._standard_gamma(focus.expand(-1, slots)) + 1e-6      # (words, slots)
+        spread = 0.35 * slots * loud[:, None] * spread / spread.sum(1, keepdim=True)
+        row.index_add_(1, torch.tensor(own + other), spread.T.contiguous())
+    return mixture
+
+
+def show_prompt(batch: Batch, tokenizer: Tokenizer) -> str:
+    """What the model is fed: shapes, and the first text with its [supervised] tokens in brackets."""
+    shapes = [f"{k} {tuple(v.shape)}" for k, v in (("ego", batch.ego), ("exo", batch.exo)) if v is not None]
+    text, n = "", batch.lens[0] if batch.lens else 0
+    ids, labels = batch.ids[:n].tolist(), batch.labels[:n].tolist()
+    for i, (token, label) in enumerate(zip(ids, labels)):
+        if token != VIDEO:
+            piece = tokenizer.sp.id_to_piece(token)
+            text += piece if label == IGNORE else f"[{piece}]"
+        elif ids[i - 1] != VIDEO:
+            text += f"<video: {ids.count(VIDEO)} tokens>"
+    return f"fed: {', '.join(shapes + [f'{len(batch.ids)} tokens'])}; first sample {batch.names[0]}: {text}"
+
+
+class Log:
+    """log.jsonl, one object a step, cut back to the step that a run resumes from; and the progress line."""
+
+    def __init__(self, path: Path | None, step: int, skipped: int = 0):
+        """`path` None: a rank that keeps no log."""
+        self.file, self.skipped, kept = None, skipped, []
+        if path is None:
+            return
+        for line in path.read_text().splitlines() if path.is_file() else []:
+            try:
+                kept += [line + "\n"] if json.loads(line)["step"] <= step else []
+            except ValueError:
+                break                                           # the line that a kill cut short
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(kept))
+        self.file = open(path, "a", buffering=1)
+
+    def write(self, row: dict, text: str = ""):
+        """One object to the file, one line to the screen."""
+        if self.file:
+            self.file.write(json.dumps(row) + "\n")
+            print(text, end="\n" if text else "", flush=True)
+
+    def skip(self, batches: list[Batch], number: int, seen: int, max_bad: float):
+        """Name this rank's unreadable samples, count all ranks' `number`; too many of `seen` end the run."""
+        for reason in (reason for batch in batches for reason in batch.skipped):
+            print(f"skipped {reason}", flush=True)
+        self.skipped += number
+        if self.skipped > max_bad * max(seen, 500):
+            raise DataError(f"{self.skipped} of {seen} samples could not be read, more than --max-bad "
+                            f"{max_bad}; the lines above name them")
+
+    def start(self, done: int):
+        """A phase begins, of which `done` steps are over already."""
+        self.began = self.clock = time.time()
+        self.first = done
+
+    def step(self, done: int, length: int, samples: int, tokens: int, losses: dict, row: dict):
+        """The `done`-th step of the phase is over."""
+        took, self.clock = time.time() - self.clock, time.time()
+        unit = 1 if sys.platform == "darwin" else 1024
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        if torch.cuda.is_available():
+            memory = torch.cuda.max_memory_allocated()
+        each, text = (time.time() - self.began) / (done - self.first), ""
+        if done % 10 == 0 or done == length:
+            text = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
+            text = (f"step {done}/{length} | {text} | {each:.3f} s/step | {samples / each:.0f} clips/s | "
+                    f"ETA {(length - done) * each:.0f} s")
+        self.write(row | losses | dict(seconds=took, clips_per_second=samples / took,
+                                       tokens_per_second=tokens / took, max_memory_bytes=memory), text)
+
+
+# --------------------------------------------------------------------------------------------- looking at it
+GLYPHS = " abcdefghijklmnopqrstuvwxyz0123456789.,:?!'-()/"  # 5 x 8 dots each, a byte a column, low bit on top
 FONT = np.unpackbits(np.frombuffer(bytes.fromhex(
-    "0000000000" "2054547840" "7f28444438" "3844444428" "384444287f" "3854545418" "00087e0902" "18a4a49c78" "7f08040478"
-    "00447d4000" "2040403d00" "7f10284400" "00417f4000" "7c04780478" "7c08040478" "3844444438" "fc18242418" "18242418fc"
-    "7c08040408" "4854545424" "04043f4424" "3c4040207c" "1c2040201c" "3c4030403c" "4428102844" "4c9090907c" "4464544c44"
-    "3e5149453e" "00427f4000" "7249494946" "2141494d33" "1814127f10" "2745454539" "3c4a494931" "4121110907" "3649494936"
-    "464949291e" "0000606000" "0080703000" "0000140000" "0201590906" "00005f0000" "0008070300" "0808080808" "001c224100"
-    "0041221c00" "2010080402"), np.uint8).reshape(-1, 5, 1), axis=2, bitorder="little").astype(bool)     # (47, 5, 8)
+    "0000000000" "2054547840" "7f28444438" "3844444428" "384444287f" "3854545418" "00087e0902" "18a4a49c78"
+    "7f08040478" "00447d4000" "2040403d00" "7f10284400" "00417f4000" "7c04780478" "7c08040478" "3844444438"
+    "fc18242418" "18242418fc" "7c08040408" "4854545424" "04043f4424" "3c4040207c" "1c2040201c" "3c4030403c"
+    "4428102844" "4c9090907c" "4464544c44" "3e5149453e" "00427f4000" "7249494946" "2141494d33" "1814127f10"
+    "2745454539" "3c4a494931" "4121110907" "3649494936" "464949291e" "0000606000" "0080703000" "0000140000"
+    "0201590906" "00005f0000" "0008070300" "0808080808" "001c224100" "0041221c00" "2010080402"),
+    np.uint8).reshape(-1, 5, 1), axis=2, bitorder="little").astype(bool)
 
 
 def write_line(canvas: np.ndarray, text: str, top: int, left: int, colour, scale: int = 2):
@@ -410,8 +507,9 @@ def write_line(canvas: np.ndarray, text: str, top: int, left: int, colour, scale
         left += 6 * scale
 
 
-def contact_sheet(path: str | os.PathLike, items: list[tuple[list[np.ndarray], list[tuple[str, tuple]]]], columns: int = 2):
-    """A PNG of items: clips (T, 3, S, S) as rows of frames, one above the other, with lines of (text, RGB) below."""
+def contact_sheet(path: str | os.PathLike, items: list[tuple[list, list]], columns: int = 2):
+    """A PNG of items: clips (T, 3, S, S) as rows of frames, one above the other, with lines of (text, RGB)
+    below."""
     tiles = []
     for clips, lines in items:
         zoom = max(1, 96 // clips[0].shape[-1])
@@ -436,10 +534,11 @@ def write_png(path: str | os.PathLike, image: np.ndarray):
     Path(path).write_bytes(b"".join(bytes(packet) for packet in codec.encode(frame) + codec.encode(None)))
 
 
-# --------------------------------------------------------------------------------------------- the micro-world
-# A table, three blocks, two hands, nine actions. A scene is one mp4 of five one-second clips. The exo camera stands
-# opposite the actor (left and right swapped, the actor's body in view); the ego camera rides on the head: it follows
-# the hands late, walks, rolls and zooms, and big hands cover what they do. Sizes were tuned by trial (our choice).
+# ------------------------------------------------------------------------------------------- the micro-world
+# A table, two blocks, two hands, nine actions. A scene is one mp4 of five one-second clips. The exo
+# camera stands opposite the actor (left and right swapped, the actor's body in view); the ego camera rides on
+# the head: it follows the hands late, walks, rolls and zooms, and big hands cover what they do. Sizes were
+# tuned by trial (our choice).
 FPS, CLIP_FRAMES, CLIPS, SIDE = 8, 8, 5, 48
 COLOURS = {"red": (214, 54, 48), "green": (40, 150, 70), "blue": (48, 90, 214), "yellow": (250, 216, 50),
            "purple": (190, 64, 190)}
@@ -447,7 +546,8 @@ PATTERNS = ("plain", "striped", "dotted")
 VERBS = {"picks up": "pick up", "puts down": "put down", "pushes": "push", "pulls": "pull", "cuts": "cut",
          "hammers": "hammer", "wipes": "wipe", "waters": "water", "taps": "tap"}
 GERUNDS = {"picks up": "picking up", "puts down": "putting down", "pushes": "pushing", "pulls": "pulling",
-           "cuts": "cutting", "hammers": "hammering", "wipes": "wiping", "waters": "watering", "taps": "tapping"}
+           "cuts": "cutting", "hammers": "hammering", "wipes": "wiping", "waters": "watering",
+            "taps": "tapping"}
 SKIN, SLEEVE, SHADOW, WOOD = (236, 188, 150), (70, 86, 122), (60, 52, 48), (196, 164, 128)
 BLOCK = (0.3, 0.25)             # half width and half depth, table units
 REST = {"left": (-0.62, 0.0), "right": (0.62, 0.0)}        # where an idle hand lies, in table units
@@ -470,8 +570,8 @@ class World:
     scale: float = 1.0          # multiplies the training clips
 
 
-SPLITS = {"corpus": ("exo",), "ego": ("ego",), "pairs": ("ego", "exo"), "instruct": ("ego",), "val": ("ego", "exo"),
-          "test": ("ego", "exo"), "exo_test": ("exo",)}
+SPLITS = {"corpus": ("exo",), "ego": ("ego",), "pairs": ("ego", "exo"), "instruct": ("ego",),
+          "val": ("ego", "exo"), "test": ("ego", "exo"), "exo_test": ("exo",)}
 
 
 def plan_scene(rng: np.random.Generator) -> dict:
@@ -506,7 +606,8 @@ def questions(verb: str, colour: str, pattern: str, hand: str, rng: np.random.Ge
 
 
 class Camera:
-    """An affine camera per frame: pixel = origin + M (x, y) - lift * height, with table units x right, y away."""
+    """An affine camera per frame: pixel = origin + M (x, y) - lift * height, with table units x right, y
+    away."""
 
     def __init__(self, centre, angle, zoom, tilt: float):
         frames = len(centre)
@@ -534,32 +635,35 @@ def exo_camera(frames: int, azimuth: float, zoom: float) -> Camera:
 def ego_camera(hand: np.ndarray, world: World, rng: np.random.Generator) -> Camera:
     """Rides on the head: the gaze follows the acting hand late, and the head walks, rolls and zooms."""
     frames, n = len(hand), world.noise
-    walk = rng.normal(0, 0.03 * n, (frames, 2)).cumsum(0) * 0.4 + rng.normal(0, 0.08 * n, (frames // CLIP_FRAMES, 2)
-                                                                            ).repeat(CLIP_FRAMES, 0)
+    steady = [rng.normal(0, spread * n, (frames // CLIP_FRAMES, 2)) for spread in (0.08, 0.12, 0.08)]
+    aim, roll, zoom = (value.repeat(CLIP_FRAMES, 0) for value in steady)            # one draw a clip
+    walk = aim + 0.4 * rng.normal(0, 0.03 * n, (frames, 2)).cumsum(0)
+    roll = roll[:, 0] + rng.normal(0, 0.02 * n, frames)
+    zoom = (1.25 + zoom[:, 0]) / world.fov
     gaze = np.empty_like(hand)
     for i in range(frames):
         if i % CLIP_FRAMES == 0:
             late = 0.5 * hand[i] + (0, 0.25)
         late = 0.7 * late + 0.3 * (0.6 * hand[i] + (0, 0.22))
         gaze[i] = late
-    roll = rng.normal(0, 0.12 * n, frames // CLIP_FRAMES).repeat(CLIP_FRAMES) + rng.normal(0, 0.02 * n, frames)
-    zoom = (1.25 + rng.normal(0, 0.08 * n, frames // CLIP_FRAMES).repeat(CLIP_FRAMES)) / world.fov
     return Camera(gaze + walk, roll, zoom, tilt=0.95)
 
 
 class Canvas:
-    """RGB frames (F, 48, 48, 3) and the one way to draw on them: a soft-edged shape in a window around a point."""
+    """RGB frames (F, 48, 48, 3) and the one way to draw on them: a soft-edged shape in a window around a
+    point."""
 
     def __init__(self, background: np.ndarray, frames: int):
         self.rgb = np.empty((frames, SIDE, SIDE, 3), np.float32)
         self.rgb[:] = background
 
     def stamp(self, camera: Camera, at: np.ndarray, which: np.ndarray, radius: float, shape, colour):
-        """Blend `colour` where `shape(x, y)` (distance to the edge in table units, negative inside) covers the window
-        around pixels `at` (F, 2) of the frames `which`. colour: RGB, or a function of (x, y) -> (..., 3)."""
+        """Blend `colour` where `shape(x, y)` (distance to the edge in table units, negative inside) covers
+        the window around pixels `at` (F, 2) of the frames `which`. colour: RGB, or a function of (x, y) ->
+        (..., 3)."""
         half = min(int(np.ceil(radius * camera.scale.max())) + 1, SIDE // 2)
         centre = np.rint(at[which]).astype(int)
-        if half == SIDE // 2:                                   # larger than the picture: the window is the picture
+        if half == SIDE // 2:  # larger than the picture: the window is the picture
             centre[:] = SIDE // 2
         inside = (np.abs(centre - SIDE // 2) < SIDE // 2 + half).all(1)
         which, centre = which[inside], centre[inside]
@@ -570,8 +674,10 @@ class Canvas:
         inv = camera.inverse[which][:, :, :, None, None]
         x, y = inv[:, 0, 0] * dx + inv[:, 0, 1] * dy, inv[:, 1, 0] * dx + inv[:, 1, 1] * dy
         cover = 0.5 - shape(x, y) * camera.scale[which, None, None].astype(np.float32)
-        rows_in, cols_in = ((0 <= line) & (line < SIDE) for line in (rows, cols))     # windows may hang over the edge
-        f, r, c = np.nonzero((cover > 0) & rows_in[:, :, None] & cols_in[:, None, :])   # paint only what is covered
+        # windows may hang over the edge
+        rows_in, cols_in = ((0 <= line) & (line < SIDE) for line in (rows, cols))
+        # paint only what is covered
+        f, r, c = np.nonzero((cover > 0) & rows_in[:, :, None] & cols_in[:, None, :])
         cover = np.minimum(cover[f, r, c], 1)[:, None]
         paint = colour(x[f, r, c], y[f, r, c]) if callable(colour) else np.array(colour, np.float32)
         index = which[f], rows[f, r], cols[f, c]
@@ -624,16 +730,18 @@ def block_paint(colour: str, pattern: str):
 
 
 def act(plan: dict, rng: np.random.Generator) -> dict:
-    """Motion of the scene, frame by frame: hands (F, 2) and heights (F,), blocks, and the tool of each clip."""
+    """Motion of the scene, frame by frame: hands (F, 2) and heights (F,), blocks, and the tool of each
+    clip."""
     frames = CLIPS * CLIP_FRAMES
-    hands = {side: np.tile(np.array(REST[side]), (frames, 1)) + rng.normal(0, 0.01, (frames, 2)) for side in REST}
+    hands = {side: np.array(rest) + rng.normal(0, 0.01, (frames, 2)) for side, rest in REST.items()}
     lift = {side: np.zeros(frames) for side in REST}
     blocks = np.tile(plan["places"][:, None], (1, frames, 1))                         # (2, F, 2)
     height, gap = np.zeros((2, frames)), np.zeros((2, frames))
     tools = []
     for clip, (verb, target, side) in enumerate(plan["moments"]):
         f = np.arange(clip * CLIP_FRAMES, (clip + 1) * CLIP_FRAMES)
-        t = np.clip((np.arange(CLIP_FRAMES) + rng.uniform(0, 0.6)) / CLIP_FRAMES, 0, 1) ** rng.uniform(0.8, 1.25)
+        t = (np.arange(CLIP_FRAMES) + rng.uniform(0, 0.6)) / CLIP_FRAMES
+        t = np.minimum(t, 1) ** rng.uniform(0.8, 1.25)
         home = plan["places"][target]
         spot = home + (0.05 if side == "right" else -0.05, -0.32)
         beat = np.sin(t * 2 * np.pi * rng.uniform(1.7, 2.3) + rng.uniform(0, 6)) * 0.5 + 0.5
@@ -672,15 +780,16 @@ def render(plan: dict, motion: dict, camera: Camera, ego: bool, wall, gain=1.0, 
         canvas.hold()
     order = np.argsort(plan["places"][:, 1])
     for b in order if not ego else order[::-1]:
-        _draw_block(canvas, camera, plan["blocks"][b], motion["blocks"][b], motion["height"][b], motion["gap"][b])
+        where = (motion[key][b] for key in ("blocks", "height", "gap"))
+        _draw_block(canvas, camera, plan["blocks"][b], *where)
     for side in ("left", "right"):
         hand, up = motion["hands"][side], motion["lift"][side]
         shoulder = np.array([(-0.36 if side == "left" else 0.36), -0.3 if not ego else -0.75])
         size = 0.15 if ego else 0.12
         at = camera.pixels(hand, up)
         sleeve = 0.5 * (shoulder + hand)
-        canvas.stamp(camera, camera.pixels(sleeve, 0.5 * up), every, 0.75, limb(0.5 * (shoulder - hand), 0.7 * size),
-                     SLEEVE)
+        arm = limb(0.5 * (shoulder - hand), 0.7 * size)
+        canvas.stamp(camera, camera.pixels(sleeve, 0.5 * up), every, 0.75, arm, SLEEVE)
         canvas.stamp(camera, at, every, 0.25, disc(size), SKIN)
         for verb, target, who, f, beat in motion["tools"]:
             if who == side:
@@ -705,13 +814,14 @@ TOOLS = {   # verb: what the hand holds, as (offset ahead of the hand, half widt
 
 
 def _draw_tool(canvas, camera, verb, hand, up, f, beat, block):
-    for ahead, half_width, half_height, colour in TOOLS.get(verb, ()):
-        canvas.stamp(camera, camera.pixels(hand + (0, ahead), up), f, 0.3, box(half_width, half_height), colour)
+    for ahead, w, h, colour in TOOLS.get(verb, ()):
+        canvas.stamp(camera, camera.pixels(hand + (0, ahead), up), f, 0.3, box(w, h), colour)
     if verb == "waters":
         for i in range(3):
             fall = np.zeros(len(hand))
             fall[f] = 0.4 * np.mod(beat + i / 3, 1)
-            canvas.stamp(camera, camera.pixels(block + (0.09 * (i - 1), 0.05), fall), f, 0.12, disc(0.055), (170, 226, 255))
+            drop = camera.pixels(block + (0.09 * (i - 1), 0.05), fall)
+            canvas.stamp(camera, drop, f, 0.12, disc(0.055), (170, 226, 255))
 
 
 def make_scene(world: World, split: str, scene: int, out: Path) -> list[dict]:
@@ -733,8 +843,9 @@ def make_scene(world: World, split: str, scene: int, out: Path) -> list[dict]:
             views[f"cam{cam}"] = render(plan, motion, exo_camera(frames, azimuth, zoom), False, look)
     if "ego" in SPLITS[split]:
         acting = np.concatenate([motion["hands"][side][f] for _, _, side, f, _ in motion["tools"]])
-        gain = (1 + rng.normal(0, 0.1 * world.noise, CLIPS)).repeat(CLIP_FRAMES)[:, None, None, None]
-        views["ego"] = render(plan, motion, ego_camera(acting, world, rng), True, wall, gain.astype(np.float32))
+        gain = 1 + rng.normal(0, 0.1 * world.noise, CLIPS).astype(np.float32)
+        gain = gain.repeat(CLIP_FRAMES)[:, None, None, None]
+        views["ego"] = render(plan, motion, ego_camera(acting, world, rng), True, wall, gain)
     for view, images in views.items():
         write_video(out / split / view / f"{scene}.mp4", images, FPS, gop=CLIP_FRAMES)
     rows = []
@@ -742,8 +853,10 @@ def make_scene(world: World, split: str, scene: int, out: Path) -> list[dict]:
         span = {"start": i * CLIP_FRAMES / FPS, "end": (i + 1) * CLIP_FRAMES / FPS}
         clip = {view: {"video": f"{split}/{view}/{scene}.mp4", **span} for view in views}
         facts = (verb, *plan["blocks"][target], hand)
-        asked = questions(*facts, rng)[0 if split in ("corpus", "instruct") else 1:]       # a test asks no narration
-        row = {"id": f"{split}/{scene}/{i}", "text": narration(*facts), "turns": [asked[(scene * CLIPS + i) % len(asked)]]}
+        # a test asks no narration
+        asked = questions(*facts, rng)[0 if split in ("corpus", "instruct") else 1:]
+        turn = asked[(scene * CLIPS + i) % len(asked)]
+        row = {"id": f"{split}/{scene}/{i}", "text": narration(*facts), "turns": [turn]}
         if "ego" in views:
             row["ego"] = clip.pop("ego")
         if clip:
@@ -757,7 +870,8 @@ def _scene_job(job):
 
 
 def toy_split(out: str | os.PathLike, split: str, world: World = World()) -> Path:
-    """The manifest of one split of the micro-world, rendered when first needed (under a lock, in all cores)."""
+    """The manifest of one split of the micro-world, rendered when first needed (under a lock, in all
+    cores)."""
     out = Path(out)
     manifest = out / f"{split}.jsonl"
     with file_lock(out / ".lock", wait=True):
@@ -774,8 +888,8 @@ def toy_split(out: str | os.PathLike, split: str, world: World = World()) -> Pat
                 rows += scene_rows
                 if done % 50 == 0 or done == scenes:
                     rate = done / (time.time() - began)
-                    print(f"\rmicro-world {split}: {done * CLIPS}/{scenes * CLIPS} clips, {rate * CLIPS:.0f} clips/s, "
-                          f"{(scenes - done) / rate:.0f} s left ", end="", flush=True)
+                    print(f"\rmicro-world {split}: {done * CLIPS}/{scenes * CLIPS} clips, {rate * CLIPS:.0f} "
+                          f"clips/s, {(scenes - done) / rate:.0f} s left ", end="", flush=True)
         print(flush=True)
         write_jsonl(manifest, rows)
     return manifest
@@ -791,7 +905,7 @@ def _claim_world(out: Path, world: World):
     made = json.loads(file.read_text())
     for key, value in asdict(world).items():
         if made.get(key) != value:
-            raise DataError(f"{out} holds a micro-world with {key}={made.get(key)}, not {value}: choose another folder")
+            raise DataError(f"{out} holds a world with {key}={made.get(key)}, not {value}: use another --out")
 
 
 def toy_world(out: str | os.PathLike) -> World:
@@ -810,14 +924,14 @@ def toy_tokenizer(out: str | os.PathLike, world: World, vocab: int) -> Path:
         part = Path(f"{path}.part")
         with open(part, "wb") as file:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(lines), model_writer=file, vocab_size=vocab, model_type="bpe", num_threads=1,
-                byte_fallback=True, hard_vocab_limit=False, normalization_rule_name="identity",
+                sentence_iterator=iter(lines), model_writer=file, vocab_size=vocab, model_type="bpe",
+                num_threads=1, byte_fallback=True, hard_vocab_limit=False, normalization_rule_name="identity",
                 remove_extra_whitespaces=False, minloglevel=2)
         os.replace(part, path)
     return path
 
 
-# --------------------------------------------------------------------------------------------------- commands
+# -------------------------------------------------------------------------------------------------- commands
 def command_toy(args):
     """Render the micro-world (every split, or those named)."""
     world = World(**{f.name: getattr(args, f.name) for f in fields(World)})
@@ -839,6 +953,20 @@ def command_show(args):
     print(f"{args.out}: {len(items)} rows of {args.manifest}")
 
 
+def add_flags(parser: argparse.ArgumentParser, config: type):
+    """One flag a field of a dataclass: a bool is a switch, a Literal has choices, no default is required."""
+    for f in fields(config):
+        flag, hint = "--" + f.name.replace("_", "-"), get_type_hints(config)[f.name]
+        kind = get_args(hint)[0] if isinstance(hint, UnionType) or get_origin(hint) is Union else hint
+        choices = get_args(kind) or None                        # of a Literal
+        if kind is bool:
+            parser.add_argument(flag, action="store_true")
+        else:
+            parser.add_argument(flag, type=type(choices[0]) if choices else kind, choices=choices,
+                                required=f.default is MISSING,
+                                default=None if f.default is MISSING else f.default)
+
+
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -846,8 +974,7 @@ def main(argv: list[str] | None = None):
     toy = commands.add_parser("toy", help=command_toy.__doc__, allow_abbrev=False)
     toy.add_argument("splits", nargs="*", help=f"of {', '.join(SPLITS)} (all)")
     toy.add_argument("--out", default="out/toy")
-    for f in fields(World):
-        toy.add_argument("--" + f.name.replace("_", "-"), type=type(f.default), default=f.default)
+    add_flags(toy, World)
     show = commands.add_parser("show", help=command_show.__doc__, allow_abbrev=False)
     show.add_argument("manifest")
     show.add_argument("--root")

@@ -1,9 +1,10 @@
 """Score a checkpoint, and ask it about a video.
 
-    python eval.py                                              # the toy benchmark of the newest stage, with pictures
+    python eval.py  # the toy benchmark of the newest stage, with pictures
     python eval.py --video my.mp4 --ask "What am I doing?"      # one question; a chat without --ask
 
-Every score comes with its chance level, a 95 % interval and n. Narrations and answers are greedy decoding, exact match.
+Every score comes with its chance level, a 95 % interval and n. Narrations and answers are greedy decoding,
+exact match.
 """
 from __future__ import annotations
 
@@ -19,15 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import (COLOURS, NARRATE, PATTERNS, VERBS, DataError, Loader, contact_sheet, read_clip, read_manifest,
-                  toy_split, toy_world)
+from data import (COLOURS, NARRATE, PATTERNS, VERBS, DataError, Loader, contact_sheet, read_clip,
+                  read_manifest, toy_split, toy_world)
 from model import Exo2Ego, Tokenizer, feature_kl, load_checkpoint, newest_checkpoint
 
-SLOTS = re.compile(r"Camera-wearer (?P<verb>.+) the (?P<colour>\w+) (?P<pattern>\w+) block with the (?P<hand>\w+) hand\.")
+SLOTS = re.compile(r"Camera-wearer (?P<verb>.+) the (?P<colour>\w+) (?P<pattern>\w+) block "
+                   r"with the (?P<hand>\w+) hand\.")
 GREEN, RED, GREY = (20, 130, 50), (190, 40, 40), (110, 110, 110)
 
 
-# ------------------------------------------------------------------------------------------------- arithmetic
+# ------------------------------------------------------------------------------------------------ arithmetic
 def wilson(share: float, n: int) -> tuple[float, float]:
     """95 % interval of a proportion (Wilson's): honest near 0 and 1 too."""
     z = 1.96
@@ -40,16 +42,18 @@ def proportion(name: str, outcomes, chance: float) -> dict[str, float]:
     outcomes = np.asarray(outcomes, float)
     share = float(outcomes.mean())
     low, high = wilson(share, len(outcomes))
-    return {name: share, f"{name}_chance": chance, f"{name}_lo": low, f"{name}_hi": high, f"{name}_n": len(outcomes)}
+    return {name: share, f"{name}_chance": chance, f"{name}_lo": low, f"{name}_hi": high,
+            f"{name}_n": len(outcomes)}
 
 
 def choice_score(scores: np.ndarray, answer: int) -> float:
-    """1 if the answer has the best score, 1/k if k candidates tie for it, else 0: constant scores give chance."""
+    """1 if the answer has the best score, 1/k if k candidates tie for it, else 0: constant scores give
+    chance."""
     best = scores == scores.max()
     return float(best[answer]) / best.sum()
 
 
-# ----------------------------------------------------------------------------------------------------- answers
+# --------------------------------------------------------------------------------------------------- answers
 @torch.no_grad()
 def see(model: Exo2Ego, tokenizer: Tokenizer, rows: list[dict], view: str, batch: int = 100) -> Tensor:
     """Visual tokens of every row's clip (n, tokens, W); `view` is ego or exo (the first camera)."""
@@ -72,29 +76,35 @@ def answer(model: Exo2Ego, tokenizer: Tokenizer, visual: Tensor, questions: list
     """Greedy answers, one question per row of visual."""
     texts = []
     for i in range(0, len(questions), batch):
-        prompts = [torch.tensor(tokenizer.chat([{"user": q}], visual.shape[1])[0]) for q in questions[i:i + batch]]
+        chats = (tokenizer.chat([{"user": q}], visual.shape[1]) for q in questions[i:i + batch])
+        prompts = [torch.tensor(ids) for ids, _ in chats]
         ids = model.generate(visual[i:i + batch], prompts, eos=tokenizer.eos, max_new=max_new)
         texts += [tokenizer.decode(reply).strip() for reply in ids]
     return texts
 
 
-def likelihood(model: Exo2Ego, tokenizer: Tokenizer, visual: Tensor, pairs: list[tuple[int, str]], batch: int = 250):
-    """log p(narration | clip) in nats, summed over its tokens, for pairs (row of visual, text) -> numpy (pairs,)."""
+def likelihood(model: Exo2Ego, tokenizer: Tokenizer, visual: Tensor, pairs: list[tuple[int, str]],
+               batch: int = 250) -> np.ndarray:
+    """log p(narration | clip) in nats, summed over its tokens, for pairs (row of visual, text) -> numpy
+    (pairs,)."""
     scores = []
     for i in range(0, len(pairs), batch):
-        packs = [tokenizer.chat([{"user": NARRATE, "assistant": text}], visual.shape[1]) for _, text in pairs[i:i + batch]]
-        ids, labels = (torch.tensor([t for pack in packs for t in pack[k]], device=visual.device) for k in (0, 1))
+        packs = [tokenizer.chat([{"user": NARRATE, "assistant": text}], visual.shape[1])
+                 for _, text in pairs[i:i + batch]]
+        ids, labels = (torch.tensor(sum(parts, []), device=visual.device) for parts in zip(*packs))
         clips = visual[[clip for clip, _ in pairs[i:i + batch]]]
         scores.append(model.score(clips, ids, labels, [len(p[0]) for p in packs])[0])
     return torch.cat(scores).cpu().numpy()
 
 
-# ----------------------------------------------------------------------------------------------- the toy benchmark
-def toy_benchmark(model: Exo2Ego, tokenizer: Tokenizer, data: str, stage: int, out: Path, init: Path | None = None):
+# ----------------------------------------------------------------------------------------- the toy benchmark
+def toy_benchmark(model: Exo2Ego, tokenizer: Tokenizer, data: str, stage: int, out: Path,
+                  init: Path | None = None) -> dict:
     """The figures of a stage on clips of unseen scenes, printed as `key: value` and kept in out/eval.json.
 
-    Stages 0 and 1: the demonstrator on exo clips. Stage 2: the learner's narrations, KL of true and shuffled partners.
-    Stage 3: narrations, text-to-clip choice among 5, questions. A manifest that is not the micro-world has none.
+    Stages 0 and 1: the demonstrator on exo clips. Stage 2: the learner's narrations, KL of true and shuffled
+    partners. Stage 3: narrations, text-to-clip choice among 5, questions. A manifest that is not the micro-
+    world has none.
     """
     if Path(data).suffix == ".jsonl":
         return {}
@@ -132,8 +142,8 @@ def narrate(model, tokenizer, rows, visual, view):
     facts = [(SLOTS.fullmatch(a), SLOTS.fullmatch(row["text"])) for a, row in zip(said, rows)]
     for slot in ("verb", "colour", "pattern", "hand"):
         figures[f"{view}_{slot}"] = float(np.mean([bool(a) and a[slot] == b[slot] for a, b in facts]))
-    print("\n".join(f"  {'ok   ' if a == r['text'] else 'wrong'} {a}" + ("" if a == r["text"] else f"   (true: {r['text']})")
-                    for a, r in list(zip(said, rows))[::max(1, len(rows) // 5)][:5]))
+    for a, row in list(zip(said, rows))[::max(1, len(rows) // 5)][:5]:
+        print(f"  ok    {a}" if a == row["text"] else f"  wrong {a}   (true: {row['text']})")
     return figures, said
 
 
@@ -146,13 +156,14 @@ def ask(model, tokenizer, rows, visual):
         options.setdefault(question, set()).add(reply)
     chance = float(np.mean([1 / len(options[q]) for q in asked]))
     right = np.array([a == b for a, b in zip(replies, truth)])
-    print("\n".join(f"  Q: {q}  A: {a}   (true: {t})" for q, a, t in list(zip(asked, replies, truth))[1::len(asked) // 5][:5]))
+    for q, a, t in list(zip(asked, replies, truth))[1::max(1, len(rows) // 5)][:5]:
+        print(f"  Q: {q}  A: {a}   (true: {t})")
     return proportion("qa", right, chance), replies
 
 
 def choose_clip(model, tokenizer, rows, visual, n: int = 1000):
-    """EgoMCQ's task: which of five clips does this narration describe? inter: clips of five scenes; intra: the five
-    moments of one scene. All five have different narrations."""
+    """EgoMCQ's task: which of five clips does this narration describe? inter: clips of five scenes; intra:
+    the five moments of one scene. All five have different narrations."""
     rng, count = np.random.default_rng(0), min(n, len(rows))
     figures = {}
     for kind in ("inter", "intra"):
@@ -169,18 +180,20 @@ def choose_clip(model, tokenizer, rows, visual, n: int = 1000):
                         others.append(j)
                         texts.add(rows[j]["text"])
             candidates.append([i] + others)
-        scores = likelihood(model, tokenizer, visual, [(j, rows[i]["text"]) for i, c in enumerate(candidates) for j in c])
+        pairs = [(clip, rows[i]["text"]) for i, clips in enumerate(candidates) for clip in clips]
+        scores = likelihood(model, tokenizer, visual, pairs)
         figures |= proportion(f"mcq_{kind}", [choice_score(s, 0) for s in scores.reshape(count, 5)], 0.2)
     return figures
 
 
 @torch.no_grad()
 def partners(model, tokenizer, rows):
-    """KL(exo || F(ego)) of true partners and of shuffled ones: transfer has happened when true is well below."""
+    """KL(exo || F(ego)) of true partners and of shuffled ones: transfer has happened when true is well
+    below."""
     if model.F is None:
         return {}
-    loader = Loader([row | {"exo": row["exo"][:1]} for row in rows], model.cfg, tokenizer, view="pair", batch=100,
-                    train=False)
+    rows = [row | {"exo": row["exo"][:1]} for row in rows]
+    loader = Loader(rows, model.cfg, tokenizer, view="pair", batch=100, train=False)
     device, exo, estimate = next(model.parameters()).device, [], []
     for step in loader.stream(0, -(-len(rows) // 100)):
         for micro in step:
@@ -197,7 +210,8 @@ def show(path: Path, rows, view, narrations, replies, n: int = 8):
     for i in range(0, len(rows), max(1, len(rows) // n)):
         clip = rows[i]["ego"] if view == "ego" else rows[i]["exo"][0]
         right = narrations[i] == rows[i]["text"]
-        lines = [(narrations[i], GREEN if right else RED), ("" if right else f"true: {rows[i]['text']}", GREY)]
+        truth = "" if right else f"true: {rows[i]['text']}"
+        lines = [(narrations[i], GREEN if right else RED), (truth, GREY)]
         if replies[i]:
             turn = rows[i]["turns"][0]
             lines.append((f"{turn['user']} {replies[i]}", GREEN if replies[i] == turn["assistant"] else RED))
@@ -205,9 +219,10 @@ def show(path: Path, rows, view, narrations, replies, n: int = 8):
     contact_sheet(path, items[:n])
 
 
-# --------------------------------------------------------------------------------------------------- one video
+# ------------------------------------------------------------------------------------------------- one video
 def converse(model: Exo2Ego, tokenizer: Tokenizer, video: str, question: str | None, start=None, end=None):
-    """Answer one question about an ego video, or, without one, chat until an empty line. The video is seen once."""
+    """Answer one question about an ego video, or, without one, chat until an empty line. The video is seen
+    once."""
     frames = torch.from_numpy(read_clip(video, start, end, model.cfg.frames, model.cfg.image_size))[None]
     with torch.no_grad():
         visual = model.encode_ego(frames.to(next(model.parameters()).device))

@@ -1,11 +1,14 @@
-"""The network of Exo2Ego (arXiv 2503.09143): first-person video understood through a learned third-person view.
+"""The network of Exo2Ego (arXiv 2503.09143): first-person video understood through a learned third-person
+view.
 
-Read this file first, then data.py, train.py, eval.py. Everything is here, from attention to `Exo2Ego.generate`:
+Read this file first, then data.py, train.py, eval.py. Everything is here, from attention to
+`Exo2Ego.generate`:
 
-    pixels -> VisionEncoder (CLIP ViT) -> grid -> [Mapping F: ego -> exo] -> Connector (STC) -> Decoder (Mistral) -> text
+    pixels -> VisionEncoder (CLIP) -> grid -> [Mapping F: ego -> exo] -> Connector (STC) -> Decoder -> text
 
-Two visual encoders (ViT + connector) see the world: exo, the demonstrator, and ego, the learner. The decoder reads
-[con_ego(x) ; con_exo(F(x))], so that inference needs the ego video alone. Shapes in comments are the `7b` preset's.
+Two visual encoders (ViT + connector) see the world: exo, the demonstrator, and ego, the learner. The decoder
+reads [con_ego(x) ; con_exo(F(x))], so that inference needs the ego video alone. Shapes in comments are the
+`7b` preset's.
 """
 from __future__ import annotations
 
@@ -13,8 +16,10 @@ import hashlib
 import json
 import math
 import os
+import shutil
+import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -22,10 +27,10 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-VIDEO = -1                  # the id that stands for one visual token; it never reaches sentencepiece or the embedding
+VIDEO = -1  # the id that stands for one visual token; it never reaches sentencepiece or the embedding
 IGNORE = -100               # the label of a token that is not supervised
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)      # CLIP's normalisation, per RGB channel in [0, 1]
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -38,7 +43,7 @@ class ModelConfig:
     image_size: int                 # S, pixels a side
     patch: int                      # pixels a side of a ViT patch
     vit_width: int                  # D
-    vit_layers: int                 # CLIP's count; the features are layer -2's, so the last layer is never built
+    vit_layers: int  # CLIP's count; the features are layer -2's, so the last layer is never built
     vit_heads: int
     stc_depth: int                  # RegNet blocks before and after the Conv3d
     stc_padding: int                # of the Conv3d: VideoLLaMA2 pads by 1 (24 x 24 -> 13 x 13)
@@ -59,7 +64,7 @@ class ModelConfig:
     head_dim: int | None = None     # None: width / heads
     window: int | None = None       # sliding-window attention; None: all earlier tokens
     norm_eps: float = 1e-5
-    mapping: str = "none"           # "none" until stage 2 adds F and G: "resnet" (the paper) or "mlp" (its ablation)
+    mapping: str = "none"  # "none" until stage 2 adds F and G: "resnet" (the paper) or "mlp" (its ablation)
     lora: bool = False              # True from stage 3 on
 
     @property
@@ -74,31 +79,37 @@ class ModelConfig:
 
 
 PRESETS = {
-    # The micro-world on a laptop CPU: every size is our choice, the shapes of the architecture are the paper's.
+    # The micro-world on a laptop CPU: every size is our choice, the shapes of the architecture are the
+    # paper's.
     "toy": ModelConfig(
-        frames=4, image_size=48, patch=12, vit_width=96, vit_layers=3, vit_heads=3, stc_depth=1, stc_padding=0,
-        map_blocks=4, map_downs=1, map_width=64, width=96, layers=2, heads=3, kv_heads=1, ff=256, vocab=512,
-        rope_theta=1e4, max_length=256, lora_rank=16, lora_alpha=32, lora_dropout=0.0),
+        frames=4, image_size=48, patch=12, vit_width=96, vit_layers=3, vit_heads=3, stc_depth=1,
+        stc_padding=0, map_blocks=4, map_downs=1, map_width=64, width=96, layers=2, heads=3, kv_heads=1,
+        ff=256, vocab=512, rope_theta=1e4, max_length=256, lora_rank=16, lora_alpha=32, lora_dropout=0.0),
     # Benchmarks and first tries on a GPU: our choice.
     "small": ModelConfig(
-        frames=8, image_size=112, patch=14, vit_width=384, vit_layers=7, vit_heads=6, stc_depth=4, stc_padding=1,
-        map_blocks=9, map_downs=1, map_width=128, width=512, layers=8, heads=8, kv_heads=2, ff=1536, vocab=32000,
-        rope_theta=1e6, max_length=2048, lora_rank=64, lora_alpha=128, lora_dropout=0.1),
-    # The paper: two CLIP-L/14-336, VideoLLaMA2's connector, Mistral-7B-Instruct-v0.2, 16 frames, LoRA 128/256/0.1.
+        frames=8, image_size=112, patch=14, vit_width=384, vit_layers=7, vit_heads=6, stc_depth=4,
+        stc_padding=1, map_blocks=9, map_downs=1, map_width=128, width=512, layers=8, heads=8, kv_heads=2,
+        ff=1536, vocab=32000, rope_theta=1e6, max_length=2048, lora_rank=64, lora_alpha=128,
+        lora_dropout=0.1),
+    # The paper: two CLIP-L/14-336, VideoLLaMA2's connector, Mistral-7B-Instruct-v0.2, 16 frames, LoRA
+    # 128/256/0.1.
     "7b": ModelConfig(
-        frames=16, image_size=336, patch=14, vit_width=1024, vit_layers=24, vit_heads=16, stc_depth=4, stc_padding=1,
-        map_blocks=9, map_downs=2, map_width=512, width=4096, layers=32, heads=32, kv_heads=8, ff=14336, vocab=32000,
-        rope_theta=1e6, max_length=4096, lora_rank=128, lora_alpha=256, lora_dropout=0.1),
+        frames=16, image_size=336, patch=14, vit_width=1024, vit_layers=24, vit_heads=16, stc_depth=4,
+        stc_padding=1, map_blocks=9, map_downs=2, map_width=512, width=4096, layers=32, heads=32, kv_heads=8,
+        ff=14336, vocab=32000, rope_theta=1e6, max_length=4096, lora_rank=128, lora_alpha=256,
+        lora_dropout=0.1),
 }
 
 
-# ------------------------------------------------------------------------------------------------ attention
+# ------------------------------------------------------------------------------------------------- attention
 @dataclass(frozen=True)
 class Segments:
-    """Where each sequence starts and ends in a packed batch: no padding, so no mask. Made once, shared by all layers.
+    """Where each sequence starts and ends in a packed batch: no padding, so no mask. Made once, shared by all
+    layers.
 
-    `q_lens` and `k_lens` are host integers (loops over them never wait for a GPU); `cu_q` and `cu_k` are their running
-    sums, int32 on the device, for kernels. Queries are aligned to the end of their keys (a KV cache has more keys).
+    `q_lens` and `k_lens` are host integers (loops over them never wait for a GPU); `cu_q` and `cu_k` are
+    their running sums, int32 on the device, for kernels. Queries are aligned to the end of their keys (a KV
+    cache has more keys).
     """
     q_lens: tuple[int, ...]
     k_lens: tuple[int, ...]
@@ -110,7 +121,7 @@ class Segments:
         """`new[i]` queries at the end of `total[i]` keys: decoding with a cache."""
         q_lens, k_lens = tuple(map(int, new)), tuple(map(int, total))
         if len(q_lens) != len(k_lens) or min(q_lens + k_lens, default=0) < 0:
-            raise ValueError(f"segments need one key length per query length, all >= 0: got {q_lens} and {k_lens}")
+            raise ValueError(f"segments need as many key as query lengths, all >= 0: got {q_lens}, {k_lens}")
         sums = [torch.tensor((0,) + lens).cumsum(0).to(device, torch.int32) for lens in (q_lens, k_lens)]
         return cls(q_lens, k_lens, *sums)
 
@@ -130,9 +141,11 @@ class Segments:
 
     @property
     def is_tiny(self) -> bool:
-        """Many short sequences of like lengths: one right-padded call beats a loop of calls (attention.md section 3)."""
+        """Many short sequences of like lengths: one right-padded call beats a loop of calls (attention.md
+        section 3)."""
         total, longest = sum(self.q_lens), max(self.q_lens, default=0)
-        return self.q_lens == self.k_lens and total < 64 * len(self.q_lens) and longest * len(self.q_lens) < 1.4 * total
+        count = len(self.q_lens)
+        return self.q_lens == self.k_lens and total < 64 * count and longest * count < 1.4 * total
 
     @cached_property
     def slots(self) -> Tensor:
@@ -146,9 +159,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, seg: Segments, *, causal: bool, w
               scale: float | None = None, backend: str = "auto") -> Tensor:
     """softmax(q k^T * scale) v inside each segment; the only attention in this repository.
 
-    q (Tq, H, D), k and v (Tk, HK, D) -> (Tq, H, D), where HK divides H (grouped queries). Causal is bottom-right
-    aligned: query i sees key j iff i - window < j <= i; window=1 sees itself only and needs causal. A row without keys
-    gives zeros. Backends: "reference" is the formula, "sdpa" torch's fused kernel, "auto" takes sdpa.
+    q (Tq, H, D), k and v (Tk, HK, D) -> (Tq, H, D), where HK divides H (grouped queries). Causal is bottom-
+    right aligned: query i sees key j iff i - window < j <= i; window=1 sees itself only and needs causal. A
+    row without keys gives zeros. Backends: "reference" is the formula, "sdpa" torch's fused kernel, "auto"
+    takes sdpa.
     """
     _check_attention(q, k, v, seg, causal, window, backend)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -157,7 +171,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, seg: Segments, *, causal: bool, w
         batch = len(seg.q_lens)
         q, k, v = (rearrange(t, "(b t) h d -> b h t d", b=batch) for t in (q, k, v))
         return rearrange(one(q, k, v, causal, window, scale), "b h t d -> (b t) h d")
-    if backend != "reference" and causal and seg.is_tiny:                   # padding comes last: causal rows never see it
+    if backend != "reference" and causal and seg.is_tiny:  # padding comes last: causal rows never see it
         rows = len(seg.q_lens) * max(seg.q_lens)
         q, k, v = (t.new_zeros(rows, *t.shape[1:]).index_copy(0, seg.slots, t) for t in (q, k, v))
         q, k, v = (rearrange(t, "(b t) h d -> b h t d", b=len(seg.q_lens)) for t in (q, k, v))
@@ -171,13 +185,13 @@ def _check_attention(q, k, v, seg, causal, window, backend):
     if backend not in ("auto", "sdpa", "reference"):
         raise ValueError(f"backend is {backend!r}: choose auto, sdpa or reference")
     if k.shape != v.shape or q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"q, k, v need one head_dim and k, v one shape: {[tuple(t.shape) for t in (q, k, v)]}")
+        raise ValueError(f"q, k, v need one head_dim, k and v one shape: {[(*t.shape,) for t in (q, k, v)]}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"q has {q.shape[1]} heads, k has {k.shape[1]}: the second must divide the first")
     if len({(t.dtype, t.device) for t in (q, k, v)}) != 1:
-        raise ValueError(f"q, k, v need one dtype and device: {[(t.dtype, str(t.device)) for t in (q, k, v)]}")
+        raise ValueError(f"q, k, v need one dtype and device: {[(t.dtype, t.device) for t in (q, k, v)]}")
     if (sum(seg.q_lens), sum(seg.k_lens)) != (len(q), len(k)):
-        raise ValueError(f"seg holds {sum(seg.q_lens)} queries and {sum(seg.k_lens)} keys, q has {len(q)}, k {len(k)}")
+        raise ValueError(f"seg has {sum(seg.q_lens)} queries, {sum(seg.k_lens)} keys; q {len(q)}, k {len(k)}")
     if window is not None and (window < 1 or not causal):
         raise ValueError(f"window is {window} with causal={causal}: it must be >= 1 and needs causal=True")
 
@@ -198,7 +212,7 @@ def _reference(q, k, v, causal, window, scale):
     if mask is None:
         return scores.softmax(-1) @ v
     probs = scores.masked_fill(~mask, float("-inf")).softmax(-1)
-    return probs.masked_fill(~mask.any(-1, keepdim=True), 0) @ v            # a row that sees nothing gives 0, not NaN
+    return probs.masked_fill(~mask.any(-1, keepdim=True), 0) @ v  # a row that sees nothing gives 0, not NaN
 
 
 def _sdpa(q, k, v, causal, window, scale):
@@ -206,10 +220,11 @@ def _sdpa(q, k, v, causal, window, scale):
     if lq == 0 or lk == 0:
         return torch.zeros_like(q)
     grouped = q.shape[1] != k.shape[1]
-    plain = causal and lq == lk and window is None              # torch's is_causal is top-left aligned: equal lengths only
-    open_row = not causal or (lq == 1 and window is None)       # the last query sees every key: no mask needed
+    # torch's is_causal is top-left aligned: equal lengths only
+    plain = causal and lq == lk and window is None
+    open_row = not causal or (lq == 1 and window is None)  # the last query sees every key: no mask needed
     mask = None if plain or open_row else _visible(lq, lk, causal, window, q.device)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=plain, scale=scale, enable_gqa=grouped)
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=plain, scale=scale, enable_gqa=grouped)
     return out if lq <= lk or mask is None else out.masked_fill(~mask.any(-1, keepdim=True), 0)
 
 
@@ -237,8 +252,8 @@ class ViTBlock(nn.Module):
 class VisionEncoder(nn.Module):
     """CLIP ViT whose output is layer -2's patch grid: LLaVA's and VideoLLaMA2's choice of features.
 
-    (N, 3, S, S) normalised pixels -> (N, h, w, D). The last layer and the post norm are never run, so they are not
-    built: 7b has 303,507,456 parameters in the published files, 290,909,184 of them here.
+    (N, 3, S, S) normalised pixels -> (N, h, w, D). The last layer and the post norm are never run, so they
+    are not built: 7b has 303,507,456 parameters in the published files, 290,909,184 of them here.
     """
 
     def __init__(self, cfg: ModelConfig):
@@ -253,14 +268,15 @@ class VisionEncoder(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:                            # (N, 3, 336, 336)
         n = len(pixels)
         patches = rearrange(pixels, "n c (h p) (w q) -> n (h w) (c p q)", p=self.patch, q=self.patch)
-        x = F.linear(patches, self.patch_embedding.weight.flatten(1))       # (N, 576, 1024): a conv whose stride is
+        # (N, 576, 1024): a conv whose stride is
+        x = F.linear(patches, self.patch_embedding.weight.flatten(1))
         x = torch.cat([self.class_token.to(x.dtype).expand(n, 1, -1), x], dim=1)    # its kernel is a matmul
         x = self.pre_norm(x + self.position)                                # (N, 577, 1024)
         seg = Segments.uniform(n, x.shape[1], x.device)
         x = rearrange(x, "n t d -> (n t) d")
         for block in self.blocks:
             x = block(x, seg)
-        x = rearrange(x, "(n t) d -> n t d", n=n)[:, 1:]                    # the class token has done its work
+        x = rearrange(x, "(n t) d -> n t d", n=n)[:, 1:]  # the class token has done its work
         return rearrange(x, "n (h w) d -> n h w d", h=self.grid)            # (N, 24, 24, 1024)
 
 
@@ -272,11 +288,12 @@ class ConvNorm(nn.Module):
         super().__init__()
         groups = 1 if kernel == 1 else c_in
         self.conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, groups=groups, bias=False)
-        self.bn = nn.LayerNorm(c_out, eps=1e-6)                 # a LayerNorm; timm's attribute is called bn all the same
+        self.bn = nn.LayerNorm(c_out, eps=1e-6)  # a LayerNorm; timm's attribute is called bn all the same
 
     def forward(self, x):
         if self.conv.kernel_size == (1, 1):
-            return self.bn(F.linear(x, self.conv.weight.flatten(1)))        # no transposes: channels are last already
+            # no transposes: channels are last already
+            return self.bn(F.linear(x, self.conv.weight.flatten(1)))
         return self.bn(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
@@ -295,10 +312,12 @@ class SqueezeExcite(nn.Module):
 
 
 class RegNetBlock(nn.Module):
-    """The block of VideoLLaMA2's STC (timm's RegStage with its defaults): 1x1, depthwise 3x3, gate, 1x1, residual.
+    """The block of VideoLLaMA2's STC (timm's RegStage with its defaults): 1x1, depthwise 3x3, gate, 1x1,
+    residual.
 
-    Started from scratch, the published block stays on the blind plateau: its post-activation chain garbles what the
-    ViT says. Our choice: the gain of the last norm starts at zero, so that the block starts as SiLU(x).
+    Started from scratch, the published block stays on the blind plateau: its post-activation chain garbles
+    what the ViT says. Our choice: the gain of the last norm starts at zero, so that the block starts as
+    SiLU(x).
     """
 
     def __init__(self, c_in: int, c_out: int):
@@ -326,9 +345,11 @@ def reg_stage(c_in: int, c_out: int, depth: int) -> nn.Sequential:
 
 
 class Connector(nn.Module):
-    """VideoLLaMA2's spatial-temporal connector: RegNet stage, Conv3d that halves t, h and w, RegNet stage, MLP.
+    """VideoLLaMA2's spatial-temporal connector: RegNet stage, Conv3d that halves t, h and w, RegNet stage,
+    MLP.
 
-    (B, T, h, w, D) -> (B, n, W), n in (t h w) order: 16 x 24 x 24 -> 9 x 13 x 13 = 1521 tokens with padding 1.
+    (B, T, h, w, D) -> (B, n, W), n in (t h w) order: 16 x 24 x 24 -> 9 x 13 x 13 = 1521 tokens with padding
+    1.
     """
 
     def __init__(self, cfg: ModelConfig):
@@ -351,14 +372,16 @@ class Connector(nn.Module):
         conv, act = self.sampler
         p = conv.padding[0]
         x = F.pad(x, (0, 0, p, p, p, p, p, p))
-        x = x[:, :x.shape[1] // 2 * 2, :x.shape[2] // 2 * 2, :x.shape[3] // 2 * 2]      # odd sides: as Conv3d, floor
+        # odd sides: as Conv3d, floor
+        x = x[:, :x.shape[1] // 2 * 2, :x.shape[2] // 2 * 2, :x.shape[3] // 2 * 2]
         cubes = rearrange(x, "b (t i) (h j) (w k) d -> b t h w (d i j k)", i=2, j=2, k=2)
         return act(F.linear(cubes, conv.weight.flatten(1), conv.bias))
 
 
-# ---------------------------------------------------------------------------------------- Mapping (F and G)
+# ----------------------------------------------------------------------------------------- Mapping (F and G)
 class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of (N, C, h, w). CycleGAN's instance norm would erase what a small grid knows."""
+    """LayerNorm over the channels of (N, C, h, w). CycleGAN's instance norm would erase what a small grid
+    knows."""
 
     def forward(self, x):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -392,11 +415,13 @@ class FCBlock(nn.Module):
 
 
 class Mapping(nn.Module):
-    """F: ego -> exo or G: exo -> ego on the ViT's patch grid, frame by frame: (B, T, h, w, D) -> the same shape.
+    """F: ego -> exo or G: exo -> ego on the ViT's patch grid, frame by frame: (B, T, h, w, D) -> the same
+    shape.
 
-    "resnet": 1x1 conv in, stride-2 convs down, ResNet blocks, up-convs, 1x1 conv out, LayerNorm over channels (9
-    blocks between down- and up-sampling as the paper says; widths and norms are our choice). "mlp": as many FC blocks
-    on each patch alone. No outer skip: a copy of x is where F must not start (measured: toyworld B4).
+    "resnet": 1x1 conv in, stride-2 convs down, ResNet blocks, up-convs, 1x1 conv out, LayerNorm over channels
+    (9 blocks between down- and up-sampling as the paper says; widths and norms are our choice). "mlp": as
+    many FC blocks on each patch alone. No outer skip: a copy of x is where F must not start (measured:
+    toyworld B4).
     """
 
     def __init__(self, cfg: ModelConfig, kind: str = "resnet"):
@@ -408,7 +433,8 @@ class Mapping(nn.Module):
             raise ValueError(f"map_downs={downs} does not divide the {cfg.grid} x {cfg.grid} patch grid")
         self.kind = kind
         if kind == "mlp":
-            self.net = nn.Sequential(nn.Linear(d, c), *(FCBlock(c) for _ in range(cfg.map_blocks)), nn.Linear(c, d))
+            blocks = [FCBlock(c) for _ in range(cfg.map_blocks)]
+            self.net = nn.Sequential(nn.Linear(d, c), *blocks, nn.Linear(c, d))
         else:
             layers = [nn.Conv2d(d, c, 1)]
             for _ in range(downs):
@@ -423,20 +449,27 @@ class Mapping(nn.Module):
         if self.kind == "mlp":
             return self.norm(self.net(grid))
         x = rearrange(grid, "b t h w d -> (b t) d h w")
-        x = self.net(x)                                                     # 24 x 24 -> 6 x 6 x 512 -> 24 x 24 x 1024
+        x = self.net(x)  # 24 x 24 -> 6 x 6 x 512 -> 24 x 24 x 1024
         return self.norm(rearrange(x, "(b t) d h w -> b t h w d", b=len(grid)))
 
 
-# ------------------------------------------------------------------------------------------ Decoder (Mistral)
+# ----------------------------------------------------------------------------------------- Decoder (Mistral)
 class Linear(nn.Linear):
-    """y = x W^T, plus alpha/rank * dropout(x) A^T B^T once `add_lora` was called (LoRA: only A and B train)."""
-    lora_a = lora_b = None
+    """y = x W^T, plus alpha/rank * dropout(x) A^T B^T once `add_lora` was called (LoRA: only A and B
+    train)."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.register_parameter("lora_a", None)
+        self.register_parameter("lora_b", None)
 
     def add_lora(self, rank: int, alpha: float, dropout: float):
         self.lora_scale, self.lora_dropout = alpha / rank, dropout
         like = dict(device=self.weight.device, dtype=torch.float32)
-        self.lora_a = nn.Parameter(torch.empty(rank, self.in_features, **like).normal_(std=self.in_features ** -0.5))
-        self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, **like))    # zero: training starts at the base
+        a = torch.empty(rank, self.in_features, **like).normal_(std=self.in_features ** -0.5)
+        self.lora_a = nn.Parameter(a)
+        # zero: training starts at the base
+        self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, **like))
 
     def merge_lora(self):
         update = self.lora_scale * self.lora_b @ self.lora_a
@@ -474,7 +507,8 @@ class KVCache:
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position: channel i and channel i + D/2 turn by the angle position * theta^(-2i/D). x (tokens, H, D)."""
+    """Rotary position: channel i and channel i + D/2 turn by the angle position * theta^(-2i/D). x (tokens,
+    H, D)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
@@ -498,17 +532,19 @@ class DecoderBlock(nn.Module):
 
     def forward(self, x, seg, cos, sin, cache):                             # (tokens, 4096)
         h = self.norm1(x)
-        q, k, v = (rearrange(proj(h), "t (h d) -> t h d", d=self.head_dim) for proj in (self.q, self.k, self.v))
-        q, k = rope(q, cos, sin), rope(k, cos, sin)                         # (tokens, 32, 128), (tokens, 8, 128)
+        q, k, v = (rearrange(p(h), "t (h d) -> t h d", d=self.head_dim) for p in (self.q, self.k, self.v))
+        q, k = rope(q, cos, sin), rope(k, cos, sin)  # (tokens, 32, 128), (tokens, 8, 128)
         if cache is not None:
             k, v = cache.extend(self.index, k, v, seg)
-        x = x + self.out(rearrange(attention(q, k, v, seg, causal=True, window=self.window), "t h d -> t (h d)"))
+        o = attention(q, k, v, seg, causal=True, window=self.window)
+        x = x + self.out(rearrange(o, "t h d -> t (h d)"))
         h = self.norm2(x)
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
 
 
 class Decoder(nn.Module):
-    """A causal language model on packed sequences: one flat (tokens, W) tensor and `Segments`, no padding anywhere."""
+    """A causal language model on packed sequences: one flat (tokens, W) tensor and `Segments`, no padding
+    anywhere."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -517,7 +553,8 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(DecoderBlock(cfg, i) for i in range(cfg.layers))
         self.norm = nn.RMSNorm(cfg.width, eps=cfg.norm_eps)
         self.head = nn.Linear(cfg.width, cfg.vocab, bias=False)
-        nn.init.normal_(self.embedding.weight, std=0.5)         # loud words: visual tokens have to be heard beside them
+        # loud words: visual tokens have to be heard beside them
+        nn.init.normal_(self.embedding.weight, std=0.5)
         for name, weight in self.blocks.named_parameters():
             if weight.ndim == 2:
                 deep = name.endswith(("out.weight", "down.weight"))         # they add to the residual stream
@@ -527,11 +564,13 @@ class Decoder(nn.Module):
         """(tokens,) -> (tokens, W)."""
         return self.embedding(ids)
 
-    def forward(self, embeddings: Tensor, seg: Segments, positions: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, embeddings: Tensor, seg: Segments, positions: Tensor,
+                cache: KVCache | None = None) -> Tensor:
         """(tokens, W), each token's position in its own sequence (tokens,) -> hidden (tokens, W)."""
         half = (self.cfg.head_dim or self.cfg.width // self.cfg.heads) // 2
         channel = torch.arange(half, device=positions.device, dtype=torch.float32)
-        angle = positions[:, None].float() * self.cfg.rope_theta ** (-channel / half)       # float32: positions are large
+        # float32: positions are large
+        angle = positions[:, None].float() * self.cfg.rope_theta ** (-channel / half)
         cos, sin = angle.cos()[:, None], angle.sin()[:, None]               # (tokens, 1, 64)
         x = embeddings
         for block in self.blocks:
@@ -545,11 +584,13 @@ class Decoder(nn.Module):
         return self.head(hidden)
 
     def lora_modules(self) -> list[Linear]:
-        """All linear layers of the blocks (the paper's LoRA targets are not named: our choice, VideoLLaMA2's habit)."""
+        """All linear layers of the blocks (the paper's LoRA targets are not named: our choice, VideoLLaMA2's
+        habit)."""
         return [m for block in self.blocks for m in block.modules() if isinstance(m, Linear)]
 
     def add_lora(self, rank: int, alpha: float, dropout: float):
-        """Give every linear layer of the blocks a low-rank update that starts at zero (7b: rank 128, alpha 256)."""
+        """Give every linear layer of the blocks a low-rank update that starts at zero (7b: rank 128, alpha
+        256)."""
         for module in self.lora_modules():
             module.add_lora(rank, alpha, dropout)
 
@@ -560,15 +601,17 @@ class Decoder(nn.Module):
 
 
 def feature_kl(exo: Tensor, estimate: Tensor, tau: float = 1.0) -> Tensor:
-    """KL(exo || F(ego)) per sample: (B, n, C) features -> (B,). Softmax over channels of LayerNorm-ed tokens (no affine),
-    mean over tokens; the paper does not say how features become distributions: our choice, measured in toyworld B6."""
+    """KL(exo || F(ego)) per sample: (B, n, C) features -> (B,). Softmax over channels of LayerNorm-ed tokens
+    (no affine), mean over tokens; the paper does not say how features become distributions: our choice,
+    measured in toyworld B6."""
     p, q = (F.log_softmax(F.layer_norm(f.float(), f.shape[-1:]) / tau, dim=-1) for f in (exo, estimate))
     return (p.exp() * (p - q)).sum(-1).mean(-1) * tau ** 2
 
 
 # --------------------------------------------------------------------------------------------------- Exo2Ego
 class Exo2Ego(nn.Module):
-    """The whole model. Parts: exo_vit, exo_connector, ego_vit, ego_connector, F, G, decoder (F, G from stage 2 on)."""
+    """The whole model. Parts: exo_vit, exo_connector, ego_vit, ego_connector, F, G, decoder (F, G from stage
+    2 on)."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -589,7 +632,8 @@ class Exo2Ego(nn.Module):
         return rearrange(vit((x - mean) / std), "(b t) h w d -> b t h w d", b=len(frames))
 
     def read_ego(self, x: Tensor) -> Tensor:
-        """[con_ego(x) ; con_exo(F(x))], concatenated along tokens: F(x) lives in exo space, so the exo connector reads it."""
+        """[con_ego(x) ; con_exo(F(x))], concatenated along tokens: F(x) lives in exo space, so the exo
+        connector reads it."""
         tokens = self.ego_connector(x)                                      # (B, 1521, 4096)
         return tokens if self.F is None else torch.cat([tokens, self.exo_connector(self.F(x))], dim=1)
 
@@ -613,30 +657,35 @@ class Exo2Ego(nn.Module):
     def text_logits(self, visual: Tensor | None, ids: Tensor, labels: Tensor, lens: Sequence[int]):
         """Logits only where a label is supervised: (supervised, vocab) and their targets (supervised,).
 
-        Packed ids and labels (tokens,), visual (B, n, W) with sum(ids == VIDEO) = B * n; position t predicts token t + 1.
+        Packed ids and labels (tokens,), visual (B, n, W) with sum(ids == VIDEO) = B * n; position t predicts
+        token t + 1.
         """
         seg = Segments.packed(lens, ids.device)
         positions = torch.cat([torch.arange(n) for n in lens]).to(ids.device)
         hidden = self.decoder(self.splice(visual, ids), seg, positions)
-        where = (labels[1:] != IGNORE).nonzero().squeeze(1)     # a sequence's first token is never supervised, so a
-        return self.decoder.logits(hidden[where]), labels[1:][where]        # label is never read across a boundary
+        # a sequence's first token is never supervised, so a
+        where = (labels[1:] != IGNORE).nonzero().squeeze(1)
+        return self.decoder.logits(hidden[where]), labels[1:][where]  # label is never read across a boundary
 
     @torch.no_grad()
-    def score(self, visual: Tensor, ids: Tensor, labels: Tensor, lens: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Per sequence: sum of the log-probabilities of its supervised tokens (B,), and whether greedy decoding would
-        write exactly these tokens (B,) bool. One forward: with the truth as prefix, all argmax right = greedy right."""
+    def score(self, visual: Tensor, ids: Tensor, labels: Tensor, lens: Sequence[int]):
+        """Per sequence: sum of the log-probabilities of its supervised tokens (B,), and whether greedy
+        decoding would write exactly these tokens (B,) bool. One forward: with the truth as prefix, all argmax
+        right = greedy right."""
         logits, targets = self.text_logits(visual, ids, labels, lens)
         logp = logits.float().log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
         owner = torch.repeat_interleave(torch.arange(len(lens)), torch.tensor(lens)).to(ids.device)[1:]
         owner = owner[labels[1:] != IGNORE]
         total = torch.zeros(len(lens), device=ids.device).index_add(0, owner, logp)
-        wrong = torch.zeros(len(lens), device=ids.device).index_add(0, owner, (logits.argmax(-1) != targets).float())
+        misses = (logits.argmax(-1) != targets).float()
+        wrong = torch.zeros(len(lens), device=ids.device).index_add(0, owner, misses)
         return total, wrong == 0
 
     @torch.no_grad()
     def generate(self, visual: Tensor, prompts: Sequence[Tensor], *, eos: int, max_new: int = 64,
                  temperature: float = 0.0, use_cache: bool = True) -> list[list[int]]:
-        """Answers as token ids, without the closing eos; one prompt (with its VIDEO ids) per row of visual (B, n, W).
+        """Answers as token ids, without the closing eos; one prompt (with its VIDEO ids) per row of visual
+        (B, n, W).
 
         temperature 0 is greedy. The cache changes the speed, not the tokens.
         """
@@ -660,7 +709,7 @@ class Exo2Ego(nn.Module):
                 break
             if use_cache:
                 x, new = self.decoder.embed(token), [1] * len(ids)
-            else:                                                           # the slow way, kept as the cache's oracle
+            else:  # the slow way, kept as the cache's oracle
                 ids = [torch.cat([p, t[None]]) for p, t in zip(ids, token)]
                 cache, x, new = KVCache(len(ids)), self.splice(visual, torch.cat(ids)), [len(p) for p in ids]
         return answers
@@ -668,15 +717,16 @@ class Exo2Ego(nn.Module):
 
 # ------------------------------------------------------------------------------------------------- Tokenizer
 class Tokenizer:
-    """A sentencepiece vocabulary and Mistral-Instruct's chat template. It lives beside the network because a checkpoint
-    is both: the rows of the embedding mean nothing without it.
+    """A sentencepiece vocabulary and Mistral-Instruct's chat template. It lives beside the network because a
+    checkpoint is both: the rows of the embedding mean nothing without it.
 
         <s>[INST] <video> question [/INST] answer</s>[INST] question [/INST] answer</s>
+    
     """
 
     def __init__(self, path: str | os.PathLike):
         if not Path(path).is_file():
-            raise FileNotFoundError(f"no tokenizer at {path}: pass --tokenizer FILE (a sentencepiece tokenizer.model)")
+            raise FileNotFoundError(f"no tokenizer at {path}: it should be a sentencepiece tokenizer.model")
         self.path = Path(path)
         self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
         self.bos, self.eos, self.size = self.sp.bos_id(), self.sp.eos_id(), self.sp.get_piece_size()
@@ -690,13 +740,12 @@ class Tokenizer:
         return self.sp.decode([int(i) for i in ids if i >= 0])
 
     def chat(self, turns: Sequence[dict], video_tokens: int) -> tuple[list[int], list[int]]:
-        """Turns {"user", "assistant"} -> ids and labels. `<video>` (put first when no user turn has it) becomes
-        `video_tokens` VIDEO ids. Supervised: the assistant's tokens and their closing </s>, nothing else. A last turn
-        without "assistant" is a prompt to be continued.
-        """
+        """Turns {"user", "assistant"} -> ids and labels. `<video>` (put first when no user turn has it)
+        becomes `video_tokens` VIDEO ids. Supervised: the assistant's tokens and their closing </s>, nothing
+        else. A last turn without "assistant" is a prompt to be continued."""
         marks = sum(turn["user"].count("<video>") for turn in turns)
         if marks > (video_tokens > 0):
-            raise ValueError(f"{marks} <video> marks in the user turns: write one at most, and none without a video")
+            raise ValueError(f"{marks} <video> marks in the user turns: one at most, none without a video")
         ids, labels = [self.bos], [IGNORE]
         for i, turn in enumerate(turns):
             user = turn["user"] if i or marks or not video_tokens else "<video>\n" + turn["user"]
@@ -711,11 +760,13 @@ class Tokenizer:
 
 # ----------------------------------------------------------------------------------------------- checkpoints
 def newest_checkpoint(run: str | os.PathLike) -> Path | None:
-    """The newest finished `step_*` of a run folder (or the folder itself if it is a checkpoint); None if there is none."""
+    """The newest finished `step_*` of a run folder (or the folder itself if it is a checkpoint); None if
+    there is none."""
     run = Path(run)
     if (run / "state.json").is_file():
         return run
-    return max(run.glob("step_[0-9]*"), default=None, key=lambda p: p.name)     # a save takes this name only when whole
+    # a save takes this name only when whole
+    return max(run.glob("step_[0-9]*"), default=None, key=lambda p: p.name)
 
 
 def fingerprint(path: str | os.PathLike) -> str:
@@ -733,7 +784,7 @@ def read_state(path: Path) -> dict:
     try:
         return json.loads((path / "state.json").read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}/state.json cannot be read ({error}): is this a checkpoint folder?") from None
+        raise ValueError(f"{path}/state.json cannot be read ({error}): is this a checkpoint?") from None
 
 
 def checkpoint_tensors(path: Path, base: str | os.PathLike | None = None) -> dict[str, Tensor]:
@@ -743,37 +794,157 @@ def checkpoint_tensors(path: Path, base: str | os.PathLike | None = None) -> dic
     if state["base"]:
         root = newest_checkpoint(base or path.parent / state["base"])
         if root is None:
-            raise FileNotFoundError(f"{path} builds on {state['base']}, where there is no checkpoint: pass --base DIR")
+            raise FileNotFoundError(f"{path} builds on {state['base']}, which is not there: pass --base DIR")
         if fingerprint(root) != state["base_hash"]:
-            raise ValueError(f"{root} is not the base that {path} was trained on (its weights differ): pass --base DIR")
+            raise ValueError(f"{root} is not the base of {path}, its weights differ: pass --base DIR")
         tensors = checkpoint_tensors(root)
     try:
         return tensors | load_file(path / "model.safetensors")
     except Exception as error:
-        raise ValueError(f"{path}/model.safetensors cannot be read ({error}): remove this folder to fall back to the "
-                         f"checkpoint before it") from None
+        raise ValueError(f"{path}/model.safetensors cannot be read ({error}): remove {path} to fall back to "
+                         f"the checkpoint before it") from None
 
 
 def load_strict(model: nn.Module, tensors: dict[str, Tensor], source: str, fresh: tuple[str, ...] = ()):
-    """Copy tensors by name: none missing (but parts named in `fresh`), none left over, every shape equal."""
+    """Copy tensors by name: none missing (but those named by `fresh`), none left over, all shapes equal."""
     own = model.state_dict()
-    missing = sorted(n for n in own.keys() - tensors.keys() if not n.startswith(fresh or "\0"))
+    missing = sorted(n for n in own.keys() - tensors.keys() if not any(word in n for word in fresh))
     extra = sorted(tensors.keys() - own.keys())
     wrong = [f"{n}: {tuple(tensors[n].shape)} in the file, {tuple(own[n].shape)} in the model"
              for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape]
     if missing or extra or wrong:
-        raise ValueError(f"{source} does not fit the model: missing {missing[:3]}, unknown {extra[:3]}, shapes {wrong[:3]}")
+        raise ValueError(f"{source} does not fit the model: missing {missing[:3]}, unknown {extra[:3]}, "
+                         f"shapes {wrong[:3]}")
     model.load_state_dict(tensors, strict=False)                            # safe: names were just checked
 
 
-def load_checkpoint(path: str | os.PathLike, base: str | os.PathLike | None = None):
-    """-> Exo2Ego (eval mode), Tokenizer, state (stage, step, config, ...). `path` is a run folder or one of its
-    `step_*`; the checkpoint holds what was trained, `base` (default: as recorded) the rest."""
+def load_checkpoint(path: str | os.PathLike, base: str | os.PathLike | None = None, **added):
+    """-> Exo2Ego (eval mode), Tokenizer, state (stage, step, config, ...). `path` is a run folder or one of
+    its `step_*`: it holds what was trained, `base` (default: as recorded) the rest. `added` changes the
+    ModelConfig (mapping="resnet", lora=True): those parts start fresh."""
     folder = newest_checkpoint(path)
     if folder is None:
         raise FileNotFoundError(f"no checkpoint in {path}: train it first (torchrun train.py --stage N)")
     state = read_state(folder)
-    model = Exo2Ego(ModelConfig(**state["model"]))
+    model = Exo2Ego(replace(ModelConfig(**state["model"]), **added))
     tensors = {n: t for n, t in checkpoint_tensors(folder, base).items() if not n.startswith("loss.")}
-    load_strict(model, tensors, str(folder))
+    fresh = {"mapping": ("F.", "G."), "lora": ("lora_a", "lora_b")}
+    load_strict(model, tensors, str(folder), sum((fresh[key] for key in added), ()))
     return model.eval(), Tokenizer(folder / "tokenizer.model"), state
+
+
+def save_checkpoint(folder: Path, tensors: dict[str, Tensor], optimizers: list, rng: list[Tensor],
+                    state: dict, tokenizer: Path, keep: int):
+    """Write a checkpoint under a temporary name, sync it, rename it: a killed save never looks finished. The
+    newest `keep` of the run stay."""
+    part = folder.with_name(f"part_{folder.name}")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    save_file({n: t.detach().contiguous().cpu() for n, t in tensors.items()}, part / "model.safetensors")
+    moments = {f"rng.{rank}": s for rank, s in enumerate(rng)}
+    for i, optimizer in enumerate(optimizers):
+        for j, values in optimizer.state_dict()["state"].items():
+            moments |= {f"{i}.{j}.{key}": value.detach().contiguous() for key, value in values.items()}
+    save_file(moments, part / "optim.safetensors")
+    shutil.copyfile(tokenizer, part / "tokenizer.model")
+    (part / "state.json").write_text(json.dumps(state, indent=1))
+    for file in part.iterdir():
+        with open(file, "rb") as f:
+            os.fsync(f.fileno())
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(part, folder)
+    for old in sorted(folder.parent.glob("step_[0-9]*"))[:-keep]:
+        shutil.rmtree(old)
+
+
+def load_optimizers(folder: Path, optimizers: list, rank: int):
+    """Moments and this rank's random state, exactly as saved."""
+    moments = load_file(folder / "optim.safetensors")
+    for i, optimizer in enumerate(optimizers):
+        values = {}
+        for name in (n for n in moments if n.startswith(f"{i}.")):
+            _, j, key = name.split(".")
+            values.setdefault(int(j), {})[key] = moments[name]
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": values})
+    if f"rng.{rank}" in moments:
+        torch.set_rng_state(moments[f"rng.{rank}"])
+
+
+def pick_device() -> torch.device:
+    """This process's GPU, else Apple's, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def resume_point(out: str, config: dict, record: dict) -> Path | None:
+    """The newest finished checkpoint of this very run, or None; another run's folder is refused by field."""
+    folder = newest_checkpoint(out)
+    state = read_state(folder) if folder else {}
+    was = state.get("config", {}) | {key: state.get(key) for key in record}
+    for key, value in (config | record).items():
+        if folder and was.get(key) != value:
+            raise ValueError(f"{out} holds a run with {key}={was.get(key)}, this one has {value}: choose "
+                             f"another --out or remove the folder")
+    return folder
+
+
+def git_revision() -> str | None:
+    """Commit of this code, with + when files differ from it; None outside a checkout."""
+    def git(*args):
+        here = Path(__file__).parent
+        return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True).stdout.strip()
+    try:
+        revision = git("rev-parse", "--short=12", "HEAD")
+        return revision + "+" * bool(git("status", "--porcelain")) if revision else None
+    except OSError:
+        return None
+
+
+# -------------------------------------------------------------------------------------------- the optimisers
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is orthogonalised: all directions of a matrix learn at one speed, which is what
+    makes the connector start from scratch at all. Scaled to AdamW's step, so that both read one learning
+    rate.
+
+    torch.optim.Muon is the same rule, but its Newton-Schulz runs in bfloat16, which a CPU without AMX
+    emulates (10-40x slower here), and it takes no convolutions; to us they are matrices (out, in * kernel).
+    """
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 0.05)
+                update = orthogonal(p.grad.lerp(momentum, 0.95).flatten(1)).view_as(p)          # Nesterov
+                p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.flatten(1).shape)))
+
+
+def orthogonal(m: Tensor) -> Tensor:
+    """The nearest semi-orthogonal matrix, roughly: five Newton-Schulz steps with Muon's published
+    coefficients."""
+    x = m.T if m.shape[0] > m.shape[1] else m
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.T if m.shape[0] > m.shape[1] else x
+
+
+def make_optimizers(trained: dict[str, nn.Parameter], rates: dict[str, float], kind: str) -> list:
+    """Muon for the matrices inside the network, AdamW for the rest (both ends, norms, biases, depthwise
+    filters); kind "adamw": AdamW for all. `rates`: peak learning rate of each name."""
+    def is_matrix(name, p):
+        ends = any(word in name for word in ("embedding", "position", "head", "loss."))
+        return kind == "muon" and not ends and p.ndim >= 2 and p.shape[1] > 1
+
+    def groups(matrices):
+        by_rate = {}
+        for name, p in trained.items():
+            if is_matrix(name, p) == matrices:
+                by_rate.setdefault(rates[name], []).append(p)
+        return [dict(params=params, lr=lr, peak=lr) for lr, params in by_rate.items()]
+    optimizers = [Muon(groups(True), {})] if groups(True) else []
+    if groups(False):
+        optimizers.append(torch.optim.AdamW(groups(False), betas=(0.9, 0.95), weight_decay=0, fused=True))
+    return optimizers

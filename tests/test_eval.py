@@ -1,0 +1,80 @@
+"""Scores mean what they say: chance for constant answers, ties shared, real greedy answers."""
+import json
+import shutil
+
+import numpy as np
+import torch
+from conftest import REPO, run
+
+import eval as evaluation
+from data import NARRATE, read_manifest
+from model import load_checkpoint
+
+
+def test_constant_scores_give_chance_and_ties_are_shared():
+    rng = np.random.default_rng(0)
+    answers = rng.integers(0, 5, 400)
+    assert abs(np.mean([evaluation.choice_score(np.zeros(5), a) for a in answers]) - 0.2) < 1e-12
+    assert evaluation.choice_score(np.array([1.0, 2, 2, 0]), 2) == 0.5
+    assert evaluation.choice_score(np.array([1.0, 2, 2, 0]), 0) == 0.0
+
+
+def test_wilson_interval():
+    low, high = evaluation.wilson(0.5, 100)
+    assert abs(low - 0.4038) < 1e-4 and abs(high - 0.5962) < 1e-4
+    assert evaluation.wilson(0.0, 10)[0] == 0.0 and evaluation.wilson(1.0, 10)[1] == 1.0
+
+
+def test_benchmark_prints_every_figure(toy, tmp_path):
+    out = (toy / "stage3" / "eval.json").read_text()
+    figures = json.loads(out)
+    for name in ("ego_em", "mcq_inter", "mcq_intra", "qa"):
+        assert {name, f"{name}_chance", f"{name}_lo", f"{name}_hi", f"{name}_n"} <= figures.keys()
+        assert 0 <= figures[f"{name}_lo"] <= figures[name] <= figures[f"{name}_hi"] <= 1
+    assert abs(figures["ego_em_chance"] - 1 / 270) < 1e-9 and figures["mcq_intra_chance"] == 0.2
+    assert {"kl_true", "kl_shuffled"} <= json.loads((toy / "stage2" / "eval.json").read_text()).keys()
+    assert (toy / "stage3" / "samples.png").stat().st_size > 5000
+    _, printed, _ = run(REPO / "eval.py", "--ckpt", toy / "stage3", "--data", toy / "toy")
+    assert f"ego_em: {figures['ego_em']:.4f}" in printed and f"qa_n: {figures['qa_n']}" in printed
+
+
+def test_likelihood_is_the_sum_over_answer_tokens(toy):
+    model, tokenizer, _ = load_checkpoint(toy / "stage3")
+    rows = read_manifest(toy / "toy" / "test.jsonl")[:3]
+    visual = evaluation.see(model, tokenizer, rows, "ego")
+    scores = evaluation.likelihood(model, tokenizer, visual, [(2, rows[0]["text"])])
+    ids, labels = tokenizer.chat([{"user": NARRATE, "assistant": rows[0]["text"]}], visual.shape[1])
+    with torch.no_grad():
+        logits, targets = model.text_logits(visual[2:], torch.tensor(ids), torch.tensor(labels), [len(ids)])
+    byhand = sum(float(row.log_softmax(-1)[t]) for row, t in zip(logits, targets))
+    assert len(targets) == len(tokenizer.encode(rows[0]["text"])) + 1 and abs(byhand - scores[0]) < 1e-3
+
+
+def test_batched_answers_equal_single_ones(toy):
+    model, tokenizer, _ = load_checkpoint(toy / "stage3")
+    rows = read_manifest(toy / "toy" / "test.jsonl")[:6]
+    visual = evaluation.see(model, tokenizer, rows, "ego")
+    asked = [row["turns"][0]["user"] for row in rows]
+    alone = [evaluation.answer(model, tokenizer, visual[i:i + 1], [q])[0] for i, q in enumerate(asked)]
+    assert evaluation.answer(model, tokenizer, visual, asked) == alone
+
+
+def test_ask_one_video(toy):
+    video = toy / "toy" / "val" / "ego" / "0.mp4"
+    code, out, _ = run(REPO / "eval.py", "--ckpt", toy / "stage3", "--video", video, "--ask", "Which hand am I using?",
+                       "--start", 1, "--end", 2)
+    assert len(out.strip()) > 0
+    code, _, err = run(REPO / "eval.py", "--ckpt", toy / "stage3", "--video", "gone.mp4", "--ask", "What?", check=False)
+    assert code != 0 and "gone.mp4" in err and "Traceback" not in err
+    code, _, err = run(REPO / "eval.py", "--ckpt", toy / "nowhere", check=False)
+    assert code != 0 and "no checkpoint" in err and "Traceback" not in err
+
+
+def test_a_moved_base_is_named_and_another_one_refused(toy, tmp_path):
+    shutil.copytree(toy / "stage1", tmp_path / "a" / "stage1")
+    code, _, err = run(REPO / "eval.py", "--ckpt", tmp_path / "a" / "stage1", "--data", toy / "toy", check=False)
+    assert code != 0 and "--base" in err
+    model, _, _ = load_checkpoint(tmp_path / "a" / "stage1", base=toy / "stage0")
+    assert model is not None
+    code, _, err = run(REPO / "eval.py", "--ckpt", tmp_path / "a" / "stage1", "--base", toy / "stage2", check=False)
+    assert code != 0 and "not the base" in err
