@@ -11,13 +11,14 @@ REPO = Path(__file__).parent.parent
 sys.path.insert(0, str(REPO))
 TINY = ["--corpus", "60", "--ego", "30", "--pairs", "30", "--instruct", "30", "--val", "20", "--test", "20",
         "--exo-test", "20"]
+os.environ["OMP_NUM_THREADS"] = "1"     # bit-equality holds for one number of threads; also for commands we start
 torch.set_num_threads(1)
 
 
 def run(*args, cwd=None, check=True, env=None, timeout=300):
     """A command of the repository, as a user types it: (exit code, stdout, stderr)."""
     done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd or REPO, capture_output=True, text=True,
-                          timeout=timeout, env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}))
+                          timeout=timeout, env=os.environ | (env or {}))
     if check:
         assert done.returncode == 0, f"{args}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     return done.returncode, done.stdout, done.stderr

@@ -111,7 +111,8 @@ def close(a, b, tolerance):
 
 @pytest.mark.parametrize("stage", (1, 2, 3))
 def test_accumulation_and_ranks_equal_one_batch(toy, tmp_path, stage):
-    """1 x 8 == 4 x 2 == 2 ranks x 4, AdamW, float32: losses to 1e-5 relative, weights to 2e-5 after four steps."""
+    """1 x 8 == 4 x 2 == 2 ranks x 4, in float32: losses to 1e-5 relative; weights, which AdamW moves by up to 1e-3 a
+    step whatever the gradient's size, to 5e-5 after four steps."""
     args = [*flags(toy, stage), "--steps", 4, "--batch", 8, "--no-eval", "--optimizer", "adamw", "--lr", 1e-3]
     out = args.index("--out") + 1
 
@@ -123,15 +124,15 @@ def test_accumulation_and_ranks_equal_one_batch(toy, tmp_path, stage):
     for name, more, launch in (("micro", ["--micro-batch", 2], None),
                                ("ranks", [], ["-m", "torch.distributed.run", "--nproc_per_node", "2"])):
         other, other_log = result(name, *more, launch=launch)
-        close(plain, other, 2e-5)
+        close(plain, other, 5e-5)
         for a, b in zip(plain_log, other_log):
             assert abs(a["loss"] - b["loss"]) <= 1e-5 * abs(a["loss"]) and abs(a["grad_norm"] / b["grad_norm"] - 1) < 1e-3
 
 
 def test_overfit_reaches_nothing(toy, tmp_path):
-    go(*flags(toy, 1)[:-2], "--init", toy / "stage0", "--out", tmp_path / "o", "--overfit", "--batch", 4, "--steps", 120,
-       "--no-eval", "--lr", 1e-2)
-    assert log(tmp_path / "o")[-1]["loss"] < 0.05
+    """The stage 0 of one batch: a decoder that reads, then encoders that show it the four clips."""
+    go(*flags(toy, 0), "--out", tmp_path / "o", "--overfit", "--batch", 4, "--steps", 100, "--no-eval")
+    assert log(tmp_path / "o")[299]["vtg"] < 0.05 and log(tmp_path / "o")[399]["vtg"] < 0.05
 
 
 @pytest.mark.parametrize("change, present, absent", [
@@ -194,8 +195,8 @@ def test_a_non_finite_loss_stops_and_names_the_samples(toy, tmp_path):
 
 
 REFUSED = [
-    (["--stage", "2", "--init", "{toy}/stage0"], "of stage 0"), (["--stage", "5"], "--stage must be one of"),
-    (["--stage", "1", "--preset", "huge"], "--preset must be one of"), (["--stage", "1", "--bach", "3"], "--bach"),
+    (["--stage", "2", "--init", "{toy}/stage0"], "of stage 0"), (["--stage", "5"], "--stage: invalid choice: 5"),
+    (["--stage", "1", "--preset", "huge"], "--preset: invalid choice: 'huge'"), (["--stage", "1", "--bach", "3"], "--bach"),
     (["--stage", "1", "--st", "3"], "--st"), (["--stage", "1", "--init", "{toy}/nowhere"], "no checkpoint"),
     (["--stage", "1", "--batch", "7", "--micro-batch", "2"], "multiple"),
     (["--stage", "1", "--data", "{toy}/no.jsonl"], "no.jsonl"),
