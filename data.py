@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import resource
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterator
@@ -498,13 +499,13 @@ FONT = np.unpackbits(np.frombuffer(bytes.fromhex(
     np.uint8).reshape(-1, 5, 1), axis=2, bitorder="little").astype(bool)
 
 
-def write_line(canvas: np.ndarray, text: str, top: int, left: int, colour, scale: int = 2):
+def write_line(canvas: np.ndarray, text: str, top: int, left: int, colour):
     """Draw lower-case text on (H, W, 3) uint8, in place; what does not fit is left off."""
     for char in text.lower():
-        glyph = FONT[max(GLYPHS.find(char), 0)].T.repeat(scale, 0).repeat(scale, 1)
-        area = canvas[top:top + glyph.shape[0], left:left + glyph.shape[1]]
+        glyph = FONT[max(GLYPHS.find(char), 0)].T                           # (8, 5)
+        area = canvas[top:top + 8, left:left + 5]
         area[glyph[:area.shape[0], :area.shape[1]]] = colour
-        left += 6 * scale
+        left += 6
 
 
 def contact_sheet(path: str | os.PathLike, items: list[tuple[list, list]], columns: int = 2):
@@ -514,10 +515,10 @@ def contact_sheet(path: str | os.PathLike, items: list[tuple[list, list]], colum
     for clips, lines in items:
         zoom = max(1, 96 // clips[0].shape[-1])
         strips = [rearrange(clip, "t c h w -> h (t w) c").repeat(zoom, 0).repeat(zoom, 1) for clip in clips]
-        text = np.full((20 * len(lines) + 8, strips[0].shape[1], 3), 255, np.uint8)
-        for i, (line, colour) in enumerate(lines):
-            width = strips[0].shape[1] // 6
-            write_line(text, line, 4 + 20 * i, 2, colour, 1 if 2 * len(line) > width else 2)
+        lines = [(part, ink) for line, ink in lines for part in textwrap.wrap(line, strips[0].shape[1] // 6 - 1)]
+        text = np.full((12 * len(lines) + 8, strips[0].shape[1], 3), 255, np.uint8)
+        for i, (line, ink) in enumerate(lines):
+            write_line(text, line, 4 + 12 * i, 2, ink)
         tiles.append(np.pad(np.concatenate(strips + [text]), ((0, 8), (0, 8), (0, 0)), constant_values=255))
     height = max(tile.shape[0] for tile in tiles)
     tiles = [np.pad(t, ((0, height - t.shape[0]), (0, 0), (0, 0)), constant_values=255) for t in tiles]

@@ -1,6 +1,9 @@
 """The house: budgets, imports, the path from the command to the first loss, and a README that is true."""
 import ast
 import re
+import shlex
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -34,7 +37,6 @@ def test_imports_go_one_way_and_only_the_six_packages_run():
 
 
 def test_top_level_is_the_card():
-    import subprocess
     names = subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True).stdout.split()
     top = {name.split("/")[0] for name in names}
     assert top <= {*FILES, "tests", "README.md", "requirements.txt", "requirements-dev.txt", "LICENSE", ".gitignore", ".ci"}
@@ -102,6 +104,7 @@ def test_readme_commands_run(toy, tmp_path):
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "toy").symlink_to(toy / "toy")
+    shutil.copytree(toy / "stage0", tmp_path / "out" / "stage0")
     ran = 0
     for line in lines:
         for command in line.split(" && "):
@@ -117,7 +120,6 @@ def test_readme_commands_run(toy, tmp_path):
             if "my.mp4" in words or "your.jsonl" in words:
                 words = [str(toy / "toy/val/ego/0.mp4") if w == "my.mp4" else
                          str(toy / "toy/instruct.jsonl") if w == "your.jsonl" else w for w in words]
-            import shlex
             run(*shlex.split(" ".join(words)), cwd=tmp_path)
             ran += 1
     assert ran >= 5
