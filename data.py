@@ -305,7 +305,7 @@ class Loader:
         moments, skipped, ego, exo, ego_of = {}, [], [], [], []     # moments: key -> [row, samples, prompt]
         for index in indices:
             row, view, clips = self._read(index, moments, skipped)
-            key = index if self.view == "exo" else row  # the views of a narration share its moment
+            key = index if self.view == "exo" else row          # the views of a narration share its moment
             if key not in moments:
                 moments[key] = [self.rows[row], 0, self.prompt(self.rows[row], index)]
                 ego += [clips["ego"]] if "ego" in clips else []
@@ -515,7 +515,8 @@ def contact_sheet(path: str | os.PathLike, items: list[tuple[list, list]], colum
     for clips, lines in items:
         zoom = max(1, 96 // clips[0].shape[-1])
         strips = [rearrange(clip, "t c h w -> h (t w) c").repeat(zoom, 0).repeat(zoom, 1) for clip in clips]
-        lines = [(part, ink) for line, ink in lines for part in textwrap.wrap(line, strips[0].shape[1] // 6 - 1)]
+        room = strips[0].shape[1] // 6 - 1
+        lines = [(part, ink) for line, ink in lines for part in textwrap.wrap(line, room)]
         text = np.full((12 * len(lines) + 8, strips[0].shape[1], 3), 255, np.uint8)
         for i, (line, ink) in enumerate(lines):
             write_line(text, line, 4 + 12 * i, 2, ink)

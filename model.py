@@ -18,6 +18,7 @@ import math
 import os
 import shutil
 import subprocess
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -104,8 +105,7 @@ PRESETS = {
 # ------------------------------------------------------------------------------------------------- attention
 @dataclass(frozen=True)
 class Segments:
-    """Where each sequence starts and ends in a packed batch: no padding, so no mask. Made once, shared by all
-    layers.
+    """Where each sequence of a packed batch starts and ends: no padding, so no mask. All layers share one.
 
     `q_lens` and `k_lens` are host integers (loops over them never wait for a GPU); `cu_q` and `cu_k` are
     their running sums, int32 on the device, for kernels. Queries are aligned to the end of their keys (a KV
@@ -141,8 +141,7 @@ class Segments:
 
     @property
     def is_tiny(self) -> bool:
-        """Many short sequences of like lengths: one right-padded call beats a loop of calls (attention.md
-        section 3)."""
+        """Many short sequences of like lengths: one right-padded call beats a loop of calls."""
         total, longest = sum(self.q_lens), max(self.q_lens, default=0)
         count = len(self.q_lens)
         return self.q_lens == self.k_lens and total < 64 * count and longest * count < 1.4 * total
@@ -171,7 +170,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, seg: Segments, *, causal: bool, w
         batch = len(seg.q_lens)
         q, k, v = (rearrange(t, "(b t) h d -> b h t d", b=batch) for t in (q, k, v))
         return rearrange(one(q, k, v, causal, window, scale), "b h t d -> (b t) h d")
-    if backend != "reference" and causal and seg.is_tiny:  # padding comes last: causal rows never see it
+    if backend != "reference" and causal and seg.is_tiny:       # padding comes last: causal rows never see it
         rows = len(seg.q_lens) * max(seg.q_lens)
         q, k, v = (t.new_zeros(rows, *t.shape[1:]).index_copy(0, seg.slots, t) for t in (q, k, v))
         q, k, v = (rearrange(t, "(b t) h d -> b h t d", b=len(seg.q_lens)) for t in (q, k, v))
@@ -212,7 +211,7 @@ def _reference(q, k, v, causal, window, scale):
     if mask is None:
         return scores.softmax(-1) @ v
     probs = scores.masked_fill(~mask, float("-inf")).softmax(-1)
-    return probs.masked_fill(~mask.any(-1, keepdim=True), 0) @ v  # a row that sees nothing gives 0, not NaN
+    return probs.masked_fill(~mask.any(-1, keepdim=True), 0) @ v            # a row that sees nothing: 0
 
 
 def _sdpa(q, k, v, causal, window, scale):
@@ -220,9 +219,8 @@ def _sdpa(q, k, v, causal, window, scale):
     if lq == 0 or lk == 0:
         return torch.zeros_like(q)
     grouped = q.shape[1] != k.shape[1]
-    # torch's is_causal is top-left aligned: equal lengths only
-    plain = causal and lq == lk and window is None
-    open_row = not causal or (lq == 1 and window is None)  # the last query sees every key: no mask needed
+    plain = causal and lq == lk and window is None              # torch's is_causal is top-left aligned
+    open_row = not causal or (lq == 1 and window is None)       # the last query sees every key: no mask
     mask = None if plain or open_row else _visible(lq, lk, causal, window, q.device)
     out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=plain, scale=scale, enable_gqa=grouped)
     return out if lq <= lk or mask is None else out.masked_fill(~mask.any(-1, keepdim=True), 0)
@@ -268,15 +266,14 @@ class VisionEncoder(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:                            # (N, 3, 336, 336)
         n = len(pixels)
         patches = rearrange(pixels, "n c (h p) (w q) -> n (h w) (c p q)", p=self.patch, q=self.patch)
-        # (N, 576, 1024): a conv whose stride is
-        x = F.linear(patches, self.patch_embedding.weight.flatten(1))
-        x = torch.cat([self.class_token.to(x.dtype).expand(n, 1, -1), x], dim=1)    # its kernel is a matmul
+        x = F.linear(patches, self.patch_embedding.weight.flatten(1))       # stride = kernel: a matmul
+        x = torch.cat([self.class_token.to(x.dtype).expand(n, 1, -1), x], dim=1)
         x = self.pre_norm(x + self.position)                                # (N, 577, 1024)
         seg = Segments.uniform(n, x.shape[1], x.device)
         x = rearrange(x, "n t d -> (n t) d")
         for block in self.blocks:
             x = block(x, seg)
-        x = rearrange(x, "(n t) d -> n t d", n=n)[:, 1:]  # the class token has done its work
+        x = rearrange(x, "(n t) d -> n t d", n=n)[:, 1:]                    # without the class token
         return rearrange(x, "n (h w) d -> n h w d", h=self.grid)            # (N, 24, 24, 1024)
 
 
@@ -288,12 +285,11 @@ class ConvNorm(nn.Module):
         super().__init__()
         groups = 1 if kernel == 1 else c_in
         self.conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, groups=groups, bias=False)
-        self.bn = nn.LayerNorm(c_out, eps=1e-6)  # a LayerNorm; timm's attribute is called bn all the same
+        self.bn = nn.LayerNorm(c_out, eps=1e-6)                 # timm calls it bn whatever it is
 
     def forward(self, x):
         if self.conv.kernel_size == (1, 1):
-            # no transposes: channels are last already
-            return self.bn(F.linear(x, self.conv.weight.flatten(1)))
+            return self.bn(F.linear(x, self.conv.weight.flatten(1)))        # channels are last: no transposes
         return self.bn(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
@@ -312,12 +308,10 @@ class SqueezeExcite(nn.Module):
 
 
 class RegNetBlock(nn.Module):
-    """The block of VideoLLaMA2's STC (timm's RegStage with its defaults): 1x1, depthwise 3x3, gate, 1x1,
-    residual.
+    """The block of VideoLLaMA2's STC (a timm RegStage): 1x1, depthwise 3x3, gate, 1x1, residual, SiLU.
 
-    Started from scratch, the published block stays on the blind plateau: its post-activation chain garbles
-    what the ViT says. Our choice: the gain of the last norm starts at zero, so that the block starts as
-    SiLU(x).
+    From scratch it was seen to stay on the blind plateau: it garbles what the ViT says. Our choice: the gain
+    of the last norm starts at zero, so that the block starts as SiLU(x), and trains.
     """
 
     def __init__(self, c_in: int, c_out: int):
@@ -338,18 +332,13 @@ class RegNetBlock(nn.Module):
 def reg_stage(c_in: int, c_out: int, depth: int) -> nn.Sequential:
     """`depth` RegNet blocks under timm's names b1, b2, ..."""
     blocks = {f"b{i + 1}": RegNetBlock(c_in if i == 0 else c_out, c_out) for i in range(depth)}
-    stage = nn.Sequential()
-    for name, block in blocks.items():
-        stage.add_module(name, block)
-    return stage
+    return nn.Sequential(OrderedDict(blocks))
 
 
 class Connector(nn.Module):
-    """VideoLLaMA2's spatial-temporal connector: RegNet stage, Conv3d that halves t, h and w, RegNet stage,
-    MLP.
+    """VideoLLaMA2's STC: RegNet stage, Conv3d that halves time, height and width, RegNet stage, MLP.
 
-    (B, T, h, w, D) -> (B, n, W), n in (t h w) order: 16 x 24 x 24 -> 9 x 13 x 13 = 1521 tokens with padding
-    1.
+    (B, T, h, w, D) -> (B, n, W), n in (t h w) order: 16 x 24 x 24 -> 9 x 13 x 13 = 1521 tokens (padding 1).
     """
 
     def __init__(self, cfg: ModelConfig):
@@ -372,16 +361,15 @@ class Connector(nn.Module):
         conv, act = self.sampler
         p = conv.padding[0]
         x = F.pad(x, (0, 0, p, p, p, p, p, p))
-        # odd sides: as Conv3d, floor
-        x = x[:, :x.shape[1] // 2 * 2, :x.shape[2] // 2 * 2, :x.shape[3] // 2 * 2]
+        t, h, w = (side // 2 * 2 for side in x.shape[1:4])              # an odd side loses its last
+        x = x[:, :t, :h, :w]
         cubes = rearrange(x, "b (t i) (h j) (w k) d -> b t h w (d i j k)", i=2, j=2, k=2)
         return act(F.linear(cubes, conv.weight.flatten(1), conv.bias))
 
 
 # ----------------------------------------------------------------------------------------- Mapping (F and G)
 class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of (N, C, h, w). CycleGAN's instance norm would erase what a small grid
-    knows."""
+    """LayerNorm over the channels of (N, C, h, w); CycleGAN's instance norm would erase what a grid means."""
 
     def forward(self, x):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -415,8 +403,7 @@ class FCBlock(nn.Module):
 
 
 class Mapping(nn.Module):
-    """F: ego -> exo or G: exo -> ego on the ViT's patch grid, frame by frame: (B, T, h, w, D) -> the same
-    shape.
+    """F: ego -> exo or G: exo -> ego on the ViT's grid, frame by frame: (B, T, h, w, D) -> the same shape.
 
     "resnet": 1x1 conv in, stride-2 convs down, ResNet blocks, up-convs, 1x1 conv out, LayerNorm over channels
     (9 blocks between down- and up-sampling as the paper says; widths and norms are our choice). "mlp": as
@@ -449,14 +436,13 @@ class Mapping(nn.Module):
         if self.kind == "mlp":
             return self.norm(self.net(grid))
         x = rearrange(grid, "b t h w d -> (b t) d h w")
-        x = self.net(x)  # 24 x 24 -> 6 x 6 x 512 -> 24 x 24 x 1024
+        x = self.net(x)                                                     # 24 x 24 -> 6 x 6 -> 24 x 24
         return self.norm(rearrange(x, "(b t) d h w -> b t h w d", b=len(grid)))
 
 
 # ----------------------------------------------------------------------------------------- Decoder (Mistral)
 class Linear(nn.Linear):
-    """y = x W^T, plus alpha/rank * dropout(x) A^T B^T once `add_lora` was called (LoRA: only A and B
-    train)."""
+    """y = x W^T, plus alpha/rank * dropout(x) A^T B^T once `add_lora` was called (LoRA)."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -533,7 +519,7 @@ class DecoderBlock(nn.Module):
     def forward(self, x, seg, cos, sin, cache):                             # (tokens, 4096)
         h = self.norm1(x)
         q, k, v = (rearrange(p(h), "t (h d) -> t h d", d=self.head_dim) for p in (self.q, self.k, self.v))
-        q, k = rope(q, cos, sin), rope(k, cos, sin)  # (tokens, 32, 128), (tokens, 8, 128)
+        q, k = rope(q, cos, sin), rope(k, cos, sin)             # (tokens, 32, 128), (tokens, 8, 128)
         if cache is not None:
             k, v = cache.extend(self.index, k, v, seg)
         o = attention(q, k, v, seg, causal=True, window=self.window)
@@ -632,8 +618,7 @@ class Exo2Ego(nn.Module):
         return rearrange(vit((x - mean) / std), "(b t) h w d -> b t h w d", b=len(frames))
 
     def read_ego(self, x: Tensor) -> Tensor:
-        """[con_ego(x) ; con_exo(F(x))], concatenated along tokens: F(x) lives in exo space, so the exo
-        connector reads it."""
+        """[con_ego(x) ; con_exo(F(x))], along tokens: F(x) lives in exo space, the exo connector reads it."""
         tokens = self.ego_connector(x)                                      # (B, 1521, 4096)
         return tokens if self.F is None else torch.cat([tokens, self.exo_connector(self.F(x))], dim=1)
 
@@ -663,9 +648,8 @@ class Exo2Ego(nn.Module):
         seg = Segments.packed(lens, ids.device)
         positions = torch.cat([torch.arange(n) for n in lens]).to(ids.device)
         hidden = self.decoder(self.splice(visual, ids), seg, positions)
-        # a sequence's first token is never supervised, so a
-        where = (labels[1:] != IGNORE).nonzero().squeeze(1)
-        return self.decoder.logits(hidden[where]), labels[1:][where]  # label is never read across a boundary
+        where = (labels[1:] != IGNORE).nonzero().squeeze(1)     # never a sequence's first token: the
+        return self.decoder.logits(hidden[where]), labels[1:][where]    # shift stays inside a sequence
 
     @torch.no_grad()
     def score(self, visual: Tensor, ids: Tensor, labels: Tensor, lens: Sequence[int]):
@@ -709,7 +693,7 @@ class Exo2Ego(nn.Module):
                 break
             if use_cache:
                 x, new = self.decoder.embed(token), [1] * len(ids)
-            else:  # the slow way, kept as the cache's oracle
+            else:                                               # the slow way: the cache's oracle
                 ids = [torch.cat([p, t[None]]) for p, t in zip(ids, token)]
                 cache, x, new = KVCache(len(ids)), self.splice(visual, torch.cat(ids)), [len(p) for p in ids]
         return answers
@@ -721,7 +705,6 @@ class Tokenizer:
     checkpoint is both: the rows of the embedding mean nothing without it.
 
         <s>[INST] <video> question [/INST] answer</s>[INST] question [/INST] answer</s>
-    
     """
 
     def __init__(self, path: str | os.PathLike):

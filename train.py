@@ -190,11 +190,11 @@ class Objective(nn.Module):
         if self.phase.view == "ego" or model.F is None:
             return {"vtg": self.vtg(model.read_ego(x), batch)}
         with torch.no_grad():                                               # the demonstrator is frozen
-            y = model.grid(model.exo_vit, batch.exo)  # (X, T, h, w, D): their X exo views
+            y = model.grid(model.exo_vit, batch.exo)            # (X, T, h, w, D): their X exo views
         fx = model.F(x)
         estimate = model.exo_connector(fx)
         terms = {"vtg": self.vtg(torch.cat([model.ego_connector(x), estimate], dim=1), batch)}
-        pair = batch.ego_of  # the moment that each exo view shows
+        pair = batch.ego_of                                     # the moment that each exo view shows
         if "kl" in losses:
             terms["kl"] = self.kl(y, fx[pair], estimate[pair])
         if "ccl" in losses:
@@ -227,7 +227,7 @@ class Objective(nn.Module):
         first = 0
         if self.world > 1:
             others = [torch.empty_like(b) for _ in range(self.world)]
-            dist.all_gather(others, b)  # y is frozen: no gradient goes back
+            dist.all_gather(others, b)                          # y is frozen: no gradient goes back
             first, b = dist.get_rank() * len(b), torch.cat(others)
         return F.cross_entropy(a @ b.T / tau, first + torch.arange(len(a), device=a.device), reduction="none")
 
@@ -256,7 +256,7 @@ class Objective(nn.Module):
         image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
         logits = self.loss.log_scale.exp() * image @ text.T                 # (B*T/2, B)
         same = torch.tensor([[float(a == b) for b in batch.texts] for a in batch.texts], device=image.device)
-        right = same.repeat_interleave(grid.shape[1], 0)  # equal narrations are equally right
+        right = same.repeat_interleave(grid.shape[1], 0)        # equal narrations are equally right
         both = sum((logits.log_softmax(d) * right / right.sum(d, keepdim=True)).sum(d).mean() for d in (0, 1))
         return {"clip": -both / 2 * len(text)}
 
