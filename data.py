@@ -300,14 +300,12 @@ class Loader:
         return [self.micro_batch(range(a, b)) for a, b in spans if a < b]
 
     def micro_batch(self, indices: range) -> Batch:
-        """Read the clips of these samples; one that cannot be read is named and replaced by another real
-        sample."""
+        """Read the clips of these samples; one that cannot be read is named and replaced by a real one."""
         moments, skipped, ego, exo, ego_of = {}, [], [], [], []     # moments: key -> [row, samples, prompt]
         for index in indices:
-            row, view, clips = self._read(index, moments, skipped)
-            key = index if self.view == "exo" else row          # the views of a narration share its moment
+            key, row, clips = self._read(index, moments, skipped)
             if key not in moments:
-                moments[key] = [self.rows[row], 0, self.prompt(self.rows[row], index)]
+                moments[key] = [row, 0, self.prompt(row, index)]
                 ego += [clips["ego"]] if "ego" in clips else []
             moments[key][1] += 1
             exo += [clips["exo"]] if "exo" in clips else []
@@ -324,24 +322,26 @@ class Loader:
             torch.tensor(told, dtype=torch.long), len(indices), [row["id"] for row in rows],
             [row.get("text", "") for row in rows], skipped)
 
-    def _read(self, index: int, moments: dict, skipped: list) -> tuple[int, int, dict[str, np.ndarray]]:
+    def _read(self, index: int, moments: dict, skipped: list) -> tuple[tuple, dict, dict[str, np.ndarray]]:
+        """-> the moment's key, its row, and the frames it still lacks."""
         for attempt in range(10):
             number = index
-            if attempt:  # the substitute is a pure function of the seed, the sample and the attempt
+            if attempt:                     # a substitute: a pure function of seed, sample and attempt
                 number = int(np.random.default_rng([self.seed, index, attempt]).integers(self.samples))
-            row, view = self.sample(number)
+            place, view = self.sample(number)
+            row, draw = self.rows[place], (self.seed, number // self.samples, place)
+            key = (*draw, number) if self.view == "exo" else draw   # views of a narration share its moment
             clips = {}
-            if self.view in ("ego", "pair") and row not in moments:
-                clips["ego"] = self.rows[row]["ego"]
+            if self.view in ("ego", "pair") and key not in moments:
+                clips["ego"] = row["ego"]
             if self.view in ("exo", "pair"):
-                clips["exo"] = self.rows[row]["exo"][view]
-            draw = [self.seed, number // self.samples, row]  # one draw for all views: they are synchronized
-            try:
-                return row, view, {key: read_clip(
+                clips["exo"] = row["exo"][view]
+            try:                            # one draw of moments for all views: they are synchronized
+                return key, row, {name: read_clip(
                     clip["video"], clip.get("start"), clip.get("end"), self.cfg.frames, self.cfg.image_size,
-                    np.random.default_rng(draw) if self.train else None) for key, clip in clips.items()}
+                    np.random.default_rng(draw) if self.train else None) for name, clip in clips.items()}
             except DataError as error:
-                skipped.append(f"{self.rows[row]['id']}: {error}")
+                skipped.append(f"{row['id']}: {error}")
         raise DataError(f"ten samples in a row cannot be read, the last: {skipped[-1]}")
 
     def prompt(self, row: dict, index: int = 0) -> tuple[list[int], list[int]]:
@@ -387,8 +387,7 @@ def _start_worker(_):
 
 
 def die_with_parent():
-    """End this process within two seconds of its parent's death: kill -9 must not leave orphans that train
-    on."""
+    """End this process within two seconds of its parent's death: kill -9 must not leave orphans."""
     parent = os.getppid()
 
     def watch():
@@ -399,17 +398,15 @@ def die_with_parent():
 
 
 def shuffle_pairs(rows: list[dict], seed: int) -> list[dict]:
-    """The control: every ego clip gets another row's exo clips (a cyclic shift in random order: no fixed
-    point)."""
+    """The control: every ego clip gets another row's exo clips (a cyclic shift in random order)."""
     order = np.random.default_rng(seed).permutation(len(rows))
     partner = dict(zip(order, np.roll(order, 1)))
     return [row | {"exo": rows[partner[i]]["exo"]} for i, row in enumerate(rows)]
 
 
 def scatter_words(texts: list[list[int]], slots: int, vocab: int) -> Tensor:
-    """How loud each word is in each of the slots that stand for a video (B, slots, vocab): the words of the
-    text, each spread over few or many slots, among fainter words of another text. What the toy decoder learns
-    to read."""
+    """How loud each word is in each slot that stands for a video (B, slots, vocab): the words of a text, each
+    spread over few or many slots, among fainter words of another. What the toy decoder learns to read."""
     mixture = torch.zeros(len(texts), slots, vocab)
     for row, own, other in zip(mixture, texts, texts[-1:] + texts):
         loud = torch.cat([torch.empty(len(own)).uniform_(0.7, 1.3), torch.empty(len(other)).uniform_(0, 0.5)])
@@ -590,6 +587,7 @@ def plan_scene(rng: np.random.Generator) -> dict:
 
 
 def narration(verb: str, colour: str, pattern: str, hand: str) -> str:
+    """What the scene's moment is: 9 x 5 x 3 x 2 = 270 possible sentences."""
     return f"Camera-wearer {verb} the {colour} {pattern} block with the {hand} hand."
 
 
@@ -698,10 +696,12 @@ class Canvas:
 
 
 def disc(r: float):
+    """Distance to a disc's edge, negative inside; as all shapes, in table units."""
     return lambda x, y: np.sqrt(x * x + y * y) - r
 
 
 def box(w: float, h: float):
+    """Distance to the edge of a box of these half sizes."""
     return lambda x, y: np.maximum(np.abs(x) - w, np.abs(y) - h)
 
 

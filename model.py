@@ -824,7 +824,7 @@ def save_checkpoint(folder: Path, tensors: dict[str, Tensor], optimizers: list, 
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     save_file({n: t.detach().contiguous().cpu() for n, t in tensors.items()}, part / "model.safetensors")
-    moments = {f"rng.{rank}": s for rank, s in enumerate(rng)}
+    moments = {f"rng.{rank}": s.cpu() for rank, s in enumerate(rng)}
     for i, optimizer in enumerate(optimizers):
         for j, values in optimizer.state_dict()["state"].items():
             moments |= {f"{i}.{j}.{key}": value.detach().contiguous() for key, value in values.items()}
@@ -840,7 +840,21 @@ def save_checkpoint(folder: Path, tensors: dict[str, Tensor], optimizers: list, 
         shutil.rmtree(old)
 
 
-def load_optimizers(folder: Path, optimizers: list, rank: int):
+def random_state(device: torch.device) -> Tensor:
+    """The generators that a rank draws from, as bytes: the CPU's, then its GPU's."""
+    states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+    return torch.cat(states)
+
+
+def set_random_state(state: Tensor, device: torch.device):
+    """The opposite of random_state."""
+    size = len(torch.get_rng_state())
+    torch.set_rng_state(state[:size])
+    if device.type == "cuda" and len(state) > size:
+        torch.cuda.set_rng_state(state[size:], device)
+
+
+def load_optimizers(folder: Path, optimizers: list, rank: int, device: torch.device):
     """Moments and this rank's random state, exactly as saved."""
     moments = load_file(folder / "optim.safetensors")
     for i, optimizer in enumerate(optimizers):
@@ -850,7 +864,7 @@ def load_optimizers(folder: Path, optimizers: list, rank: int):
             values.setdefault(int(j), {})[key] = moments[name]
         optimizer.load_state_dict(optimizer.state_dict() | {"state": values})
     if f"rng.{rank}" in moments:
-        torch.set_rng_state(moments[f"rng.{rank}"])
+        set_random_state(moments[f"rng.{rank}"], device)
 
 
 def pick_device() -> torch.device:

@@ -27,7 +27,7 @@ from data import (DataError, Loader, Log, add_flags, die_with_parent, file_lock,
                   show_prompt, shuffle_pairs, toy_split, toy_tokenizer, toy_world)
 from model import (PRESETS, Exo2Ego, Tokenizer, checkpoint_tensors, feature_kl, fingerprint, git_revision,
                    load_checkpoint, load_optimizers, make_optimizers, newest_checkpoint, pick_device,
-                   read_state, resume_point, save_checkpoint)
+                   random_state, read_state, resume_point, save_checkpoint)
 
 
 # ------------------------------------------------------------------------------------------- the stage table
@@ -344,9 +344,9 @@ def build(run: Run) -> tuple[Exo2Ego, Tokenizer]:
 
 def save(run: Run, objective: Objective, optimizers: list, step: int, trained: dict, skipped: int):
     """What differs from the base (in stage 0 everything), and what resuming exactly needs."""
-    rng = [torch.get_rng_state() for _ in range(run.world)]
+    rng = [random_state(run.device).to(run.device) for _ in range(run.world)]
     if run.world > 1:
-        dist.all_gather(rng, torch.get_rng_state())
+        dist.all_gather(rng, rng[0].clone())
     if run.rank:
         return
     keep = run.inherited | {n.removeprefix("model.") for n in trained}
@@ -395,7 +395,7 @@ def run_phase(run: Run, model: Exo2Ego, tokenizer: Tokenizer, phase: Phase, load
         saved |= {f"model.{name}": t for name, t in saved.items()}
         objective.load_state_dict({n: saved[n] for n in own if n in saved}, strict=False)
     if step > start:
-        load_optimizers(folder, optimizers, run.rank)
+        load_optimizers(folder, optimizers, run.rank, run.device)
     if "ccl" in phase.losses and step == start:
         objective.measure(loader)
     ddp = nn.parallel.DistributedDataParallel
