@@ -111,7 +111,7 @@ def _frames_at(container, stream, moments: np.ndarray, size: int, name: str) -> 
             return out
     if shown is None:
         raise DataError(f"{name} holds no frame at {moments[0]:.2f} s: truncated?")
-    if shown.time < moments[-1] - 1.0:
+    if shown.time + max(1.0, float((shown.duration or 0) * stream.time_base)) < moments[-1]:
         raise DataError(f"{name} ends at {shown.time:.2f} s, {moments[-1]:.2f} s was asked for: truncated?")
     out[done:] = _pixels(shown, size)              # the last frame stays on display
     return out
@@ -271,7 +271,8 @@ class Loader:
             raise DataError(f"--batch {batch} is no multiple of --micro-batch {self.micro} x {world} ranks")
         need = {"exo": ("exo",), "ego": ("ego",), "pair": ("ego", "exo"), "text": ()}[view]
         for row in rows:
-            for key in need + (("text",) if view != "pair" and text == "text" else ()):
+            told = view == "pair" or text == "turns" and row.get("turns")
+            for key in need + (() if told else ("text",)):
                 if not row.get(key):
                     raise DataError(f'row {row["id"]!r} lacks "{key}", which this stage needs')
         self.views = np.array([len(row["exo"]) if view in ("exo", "pair") else 1 for row in rows])
@@ -330,7 +331,7 @@ class Loader:
                 number = int(np.random.default_rng([self.seed, index, attempt]).integers(self.samples))
             place, view = self.sample(number)
             row, draw = self.rows[place], (self.seed, number // self.samples, place)
-            key = (*draw, number) if self.view == "exo" else draw   # views of a narration share its moment
+            key = (*draw, index) if self.view == "exo" else draw    # views of a narration share its moment
             clips = {}
             if self.view in ("ego", "pair") and key not in moments:
                 clips["ego"] = row["ego"]
@@ -358,13 +359,13 @@ class Loader:
         return ids, labels
 
     def stream(self, start: int, stop: int, workers: int = 1, repeat: bool = False) -> Iterator[list[Batch]]:
-        """batch(start) ... batch(stop - 1), read ahead by worker processes; `repeat`: batch(0) every time."""
+        """batch(start) ... batch(stop - 1), read ahead by workers; `repeat`: batch(0) every time."""
         steps = [0] * (stop - start) if repeat else range(start, stop)
         loader = torch.utils.data.DataLoader(
             _Steps(self), sampler=steps, batch_size=None, num_workers=workers,
-            worker_init_fn=_start_worker, prefetch_factor=2 if workers else None, collate_fn=_as_is,
+            worker_init_fn=_start_worker, prefetch_factor=2 if workers else None,
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None)
-        return iter(loader)
+        return map(_or_raise, iter(loader))
 
 
 class _Steps(torch.utils.data.Dataset):
@@ -373,11 +374,16 @@ class _Steps(torch.utils.data.Dataset):
     def __init__(self, loader: Loader):
         self.loader = loader
 
-    def __getitem__(self, step: int) -> list[Batch]:
-        return self.loader.batch(step)
+    def __getitem__(self, step: int) -> list[Batch] | ValueError:
+        try:
+            return self.loader.batch(step)
+        except ValueError as error:                             # raised in a worker it would be a traceback
+            return error
 
 
-def _as_is(item):
+def _or_raise(item):
+    if isinstance(item, ValueError):
+        raise item
     return item
 
 

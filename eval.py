@@ -123,8 +123,8 @@ def toy_benchmark(model: Exo2Ego, tokenizer: Tokenizer, data: str, stage: int, o
         more, replies = ask(model, tokenizer, rows, visual)
         figures |= more
     show(out / "samples.png", rows, view, narrations, replies)
-    earlier = Path(init or out) / "eval.json"
-    if stage == 1 and earlier.is_file():
+    earlier = Path(init or "") / "eval.json"
+    if stage == 1 and init and earlier.is_file():
         before = json.loads(earlier.read_text())["exo_em"]
         print(f"exo narration exact match: {before:.3f} before, {figures['exo_em']:.3f} after")
     print("".join(f"{key}: {value:.4f}\n" if isinstance(value, float) else f"{key}: {value}\n"

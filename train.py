@@ -1,7 +1,7 @@
 """Train Exo2Ego, stage by stage. The table below is the paper's method; one loop runs every row of it.
 
     torchrun train.py --stage 1                        # makes the micro-world and stage 0 if they are missing
-    torchrun --nproc_per_node 2 train.py --stage 2     # any number of processes: the same result
+    torchrun --nproc_per_node 2 train.py --stage 2     # any number of processes: the same batches
 
 The same command again resumes, bit for bit. Every step is one object in out/stageN/log.jsonl.
 """
@@ -74,7 +74,7 @@ PAPER = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Every flag. None: the stage table's row, or what the comment says."""
+    """Every flag. None: the stage table's row, or what the comment says. FREE ones may change on resuming."""
     stage: Literal[0, 1, 2, 3]                      # 0 Init | 1 demonstrator | 2 guidance | 3 self-practice
     preset: Literal["toy", "small", "7b"] = "toy"
     data: str = "out/toy"                           # a manifest (.jsonl), or the micro-world's folder
@@ -113,7 +113,6 @@ class TrainConfig:
     kl_temperature: float = 1.0
 
 
-# Flags that may differ between a run and its resumption: they do not change the result.
 FREE = {"out", "save_every", "keep", "val_every", "workers", "timeout", "micro_batch", "no_eval", "max_bad"}
 
 
@@ -282,7 +281,6 @@ class Run:
     inherited: set = field(default_factory=set)                 # tensors that earlier stages trained
 
     def sum(self, tensor: Tensor) -> list:
-        """Sum over ranks -> numbers."""
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor.tolist()
@@ -304,18 +302,19 @@ def set_trained(objective: Objective, phase: Phase, fresh: bool) -> dict[str, nn
 
 
 def make_loader(run: Run, phase: Phase, model: Exo2Ego, tokenizer: Tokenizer, split: str | None = None):
-    """The phase's samples; with `split` "val" the validation rows, in order."""
+    """The phase's samples, with visual tokens for [x ; F(x)] or one view; `split`: "val", in order."""
     cfg, path = run.cfg, Path(run.cfg.data)
+    if split and (cfg.stage == 0 or path.suffix == ".jsonl"):
+        raise DataError("--val-every needs stage 1, 2 or 3 on the micro-world, which has a validation split")
     if path.suffix != ".jsonl":
         path = toy_split(path, split or phase.split, toy_world(path))
     rows = read_manifest(path, cfg.root, cfg.allow_outside)
     if cfg.shuffle_pairs and phase.view == "pair" and not split:
         rows = shuffle_pairs(rows, cfg.seed)
     run.record.setdefault("manifest", hashlib.sha256(path.read_bytes()).hexdigest()[:16])
-    twice = phase.view in ("ego", "pair") and model.F is not None           # [x ; F(x)]
     return Loader(rows, model.cfg, tokenizer, view=phase.view, text=phase.text, batch=phase.batch,
                   micro=cfg.micro_batch, seed=cfg.seed, rank=run.rank, world=run.world, train=not split,
-                  video_tokens=model.cfg.visual_tokens * (1 + twice))
+                  video_tokens=model.cfg.visual_tokens * (1 + (phase.view != "exo" and model.F is not None)))
 
 
 def build(run: Run) -> tuple[Exo2Ego, Tokenizer]:
@@ -333,12 +332,13 @@ def build(run: Run) -> tuple[Exo2Ego, Tokenizer]:
         raise DataError(f"--init {cfg.init} is of stage {state['stage']} at step {state['step']} of "
                         f"{state['steps']}; stage {cfg.stage} starts from a finished stage {before}")
     new = {2: {} if cfg.no_mapping else {"mapping": cfg.mapping}, 3: {} if cfg.no_lora else {"lora": True}}
-    model, tokenizer, _ = load_checkpoint(source, **new.get(cfg.stage, {}))
-    base = newest_checkpoint(source.parent / state["base"]) if state["base"] else source
+    base = newest_checkpoint(cfg.base) or newest_checkpoint(source.parent / (state["base"] or ""))
+    base = base if state["base"] else source
+    model, tokenizer, _ = load_checkpoint(source, base, **new.get(cfg.stage, {}))
     run.record |= dict(init=fingerprint(source), base=os.path.relpath(base.parent, cfg.out),
                        base_hash=fingerprint(base))
-    trained = load_file(source / "model.safetensors") if state["base"] else {}
-    run.inherited = {name for name in trained if part_of(name) != "loss"}
+    earlier = load_file(source / "model.safetensors") if state["base"] else {}
+    run.inherited = {n for n in [*earlier, *model.state_dict()] if n in earlier or part_of(n) in ("F", "G")}
     return model, tokenizer
 
 
@@ -369,15 +369,15 @@ def train(cfg: TrainConfig, rank: int = 0, world: int = 1):
     folder = resume_point(cfg.out, {k: v for k, v in asdict(cfg).items() if k not in FREE}, run.record)
     done, skipped = (read_state(folder)[key] if folder else 0 for key in ("step", "skipped"))
     if done == run.total:
-        print(f"{folder} is finished: nothing to do")
-        return
+        print(f"{folder} is finished: nothing to train")
+        model, _, _ = load_checkpoint(folder, folder.parent / (read_state(folder)["base"] or ""))
     log = Log(Path(cfg.out) / "log.jsonl" if rank == 0 else None, done, skipped)
     for row, loader, length in zip(rows, loaders, lengths):
         if done < start + length:
             run_phase(run, model, tokenizer, row, loader, start, length, folder, log)
             folder = None
         start += length
-    if rank == 0 and not cfg.no_eval:
+    if rank == 0 and not cfg.no_eval and (done < run.total or not (Path(cfg.out) / "eval.json").is_file()):
         evaluation.toy_benchmark(model, tokenizer, cfg.data, cfg.stage, Path(cfg.out), Path(cfg.init))
 
 
@@ -388,14 +388,12 @@ def run_phase(run: Run, model: Exo2Ego, tokenizer: Tokenizer, phase: Phase, load
     torch.manual_seed(hash((cfg.seed, start, run.rank)) % 2 ** 31)
     objective = Objective(model, tokenizer, phase, cfg, world).to(run.device)
     step = max(start, read_state(folder)["step"]) if folder else start
-    trained = set_trained(objective, phase, fresh=step == start)
-    optimizers = make_optimizers(trained, {n: phase.trains[part_of(n)] for n in trained}, cfg.optimizer)
     if folder:
         saved, own = checkpoint_tensors(folder), objective.state_dict()
         saved |= {f"model.{name}": t for name, t in saved.items()}
         objective.load_state_dict({n: saved[n] for n in own if n in saved}, strict=False)
-    if step > start:
-        load_optimizers(folder, optimizers, run.rank, run.device)
+    trained = set_trained(objective, phase, fresh=step == start)
+    optimizers = make_optimizers(trained, {n: phase.trains[part_of(n)] for n in trained}, cfg.optimizer)
     if "ccl" in phase.losses and step == start:
         objective.measure(loader)
     ddp = nn.parallel.DistributedDataParallel
@@ -403,6 +401,8 @@ def run_phase(run: Run, model: Exo2Ego, tokenizer: Tokenizer, phase: Phase, load
     describe(run, phase, objective, loader, length)
     val = make_loader(run, phase, model, tokenizer, "val") if cfg.val_every else None
     batches = loader.stream(step - start, length, cfg.workers, repeat=cfg.overfit)
+    if step > start:                                            # last: a new DataLoader draws a random number
+        load_optimizers(folder, optimizers, run.rank, run.device)
     log.start(step - start)
     for step in range(step, start + length):
         share = schedule(step - start, length, phase)

@@ -1,7 +1,7 @@
 """Video reading never lies, manifests fail by name, and a batch is a function of (seed, step, rank)."""
 import json
 import sys
-from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -161,9 +161,37 @@ def test_an_unreadable_clip_is_named_and_replaced(toy):
     assert one.rows[bad]["id"] not in batch.names
 
 
+def test_a_substitute_keeps_texts_beside_their_videos(toy):
+    """Every clip of six made unreadable in turn: each text still reads the clip of its own row."""
+    rows = loader(toy, view="exo").rows[:6]
+    for bad in range(6):
+        one = loader(toy, view="exo", batch=6)
+        broken = {"exo": [{"video": "/nowhere.mp4"}]}
+        one.__init__([r | broken if i == bad else r | {"exo": r["exo"][:1]} for i, r in enumerate(rows)], one.cfg,
+                     one.tokenizer, view="exo", batch=6)
+        batch = one.batch(0)[0]
+        assert len(batch.exo) == len(batch.names) == len(batch.lens) == 6 and batch.skipped
+        assert batch.text_of.tolist() == list(range(6))
+
+
 def test_a_row_without_what_the_stage_needs_is_named(toy):
     with pytest.raises(DataError, match='"exo"'):
         loader(toy, view="exo", split="ego")
+    rows = [{"id": "a", "ego": {"video": "v.mp4"}}]
+    with pytest.raises(DataError, match='"text"'):
+        Loader(rows, PRESETS["toy"], None, view="ego", text="turns", batch=1)
+
+
+def test_a_worker_fails_with_one_sentence(toy):
+    one = loader(toy, view="ego", split="ego")
+    one.rows = [row | {"text": "word " * 300} for row in one.rows]
+    with pytest.raises(DataError, match="tokens, over 256"):
+        next(one.stream(0, 2, workers=1))
+
+
+def test_a_slow_video_is_not_called_truncated(tmp_path):
+    write_video(tmp_path / "slow.mp4", np.full((5, 48, 48, 3), 90, np.uint8), Fraction(1, 4))
+    assert read_clip(tmp_path / "slow.mp4", None, None, 8, 48).shape == (8, 3, 48, 48)
 
 
 def test_supervision_is_the_answer_and_its_end(toy):
