@@ -38,7 +38,7 @@ from av.video.reformatter import VideoReformatter
 from einops import rearrange
 from torch import Tensor
 
-from model import IGNORE, VIDEO, ModelConfig, Tokenizer
+from model import IGNORE, PRESETS, VIDEO, ModelConfig, Tokenizer
 
 # the prompt of a row's `text` (our choice: the paper names none for stages 1, 2)
 NARRATE = "Narrate the video."
@@ -136,12 +136,18 @@ def _pixels(frame, size: int) -> np.ndarray:
     return out
 
 
-def write_video(path: str | os.PathLike, frames: np.ndarray, fps: int, gop: int = 12):
-    """uint8 (N, H, W, 3) -> mp4 (mpeg4, 400 kbit/s), through a temporary name: a killed write never looks
-    finished."""
+@contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary name to write to; it becomes `path` at the end: a killed write never looks finished."""
     part = Path(f"{path}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(part), "w", format="mp4") as container:
+    yield part
+    os.replace(part, path)
+
+
+def write_video(path: str | os.PathLike, frames: np.ndarray, fps: int, gop: int = 12):
+    """uint8 (N, H, W, 3) -> mp4 (mpeg4, 400 kbit/s)."""
+    with whole_file(path) as part, av.open(str(part), "w", format="mp4") as container:
         stream = container.add_stream("mpeg4", rate=fps)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt, stream.bit_rate = "yuv420p", 400_000
@@ -149,7 +155,6 @@ def write_video(path: str | os.PathLike, frames: np.ndarray, fps: int, gop: int 
         for image in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
-    os.replace(part, path)
 
 
 # ------------------------------------------------------------------------------------------------- manifests
@@ -203,10 +208,9 @@ def _check_row(row, where: str, base: Path, allow_outside: bool) -> dict:
 
 
 def write_jsonl(path: str | os.PathLike, rows: list[dict]):
-    """Rows as JSON lines, through a temporary name."""
-    part = Path(f"{path}.part")
-    part.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(part, path)
+    """Rows as JSON lines."""
+    with whole_file(path) as part:
+        part.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @contextmanager
@@ -907,9 +911,8 @@ def _claim_world(out: Path, world: World):
     """A folder holds one world: refuse other knobs by name."""
     file = out / "world.json"
     if not file.is_file():
-        part = Path(f"{file}.part")
-        part.write_text(json.dumps(asdict(world)))
-        os.replace(part, file)
+        with whole_file(file) as part:
+            part.write_text(json.dumps(asdict(world)))
     made = json.loads(file.read_text())
     for key, value in asdict(world).items():
         if made.get(key) != value:
@@ -922,20 +925,18 @@ def toy_world(out: str | os.PathLike) -> World:
     return World(**json.loads(file.read_text())) if file.is_file() else World()
 
 
-def toy_tokenizer(out: str | os.PathLike, world: World, vocab: int) -> Path:
+def toy_tokenizer(out: str | os.PathLike, world: World) -> Path:
     """A sentencepiece BPE model with byte fallback (as Mistral's), trained on the text of the exo corpus."""
     path = Path(out) / "tokenizer.model"
     if not path.is_file():
         rows = read_manifest(toy_split(out, "corpus", world))
         lines = [f"[INST] \n{turn['user']} [/INST] {turn['assistant']}" for row in rows
                  for turn in row["turns"] + [{"user": NARRATE, "assistant": row["text"]}]]
-        part = Path(f"{path}.part")
-        with open(part, "wb") as file:
+        with whole_file(path) as part, open(part, "wb") as file:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(lines), model_writer=file, vocab_size=vocab, model_type="bpe",
-                num_threads=1, byte_fallback=True, hard_vocab_limit=False, normalization_rule_name="identity",
-                remove_extra_whitespaces=False, minloglevel=2)
-        os.replace(part, path)
+                sentence_iterator=iter(lines), model_writer=file, vocab_size=PRESETS["toy"].vocab,
+                model_type="bpe", byte_fallback=True, hard_vocab_limit=False, num_threads=1, minloglevel=2,
+                normalization_rule_name="identity", remove_extra_whitespaces=False)
     return path
 
 
@@ -945,7 +946,7 @@ def command_toy(args):
     world = World(**{f.name: getattr(args, f.name) for f in fields(World)})
     for split in args.splits or SPLITS:
         print(toy_split(args.out, split, world))
-    print(toy_tokenizer(args.out, world, 512))
+    print(toy_tokenizer(args.out, world))
 
 
 def command_show(args):

@@ -14,13 +14,14 @@ import math
 import re
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data import (COLOURS, NARRATE, PATTERNS, VERBS, DataError, Loader, contact_sheet, read_clip,
+from data import (COLOURS, NARRATE, PATTERNS, VERBS, Batch, DataError, Loader, contact_sheet, read_clip,
                   read_manifest, toy_split, toy_world)
 from model import Exo2Ego, Tokenizer, feature_kl, load_checkpoint, newest_checkpoint
 
@@ -54,21 +55,23 @@ def choice_score(scores: np.ndarray, answer: int) -> float:
 
 
 # --------------------------------------------------------------------------------------------------- answers
-@torch.no_grad()
-def see(model: Exo2Ego, tokenizer: Tokenizer, rows: list[dict], view: str, batch: int = 100) -> Tensor:
-    """Visual tokens of every row's clip (n, tokens, W); `view` is ego or exo (the first camera)."""
-    if view == "exo":
-        rows = [row | {"exo": row["exo"][:1]} for row in rows]
+def clips(model: Exo2Ego, tokenizer: Tokenizer, rows: list[dict], view: str,
+          batch: int = 100) -> Iterator[Batch]:
+    """Every row's clips in order, in batches on the model's device; of several exo cameras the first."""
+    rows = [row | {"exo": row["exo"][:1]} if "exo" in row else row for row in rows]
     loader = Loader(rows, model.cfg, tokenizer, view=view, batch=batch, train=False)
-    device = next(model.parameters()).device
-    encode = model.encode_ego if view == "ego" else model.encode_exo
-    out = []
     for step in loader.stream(0, -(-len(rows) // batch)):
         for micro in step:
             if micro.skipped:
                 raise DataError(f"a benchmark needs every clip: {micro.skipped[0]}")
-            out.append(encode(getattr(micro, view).to(device)))
-    return torch.cat(out)
+            yield micro.to(next(model.parameters()).device)
+
+
+@torch.no_grad()
+def see(model: Exo2Ego, tokenizer: Tokenizer, rows: list[dict], view: str) -> Tensor:
+    """Visual tokens of every row's clip (n, tokens, W); `view` is ego or exo."""
+    encode = model.encode_ego if view == "ego" else model.encode_exo
+    return torch.cat([encode(getattr(batch, view)) for batch in clips(model, tokenizer, rows, view)])
 
 
 def answer(model: Exo2Ego, tokenizer: Tokenizer, visual: Tensor, questions: list[str], batch: int = 125,
@@ -92,8 +95,8 @@ def likelihood(model: Exo2Ego, tokenizer: Tokenizer, visual: Tensor, pairs: list
         packs = [tokenizer.chat([{"user": NARRATE, "assistant": text}], visual.shape[1])
                  for _, text in pairs[i:i + batch]]
         ids, labels = (torch.tensor(sum(parts, []), device=visual.device) for parts in zip(*packs))
-        clips = visual[[clip for clip, _ in pairs[i:i + batch]]]
-        scores.append(model.score(clips, ids, labels, [len(p[0]) for p in packs])[0])
+        shown = visual[[clip for clip, _ in pairs[i:i + batch]]]
+        scores.append(model.score(shown, ids, labels, [len(p[0]) for p in packs])[0])
     return torch.cat(scores).cpu().numpy()
 
 
@@ -192,13 +195,10 @@ def partners(model, tokenizer, rows):
     below."""
     if model.F is None:
         return {}
-    rows = [row | {"exo": row["exo"][:1]} for row in rows]
-    loader = Loader(rows, model.cfg, tokenizer, view="pair", batch=100, train=False)
-    device, exo, estimate = next(model.parameters()).device, [], []
-    for step in loader.stream(0, -(-len(rows) // 100)):
-        for micro in step:
-            exo.append(model.encode_exo(micro.exo.to(device)))
-            estimate.append(model.exo_connector(model.F(model.grid(model.ego_vit, micro.ego.to(device)))))
+    exo, estimate = [], []
+    for batch in clips(model, tokenizer, rows, "pair"):
+        exo.append(model.encode_exo(batch.exo))
+        estimate.append(model.exo_connector(model.F(model.grid(model.ego_vit, batch.ego))))
     exo, estimate = torch.cat(exo), torch.cat(estimate)
     true, shuffled = (float(feature_kl(e, estimate).mean()) for e in (exo, exo.roll(len(exo) // 2, 0)))
     return {"kl_true": true, "kl_shuffled": shuffled, "kl_n": len(exo)}

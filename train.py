@@ -322,7 +322,7 @@ def build(run: Run) -> tuple[Exo2Ego, Tokenizer]:
     cfg = run.cfg
     torch.manual_seed(cfg.seed * 10 + cfg.stage)
     if cfg.stage == 0:
-        file = toy_tokenizer(cfg.data, toy_world(cfg.data), PRESETS["toy"].vocab)
+        file = toy_tokenizer(cfg.data, toy_world(cfg.data))
         return Exo2Ego(PRESETS[cfg.preset]), Tokenizer(file)
     source, before = newest_checkpoint(cfg.init), cfg.stage - 1
     if source is None:

@@ -1,6 +1,5 @@
 """Video reading never lies, manifests fail by name, and a batch is a function of (seed, step, rank)."""
 import json
-import sys
 from fractions import Fraction
 
 import numpy as np

@@ -240,7 +240,6 @@ def test_bad_input_gets_one_sentence(toy, tmp_path, args, words):
 def test_a_finished_run_says_so_and_a_busy_folder_is_refused(toy):
     code, out, _ = run(REPO / "train.py", *flags(toy, 1), "--steps", 3)
     assert "is finished" in out
-    import data
     holder = subprocess.Popen([sys.executable, "-c", f"import sys, time; sys.path.insert(0, {str(REPO)!r})\n"
                                f"import data\nwith data.file_lock({str(toy / 'stage1' / '.lock')!r}, wait=False):\n"
                                "    print('held', flush=True); time.sleep(60)"], stdout=subprocess.PIPE, text=True)
