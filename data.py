@@ -17,7 +17,6 @@ import json
 import math
 import multiprocessing
 import os
-import resource
 import sys
 import textwrap
 import threading
@@ -439,59 +438,6 @@ def show_prompt(batch: Batch, tokenizer: Tokenizer) -> str:
         elif ids[i - 1] != VIDEO:
             text += f"<video: {ids.count(VIDEO)} tokens>"
     return f"fed: {', '.join(shapes + [f'{len(batch.ids)} tokens'])}; first sample {batch.names[0]}: {text}"
-
-
-class Log:
-    """log.jsonl, one object a step, cut back to the step that a run resumes from; and the progress line."""
-
-    def __init__(self, path: Path | None, step: int, skipped: int = 0):
-        """`path` None: a rank that keeps no log."""
-        self.file, self.skipped, kept = None, skipped, []
-        if path is None:
-            return
-        for line in path.read_text().splitlines() if path.is_file() else []:
-            try:
-                kept += [line + "\n"] if json.loads(line)["step"] <= step else []
-            except ValueError:
-                break                                           # the line that a kill cut short
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(kept))
-        self.file = open(path, "a", buffering=1)
-
-    def write(self, row: dict, text: str = ""):
-        """One object to the file, one line to the screen."""
-        if self.file:
-            self.file.write(json.dumps(row) + "\n")
-            print(text, end="\n" if text else "", flush=True)
-
-    def skip(self, batches: list[Batch], number: int, seen: int, max_bad: float):
-        """Name this rank's unreadable samples, count all ranks' `number`; too many of `seen` end the run."""
-        for reason in (reason for batch in batches for reason in batch.skipped):
-            print(f"skipped {reason}", flush=True)
-        self.skipped += number
-        if self.skipped > max_bad * max(seen, 500):
-            raise DataError(f"{self.skipped} of {seen} samples could not be read, more than --max-bad "
-                            f"{max_bad}; the lines above name them")
-
-    def start(self, done: int):
-        """A phase begins, of which `done` steps are over already."""
-        self.began = self.clock = time.time()
-        self.first = done
-
-    def step(self, done: int, length: int, samples: int, tokens: int, losses: dict, row: dict):
-        """The `done`-th step of the phase is over."""
-        took, self.clock = time.time() - self.clock, time.time()
-        unit = 1 if sys.platform == "darwin" else 1024
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        if torch.cuda.is_available():
-            memory = torch.cuda.max_memory_allocated()
-        each, text = (time.time() - self.began) / (done - self.first), ""
-        if done % 10 == 0 or done == length:
-            text = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
-            text = (f"step {done}/{length} | {text} | {each:.3f} s/step | {samples / each:.0f} clips/s | "
-                    f"ETA {(length - done) * each:.0f} s")
-        self.write(row | losses | dict(seconds=took, clips_per_second=samples / took,
-                                       tokens_per_second=tokens / took, max_memory_bytes=memory), text)
 
 
 # --------------------------------------------------------------------------------------------- looking at it
@@ -923,6 +869,11 @@ def toy_world(out: str | os.PathLike) -> World:
     """The knobs of the world in this folder (the defaults if it is not made yet)."""
     file = Path(out) / "world.json"
     return World(**json.loads(file.read_text())) if file.is_file() else World()
+
+
+def manifest_of(data: str | os.PathLike, split: str) -> Path:
+    """A manifest as it is (.jsonl), or a split of the micro-world in this folder, rendered if need be."""
+    return Path(data) if Path(data).suffix == ".jsonl" else toy_split(data, split, toy_world(data))
 
 
 def toy_tokenizer(out: str | os.PathLike, world: World) -> Path:

@@ -1,4 +1,4 @@
-"""Score a checkpoint, and ask it about a video.
+"""Score a checkpoint, and ask it about a video; what a run leaves on disk: log, checkpoints.
 
     python eval.py  # the toy benchmark of the newest stage, with pictures
     python eval.py --video my.mp4 --ask "What am I doing?"      # one question; a chat without --ask
@@ -11,7 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
+import resource
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -19,11 +23,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data import (COLOURS, NARRATE, PATTERNS, VERBS, Batch, DataError, Loader, contact_sheet, read_clip,
-                  read_manifest, toy_split, toy_world)
-from model import Exo2Ego, Tokenizer, feature_kl, load_checkpoint, newest_checkpoint
+from data import (COLOURS, NARRATE, PATTERNS, VERBS, Batch, DataError, Loader, contact_sheet, die_with_parent,
+                  read_clip, read_manifest, show_prompt, toy_split, toy_world)
+from model import (Exo2Ego, Tokenizer, choose_attention, feature_kl, load_checkpoint, newest_checkpoint,
+                   pick_device, read_state)
 
 SLOTS = re.compile(r"Camera-wearer (?P<verb>.+) the (?P<colour>\w+) (?P<pattern>\w+) block "
                    r"with the (?P<hand>\w+) hand\.")
@@ -235,6 +242,198 @@ def converse(model: Exo2Ego, tokenizer: Tokenizer, video: str, question: str | N
             return
 
 
+# --------------------------------------------------------------------- what a run shows and leaves on disk
+class Log:
+    """log.jsonl, one object a step, cut back to the step that a run resumes from; and the progress line."""
+
+    def __init__(self, path: Path | None, step: int, skipped: int = 0):
+        """`path` None: a rank that keeps no log."""
+        self.file, self.skipped, kept = None, skipped, []
+        if path is None:
+            return
+        for line in path.read_text().splitlines() if path.is_file() else []:
+            try:
+                kept += [line + "\n"] if json.loads(line)["step"] <= step else []
+            except ValueError:
+                break                                           # the line that a kill cut short
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(kept))
+        self.file = open(path, "a", buffering=1)
+
+    def write(self, row: dict, text: str = ""):
+        """One object to the file, one line to the screen."""
+        if self.file:
+            self.file.write(json.dumps(row) + "\n")
+            print(text, end="\n" if text else "", flush=True)
+
+    def skip(self, batches: list[Batch], number: int, seen: int, max_bad: float):
+        """Name this rank's unreadable samples, count all ranks' `number`; too many of `seen` end the run."""
+        for reason in (reason for batch in batches for reason in batch.skipped):
+            print(f"skipped {reason}", flush=True)
+        self.skipped += number
+        if self.skipped > max_bad * max(seen, 500):
+            raise DataError(f"{self.skipped} of {seen} samples could not be read, more than --max-bad "
+                            f"{max_bad}; the lines above name them")
+
+    def start(self, done: int):
+        """A phase begins, of which `done` steps are over already."""
+        self.began = self.clock = time.time()
+        self.first = done
+
+    def step(self, done: int, length: int, samples: int, tokens: int, losses: dict, row: dict):
+        """The `done`-th step of the phase is over."""
+        took, self.clock = time.time() - self.clock, time.time()
+        unit = 1 if sys.platform == "darwin" else 1024
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        if torch.cuda.is_available():
+            memory = torch.cuda.max_memory_allocated()
+        each, text = (time.time() - self.began) / (done - self.first), ""
+        if done % 10 == 0 or done == length:
+            text = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
+            text = (f"step {done}/{length} | {text} | {each:.3f} s/step | {samples / each:.0f} clips/s | "
+                    f"ETA {(length - done) * each:.0f} s")
+        self.write(row | losses | dict(seconds=took, clips_per_second=samples / took,
+                                       tokens_per_second=tokens / took, max_memory_bytes=memory), text)
+
+
+def save_checkpoint(folder: Path, tensors: dict[str, Tensor], optimizers: list, rng: list[Tensor],
+                    state: dict, tokenizer: Path, keep: int):
+    """Write a checkpoint under a temporary name, sync it, rename it: a killed save never looks finished. The
+    newest `keep` of the run stay."""
+    part = folder.with_name(f"part_{folder.name}")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    save_file({n: t.detach().contiguous().cpu() for n, t in tensors.items()}, part / "model.safetensors")
+    moments = {f"rng.{rank}": s.cpu() for rank, s in enumerate(rng)}
+    for i, optimizer in enumerate(optimizers):
+        for j, values in optimizer.state_dict()["state"].items():
+            moments |= {f"{i}.{j}.{key}": value.detach().contiguous() for key, value in values.items()}
+    save_file(moments, part / "optim.safetensors")
+    shutil.copyfile(tokenizer, part / "tokenizer.model")
+    (part / "state.json").write_text(json.dumps(state, indent=1))
+    for file in part.iterdir():
+        with open(file, "rb") as f:
+            os.fsync(f.fileno())
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(part, folder)
+    for old in sorted(folder.parent.glob("step_[0-9]*"))[:-keep]:
+        shutil.rmtree(old)
+
+
+def random_state(device: torch.device) -> Tensor:
+    """The generators that a rank draws from, as bytes: the CPU's, then its GPU's."""
+    states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+    return torch.cat(states)
+
+
+def set_random_state(state: Tensor, device: torch.device):
+    """The opposite of random_state."""
+    size = len(torch.get_rng_state())
+    torch.set_rng_state(state[:size])
+    if device.type == "cuda" and len(state) > size:
+        torch.cuda.set_rng_state(state[size:], device)
+
+
+def load_optimizers(folder: Path, optimizers: list, rank: int, device: torch.device):
+    """Moments and this rank's random state, exactly as saved."""
+    moments = load_file(folder / "optim.safetensors")
+    for i, optimizer in enumerate(optimizers):
+        values = {}
+        for name in (n for n in moments if n.startswith(f"{i}.")):
+            _, j, key = name.split(".")
+            values.setdefault(int(j), {})[key] = moments[name]
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": values})
+    if f"rng.{rank}" in moments:
+        set_random_state(moments[f"rng.{rank}"], device)
+
+
+def resume_point(out: str, config: dict, record: dict) -> Path | None:
+    """The newest finished checkpoint of this very run, or None; another run's folder is refused by field."""
+    folder = newest_checkpoint(out)
+    state = read_state(folder) if folder else {}
+    was = state.get("config", {}) | {key: state.get(key) for key in record}
+    for key, value in (config | record).items():
+        if folder and was.get(key) != value:
+            raise ValueError(f"{out} holds a run with {key}={was.get(key)}, this one has {value}: choose "
+                             f"another --out or remove the folder")
+    return folder
+
+
+def start_point(init: str, stage: int) -> tuple[Path, dict]:
+    """The last checkpoint of the finished run `init` of this stage, and its state; all else is refused."""
+    folder = newest_checkpoint(init)
+    if folder is None:
+        raise DataError(f"--init {init}: no checkpoint there; run torchrun train.py --stage {stage}")
+    state = read_state(folder)
+    if state["stage"] != stage or state["step"] < state["steps"]:
+        raise DataError(f"--init {init} is of stage {state['stage']} at step {state['step']} of "
+                        f"{state['steps']}; stage {stage + 1} starts from a finished stage {stage}")
+    return folder, state
+
+
+def git_revision() -> str | None:
+    """Commit of this code, with + when files differ from it; None outside a checkout."""
+    def git(*args):
+        here = Path(__file__).parent
+        return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True).stdout.strip()
+    try:
+        revision = git("rev-parse", "--short=12", "HEAD")
+        return revision + "+" * bool(git("status", "--porcelain")) if revision else None
+    except OSError:
+        return None
+
+
+def start_process() -> tuple[int, int]:
+    """Rank and world size, as torchrun tells. The process takes its share of the cores and its GPU."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
+    rank, world, local_world = (int(os.environ.get(key, default)) for key, default in (
+        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, os.cpu_count() // local_world))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(pick_device())
+    return rank, world
+
+
+def agree(check):
+    """Call a check that returns a problem or None, first in local rank 0 (it fills the caches of compiled
+    kernels), then in the others; returns the first problem of any rank."""
+    if not dist.is_initialized():
+        return check()
+    problems = [None] * dist.get_world_size()
+    early = os.environ.get("LOCAL_RANK", "0") == "0"
+    own = check() if early else None
+    dist.barrier()
+    dist.all_gather_object(problems, own if early else check())
+    return next(filter(None, problems), None)
+
+
+def describe(run, phase, objective, loader: Loader, length: int):
+    """Before the first step of a phase: the arithmetic, what trains, and what the model is fed."""
+    print(f"\n== stage {run.cfg.stage}: {phase.name} == {length} steps x {phase.batch} of {loader.samples} "
+          f"samples ({phase.batch // loader.micro} micro batches x {loader.micro} on {run.world} ranks)")
+    for name, module in objective.model.named_children():
+        on, off = (sum(p.numel() for p in module.parameters() if p.requires_grad == g) for g in (True, False))
+        print(f"   {name:14} {on:>10,} trained {off:>10,} frozen")
+    print(f"   losses {phase.losses}, rates {phase.trains}, {run.cfg.optimizer}, {run.device}, "
+          f"{'bfloat16' if run.bf16 else 'float32'}, {torch.get_num_threads()} threads; {run.attention}")
+    print("   " + show_prompt(loader.batch(0)[0], objective.tokenizer), flush=True)
+
+
+@torch.no_grad()
+def validate(run, objective, loader: Loader, step: int, log: Log, batches: int = 8):
+    """Narration loss per token on the first validation clips, shared by the ranks."""
+    sums = torch.zeros(2, device=run.device)
+    objective.eval()
+    for batch in (b.to(run.device) for i in range(batches) for b in loader.batch(i)):
+        sums += torch.stack([objective.see(batch)["vtg"].sum(), batch.weights.sum()])
+    objective.train()
+    total, tokens = run.sum(sums)
+    log.write(dict(step=step, val_loss=total / tokens), f"step {step} | val_loss {total / tokens:.4f}")
+
+
+# ---------------------------------------------------------------------------------------------- the command
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -250,8 +449,8 @@ def main(argv: list[str] | None = None):
         stages = [f"out/stage{n}" for n in (3, 2, 1, 0)]
         ckpt = args.ckpt or next((s for s in stages if newest_checkpoint(s)), stages[1])
         model, tokenizer, state = load_checkpoint(ckpt, args.base)
-        if torch.cuda.is_available():
-            model.cuda()
+        device = pick_device()
+        print(choose_attention(device, torch.float32, model.to(device).cfg))
         if args.video:
             converse(model, tokenizer, args.video, args.ask, args.start, args.end)
             return

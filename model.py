@@ -12,24 +12,25 @@ reads [con_ego(x) ; con_exo(F(x))], so that inference needs the ego video alone.
 """
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import math
 import os
-import shutil
-import subprocess
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
 
 import sentencepiece
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 VIDEO = -1  # the id that stands for one visual token; it never reaches sentencepiece or the embedding
 IGNORE = -100               # the label of a token that is not supervised
@@ -80,8 +81,7 @@ class ModelConfig:
 
 
 PRESETS = {
-    # The micro-world on a laptop CPU: every size is our choice, the shapes of the architecture are the
-    # paper's.
+    # The micro-world on a laptop CPU: the architecture is the paper's, every size our choice.
     "toy": ModelConfig(
         frames=4, image_size=48, patch=12, vit_width=96, vit_layers=3, vit_heads=3, stc_depth=1,
         stc_padding=0, map_blocks=4, map_downs=1, map_width=64, width=96, layers=2, heads=3, kv_heads=1,
@@ -92,8 +92,7 @@ PRESETS = {
         stc_padding=1, map_blocks=9, map_downs=1, map_width=128, width=512, layers=8, heads=8, kv_heads=2,
         ff=1536, vocab=32000, rope_theta=1e6, max_length=2048, lora_rank=64, lora_alpha=128,
         lora_dropout=0.1),
-    # The paper: two CLIP-L/14-336, VideoLLaMA2's connector, Mistral-7B-Instruct-v0.2, 16 frames, LoRA
-    # 128/256/0.1.
+    # The paper: two CLIP-L/14-336, VideoLLaMA2's connector, Mistral-7B-Instruct-v0.2.
     "7b": ModelConfig(
         frames=16, image_size=336, patch=14, vit_width=1024, vit_layers=24, vit_heads=16, stc_depth=4,
         stc_padding=1, map_blocks=9, map_downs=2, map_width=512, width=4096, layers=32, heads=32, kv_heads=8,
@@ -107,9 +106,8 @@ PRESETS = {
 class Segments:
     """Where each sequence of a packed batch starts and ends: no padding, so no mask. All layers share one.
 
-    `q_lens` and `k_lens` are host integers (loops over them never wait for a GPU); `cu_q` and `cu_k` are
-    their running sums, int32 on the device, for kernels. Queries are aligned to the end of their keys (a KV
-    cache has more keys).
+    `q_lens` and `k_lens` are host integers (a loop never waits for a GPU), `cu_q` and `cu_k` their running
+    sums, int32 on the device. Queries stand at the end of their keys: a KV cache has more keys.
     """
     q_lens: tuple[int, ...]
     k_lens: tuple[int, ...]
@@ -135,23 +133,9 @@ class Segments:
         """`count` sequences of one length: the ViT's patches of each frame."""
         return cls.packed((length,) * count, device)
 
-    @property
-    def is_uniform(self) -> bool:
-        return len(set(self.q_lens)) == 1 and len(set(self.k_lens)) == 1
 
-    @property
-    def is_tiny(self) -> bool:
-        """Many short sequences of like lengths: one right-padded call beats a loop of calls."""
-        total, longest = sum(self.q_lens), max(self.q_lens, default=0)
-        count = len(self.q_lens)
-        return self.q_lens == self.k_lens and total < 64 * count and longest * count < 1.4 * total
-
-    @cached_property
-    def slots(self) -> Tensor:
-        """Where each packed token stands in a right-padded (batch, longest) layout."""
-        longest = max(self.q_lens)
-        rows = [torch.arange(n) + i * longest for i, n in enumerate(self.q_lens)]
-        return torch.cat(rows).to(self.cu_q.device)
+BACKENDS = ("reference", "tiled", "sdpa", "triton", "varlen")
+AUTO = "sdpa"                   # what "auto" means for half precision on CUDA; choose_attention may raise it
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, seg: Segments, *, causal: bool, window: int | None = None,
@@ -160,70 +144,194 @@ def attention(q: Tensor, k: Tensor, v: Tensor, seg: Segments, *, causal: bool, w
 
     q (Tq, H, D), k and v (Tk, HK, D) -> (Tq, H, D), where HK divides H (grouped queries). Causal is bottom-
     right aligned: query i sees key j iff i - window < j <= i; window=1 sees itself only and needs causal. A
-    row without keys gives zeros. Backends: "reference" is the formula, "sdpa" torch's fused kernel, "auto"
-    takes sdpa.
+    row without keys gives zeros. ValueError names the argument that does not fit. Backends, from formula to
+    GPU; the environment variable EXO2EGO_ATTENTION replaces "auto":
+
+        reference  the formula, any float type          sdpa    torch's fused kernel; "auto" on CPU and MPS
+        tiled      flash attention in plain torch       triton  the same tiles on a GPU: this file's appendix
+                                                        varlen  torch's packed kernel, where triton is not
     """
+    if backend == "auto":
+        half_gpu = q.is_cuda and q.dtype != torch.float32
+        backend = os.environ.get("EXO2EGO_ATTENTION") or (AUTO if half_gpu else "sdpa")
     _check_attention(q, k, v, seg, causal, window, backend)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    one = _reference if backend == "reference" else _sdpa
-    if seg.is_uniform and backend != "reference":                           # one batched call
-        batch = len(seg.q_lens)
-        q, k, v = (rearrange(t, "(b t) h d -> b h t d", b=batch) for t in (q, k, v))
-        return rearrange(one(q, k, v, causal, window, scale), "b h t d -> (b t) h d")
-    if backend != "reference" and causal and seg.is_tiny:       # padding comes last: causal rows never see it
-        rows = len(seg.q_lens) * max(seg.q_lens)
-        q, k, v = (t.new_zeros(rows, *t.shape[1:]).index_copy(0, seg.slots, t) for t in (q, k, v))
-        q, k, v = (rearrange(t, "(b t) h d -> b h t d", b=len(seg.q_lens)) for t in (q, k, v))
-        return rearrange(one(q, k, v, causal, window, scale), "b h t d -> (b t) h d")[seg.slots]
-    parts = zip(q.split(seg.q_lens), k.split(seg.k_lens), v.split(seg.k_lens))
-    out = [one(*(rearrange(t, "t h d -> 1 h t d") for t in part), causal, window, scale) for part in parts]
-    return torch.cat([rearrange(o, "1 h t d -> t h d") for o in out]) if out else q
+    with torch.autocast("cpu" if q.is_meta else q.device.type, enabled=False):  # its precision is chosen here
+        if backend in ("triton", "varlen"):
+            packed = TritonAttention.apply if backend == "triton" else _varlen
+            return packed(q, k, v, seg, causal, window, scale)
+        one = dict(reference=_reference, tiled=_tiled, sdpa=_sdpa)[backend]
+        return _segmentwise(one, q, k, v, seg, causal, window, scale)
 
 
 def _check_attention(q, k, v, seg, causal, window, backend):
-    if backend not in ("auto", "sdpa", "reference"):
-        raise ValueError(f"backend is {backend!r}: choose auto, sdpa or reference")
+    if backend not in BACKENDS:
+        raise ValueError(f"attention backend (or EXO2EGO_ATTENTION) is {backend!r}: choose one of {BACKENDS}")
     if k.shape != v.shape or q.shape[-1] != k.shape[-1]:
         raise ValueError(f"q, k, v need one head_dim, k and v one shape: {[(*t.shape,) for t in (q, k, v)]}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"q has {q.shape[1]} heads, k has {k.shape[1]}: the second must divide the first")
-    if len({(t.dtype, t.device) for t in (q, k, v)}) != 1:
-        raise ValueError(f"q, k, v need one dtype and device: {[(t.dtype, t.device) for t in (q, k, v)]}")
+    if len(kinds := {(t.dtype, t.device) for t in (q, k, v)}) != 1 or not q.is_floating_point():
+        raise ValueError(f"q, k, v need one floating dtype and one device, got {kinds}")
     if (sum(seg.q_lens), sum(seg.k_lens)) != (len(q), len(k)):
         raise ValueError(f"seg has {sum(seg.q_lens)} queries, {sum(seg.k_lens)} keys; q {len(q)}, k {len(k)}")
     if window is not None and (window < 1 or not causal):
         raise ValueError(f"window is {window} with causal={causal}: it must be >= 1 and needs causal=True")
+    if backend in ("triton", "varlen"):
+        interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+        if not (q.is_cuda or interpreted) or seg.cu_q.device != q.device:
+            raise ValueError(f"backend {backend} needs q and seg on one GPU: q is on {q.device}, seg on "
+                             f"{seg.cu_q.device}; use sdpa elsewhere")
+        if q.dtype not in list(TOLERANCE)[:3 if backend == "triton" else 2]:
+            raise ValueError(f"backend {backend} does not take q in {q.dtype}: use sdpa")
+        if backend == "triton" and q.shape[-1] not in (32, 64, 128):
+            raise ValueError(f"backend triton has head_dim 32, 64 and 128, q has {q.shape[-1]}: use sdpa")
 
 
-def _visible(lq: int, lk: int, causal: bool, window: int | None, device) -> Tensor | None:
-    """(lq, lk) booleans, or None when every query sees every key."""
-    if not causal:
-        return None
-    i = torch.arange(lk - lq, lk, device=device)[:, None]       # queries stand at the end of their keys
-    j = torch.arange(lk, device=device)[None]
+def _segmentwise(one, q, k, v, seg, causal, window, scale):
+    """Call `one` on (batch, heads, tokens, D): once where lengths are equal, or short and alike; else for
+    each segment, which beats padding with a mask 2.8-15 times on a CPU."""
+    exact, lens, total = one is _reference, seg.q_lens, len(q)
+    if len(set(lens)) == len(set(seg.k_lens)) == 1 and not exact:
+        q, k, v = (rearrange(t, "(b t) h d -> b h t d", b=len(lens)) for t in (q, k, v))
+        return rearrange(one(q, k, v, causal, window, scale), "b h t d -> (b t) h d")
+    tiny = lens == seg.k_lens and total < 64 * len(lens) and max(lens) * len(lens) < 1.4 * total
+    if causal and tiny and not exact:                           # padding comes last: causal rows never see it
+        q, k, v = (pad_sequence(t.split(lens), batch_first=True).transpose(1, 2) for t in (q, k, v))
+        out = one(q, k, v, causal, window, scale).transpose(1, 2)
+        return torch.cat([o[:n] for o, n in zip(out, lens)])
+    parts = zip(*(t.split(n) for t, n in ((q, lens), (k, seg.k_lens), (v, seg.k_lens))))
+    out = [one(*(rearrange(t, "t h d -> 1 h t d") for t in part), causal, window, scale) for part in parts]
+    return torch.cat([rearrange(o, "1 h t d -> t h d") for o in out]) if out else q
+
+
+def _visible(rows: range, keys: range, window: int | None, device) -> Tensor:
+    """Causal visibility of keys (columns) by queries (rows), both given as positions among the keys."""
+    i = torch.arange(rows.start, rows.stop, device=device)[:, None]
+    j = torch.arange(keys.start, keys.stop, device=device)[None]
     return (j <= i) if window is None else (j <= i) & (j > i - window)
 
 
 def _reference(q, k, v, causal, window, scale):
+    lq, lk = q.shape[2], k.shape[2]
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
     scores = q @ k.transpose(-1, -2) * scale                                # (B, H, lq, lk)
-    mask = _visible(q.shape[2], k.shape[2], causal, window, q.device)
-    if mask is None:
+    if not causal:
         return scores.softmax(-1) @ v
+    mask = _visible(range(lk - lq, lk), range(lk), window, q.device)
     probs = scores.masked_fill(~mask, float("-inf")).softmax(-1)
     return probs.masked_fill(~mask.any(-1, keepdim=True), 0) @ v            # a row that sees nothing: 0
 
 
 def _sdpa(q, k, v, causal, window, scale):
-    lq, lk = q.shape[2], k.shape[2]
+    dtype, lq, (kv_heads, lk) = q.dtype, q.shape[2], k.shape[1:3]
     if lq == 0 or lk == 0:
-        return torch.zeros_like(q)
-    grouped = q.shape[1] != k.shape[1]
-    plain = causal and lq == lk and window is None              # torch's is_causal is top-left aligned
+        return q * 0
+    if q.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and torch.is_grad_enabled():
+        q, k, v = q.float(), k.float(), v.float()   # torch's half-precision backward is 2-6x slower on a CPU
+    plain = causal and 1 < lq == lk and window is None          # torch's is_causal is top-left aligned
     open_row = not causal or (lq == 1 and window is None)       # the last query sees every key: no mask
-    mask = None if plain or open_row else _visible(lq, lk, causal, window, q.device)
-    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=plain, scale=scale, enable_gqa=grouped)
-    return out if lq <= lk or mask is None else out.masked_fill(~mask.any(-1, keepdim=True), 0)
+    mask = None if plain or open_row else _visible(range(lk - lq, lk), range(lk), window, q.device)
+    if lq == 1:                         # one query: the heads that share a key become the rows of one matrix
+        q = rearrange(q, "b (g r) 1 d -> b g r d", g=kv_heads)
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=plain, scale=scale,
+                                         enable_gqa=q.shape[1] != kv_heads).to(dtype)
+    if lq > lk and mask is not None:
+        out = out.masked_fill(~mask.any(-1, keepdim=True), 0)
+    return rearrange(out, "b g r d -> b (g r) 1 d") if lq == 1 else out
+
+
+def _varlen(q, k, v, seg, causal, window, scale):
+    """torch's own packed kernel, CUDA and half precision only: `auto` when triton is missing or fails."""
+    from torch.nn.attention.varlen import varlen_attn
+    left = -1 if window is None else window - 1                 # its window does not count the query itself
+    longest = (max(lens, default=0) for lens in (seg.q_lens, seg.k_lens))
+    return varlen_attn(q, k, v, seg.cu_q, seg.cu_k, *longest, enable_gqa=q.shape[1] != k.shape[1],
+                       window_size=(left, 0 if causal else -1), scale=scale)
+
+
+class Tiled(torch.autograd.Function):
+    """FlashAttention-2 in plain torch: exact attention that never holds more than one tile of scores.
+
+    A tile of queries meets the keys tile by tile and keeps three running values a row: m, the largest score
+    so far; l, the sum of exp(s - m); acc, the sum of exp(s - m) v. When m grows, l and acc shrink by alpha =
+    exp(m_old - m_new); in the end o = acc / l. Backward keeps one number a row, lse = m + log l, from which
+    the probabilities come back, again tile by tile: p = exp(s - lse), delta = rowsum(do o),
+
+        dv = p^T do        dp = do v^T        ds = p (dp - delta)        dq = ds k        dk = ds^T q
+
+    The heads that share a key are rows of one matrix. The Triton kernels have the same names.
+    """
+    tile = 256                                                  # beat 1024: scores stay in the CPU's cache
+
+    @staticmethod
+    def walk(lq, lk, causal, window, device):
+        """For each tile of queries its slice and [(slice of keys, what is hidden there or None), ...]."""
+        for i in range(0, lq, Tiled.tile):
+            rows = range(i + lk - lq, min(i + Tiled.tile, lq) + lk - lq)    # positions among the keys
+            lo, hi = max(0, rows[0] - window + 1) if window else 0, min(lk, rows.stop) if causal else lk
+            tiles = []
+            for j in range(lo, hi, Tiled.tile):
+                keys = range(j, min(j + Tiled.tile, lk))
+                full = keys[-1] <= rows[0] and (not window or keys[0] > rows[-1] - window)
+                hidden = None if full or not causal else ~_visible(rows, keys, window, device)
+                tiles.append((slice(keys.start, keys.stop), hidden))
+            yield slice(i, i + len(rows)), tiles
+
+    @staticmethod
+    def scores(qi, kj, hidden, scale):
+        s = (qi @ kj.mT).mul_(scale)                            # (B * HK, group * rows, keys)
+        if hidden is not None:
+            s.unflatten(1, (-1, len(hidden))).masked_fill_(hidden, float("-inf"))
+        return s
+
+    @staticmethod
+    def forward(ctx, q, k, v, causal, window, scale):           # (B * HK, group, lq, D), (B * HK, lk, D)
+        o, lse = torch.empty_like(q), q.new_empty(*q.shape[:3], 1)
+        for rows, tiles in Tiled.walk(q.shape[2], k.shape[1], causal, window, q.device):
+            qi = q[:, :, rows].flatten(1, 2)
+            m, acc = qi.new_full((*qi.shape[:2], 1), float("-inf")), torch.zeros_like(qi)
+            l = torch.zeros_like(m)
+            for keys, hidden in tiles:
+                s = Tiled.scores(qi, k[:, keys], hidden, scale)
+                m_new = torch.maximum(m, s.amax(-1, keepdim=True))
+                finite = m_new.masked_fill(m_new == float("-inf"), 0)       # nothing visible yet
+                p, alpha = s.sub_(finite).exp_(), (m - finite).exp_()
+                l = l * alpha + p.sum(-1, keepdim=True)
+                acc = acc.mul_(alpha).baddbmm_(p, v[:, keys])
+                m = m_new
+            empty = l == 0                      # a row without keys: o = 0, and lse = inf makes its p vanish
+            o[:, :, rows] = (acc / l.masked_fill(empty, 1)).unflatten(1, (q.shape[1], -1))
+            lse[:, :, rows] = (m + l.log()).masked_fill(empty, float("inf")).unflatten(1, (q.shape[1], -1))
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.rest = causal, window, scale
+        return o
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do):
+        (q, k, v, o, lse), (causal, window, scale) = ctx.saved_tensors, ctx.rest
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        delta = (do * o).sum(-1, keepdim=True)
+        for rows, tiles in Tiled.walk(q.shape[2], k.shape[1], causal, window, q.device):
+            qi, do_i, lse_i, delta_i = (t[:, :, rows].flatten(1, 2) for t in (q, do, lse, delta))
+            dq_i = torch.zeros_like(qi)
+            for keys, hidden in tiles:
+                p = Tiled.scores(qi, k[:, keys], hidden, scale).sub_(lse_i).exp_()
+                ds = (do_i @ v[:, keys].mT).sub_(delta_i).mul_(p).mul_(scale)
+                dq_i.baddbmm_(ds, k[:, keys])
+                dk[:, keys] += ds.mT @ qi
+                dv[:, keys] += p.mT @ do_i
+            dq[:, :, rows] = dq_i.unflatten(1, (q.shape[1], -1))
+        return dq, dk, dv, None, None, None
+
+
+def _tiled(q, k, v, causal, window, scale):
+    """(B, H, t, D) in and out; half precision is raised to float32."""
+    wide, (batch, groups) = torch.promote_types(q.dtype, torch.float32), k.shape[:2]
+    rows = rearrange(q.to(wide), "b (g r) t d -> (b g) r t d", g=groups)
+    out = Tiled.apply(rows, *(t.to(wide).flatten(0, 1) for t in (k, v)), causal, window, scale)
+    return rearrange(out, "(b g) r t d -> b (g r) t d", b=batch).to(q.dtype)
 
 
 # -------------------------------------------------------------------------------------- VisionEncoder (CLIP)
@@ -331,7 +439,7 @@ class RegNetBlock(nn.Module):
 
 def reg_stage(c_in: int, c_out: int, depth: int) -> nn.Sequential:
     """`depth` RegNet blocks under timm's names b1, b2, ..."""
-    blocks = {f"b{i + 1}": RegNetBlock(c_in if i == 0 else c_out, c_out) for i in range(depth)}
+    blocks = ((f"b{i + 1}", RegNetBlock(c_out if i else c_in, c_out)) for i in range(depth))
     return nn.Sequential(OrderedDict(blocks))
 
 
@@ -375,40 +483,34 @@ class ChannelNorm(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-class ResBlock(nn.Module):
-    """conv-norm-relu-conv-norm plus identity: nine of these make CycleGAN's generator, F and G."""
+class ResBlock(nn.Sequential):
+    """conv-norm-relu-conv-norm plus identity, (N, 512, 6, 6): nine make CycleGAN's generator, F and G."""
 
     def __init__(self, width: int):
-        super().__init__()
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.norm1 = ChannelNorm(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.norm2 = ChannelNorm(width)
+        convs = (nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(2))
+        super().__init__(next(convs), ChannelNorm(width), nn.ReLU(), next(convs), ChannelNorm(width))
 
-    def forward(self, x):                                                   # (N, 512, 6, 6)
-        return x + self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+    def forward(self, x):
+        return x + super().forward(x)
 
 
-class FCBlock(nn.Module):
+class FCBlock(nn.Sequential):
     """The paper's ablation "FC layers instead of ResNet blocks": each patch alone, no neighbours."""
 
     def __init__(self, width: int):
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.fc1 = nn.Linear(width, 2 * width)
-        self.fc2 = nn.Linear(2 * width, width)
+        super().__init__(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.ReLU(),
+                         nn.Linear(2 * width, width))
 
     def forward(self, x):
-        return x + self.fc2(F.relu(self.fc1(self.norm(x))))
+        return x + super().forward(x)
 
 
 class Mapping(nn.Module):
     """F: ego -> exo or G: exo -> ego on the ViT's grid, frame by frame: (B, T, h, w, D) -> the same shape.
 
-    "resnet": 1x1 conv in, stride-2 convs down, ResNet blocks, up-convs, 1x1 conv out, LayerNorm over channels
-    (9 blocks between down- and up-sampling as the paper says; widths and norms are our choice). "mlp": as
-    many FC blocks on each patch alone. No outer skip: a copy of x is where F must not start (measured:
-    toyworld B4).
+    "resnet": 1x1 conv in, stride-2 convs down, ResNet blocks (9 in the paper), up-convs, 1x1 conv out,
+    LayerNorm; widths and norms are our choice. "mlp": as many FC blocks on each patch alone. No outer skip:
+    a copy of x is where F must not start (measured).
     """
 
     def __init__(self, cfg: ModelConfig, kind: str = "resnet"):
@@ -452,10 +554,8 @@ class Linear(nn.Linear):
     def add_lora(self, rank: int, alpha: float, dropout: float):
         self.lora_scale, self.lora_dropout = alpha / rank, dropout
         like = dict(device=self.weight.device, dtype=torch.float32)
-        a = torch.empty(rank, self.in_features, **like).normal_(std=self.in_features ** -0.5)
-        self.lora_a = nn.Parameter(a)
-        # zero: training starts at the base
-        self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, **like))
+        self.lora_a = nn.Parameter(torch.randn(rank, self.in_features, **like) * self.in_features ** -0.5)
+        self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, **like))    # 0: starts at the base
 
     def merge_lora(self):
         update = self.lora_scale * self.lora_b @ self.lora_a
@@ -486,15 +586,9 @@ class KVCache:
         self.layers[layer] = k, v
         return k, v
 
-    def segments(self, new: Sequence[int], device) -> Segments:
-        """The layout of the next forward, which brings `new[i]` tokens of sequence i."""
-        total = [past + n for past, n in zip(self.lens, new, strict=True)]
-        return Segments.cached(new, total, device)
-
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position: channel i and channel i + D/2 turn by the angle position * theta^(-2i/D). x (tokens,
-    H, D)."""
+    """Channels i and i + D/2 turn by the angle position * theta^(-2i/D). x (tokens, H, D)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
@@ -529,8 +623,7 @@ class DecoderBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A causal language model on packed sequences: one flat (tokens, W) tensor and `Segments`, no padding
-    anywhere."""
+    """A causal language model on packed sequences: flat (tokens, W) and `Segments`, no padding anywhere."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -539,8 +632,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(DecoderBlock(cfg, i) for i in range(cfg.layers))
         self.norm = nn.RMSNorm(cfg.width, eps=cfg.norm_eps)
         self.head = nn.Linear(cfg.width, cfg.vocab, bias=False)
-        # loud words: visual tokens have to be heard beside them
-        nn.init.normal_(self.embedding.weight, std=0.5)
+        nn.init.normal_(self.embedding.weight, std=0.5)         # visual tokens must be heard beside words
         for name, weight in self.blocks.named_parameters():
             if weight.ndim == 2:
                 deep = name.endswith(("out.weight", "down.weight"))         # they add to the residual stream
@@ -555,7 +647,6 @@ class Decoder(nn.Module):
         """(tokens, W), each token's position in its own sequence (tokens,) -> hidden (tokens, W)."""
         half = (self.cfg.head_dim or self.cfg.width // self.cfg.heads) // 2
         channel = torch.arange(half, device=positions.device, dtype=torch.float32)
-        # float32: positions are large
         angle = positions[:, None].float() * self.cfg.rope_theta ** (-channel / half)
         cos, sin = angle.cos()[:, None], angle.sin()[:, None]               # (tokens, 1, 64)
         x = embeddings
@@ -570,13 +661,11 @@ class Decoder(nn.Module):
         return self.head(hidden)
 
     def lora_modules(self) -> list[Linear]:
-        """All linear layers of the blocks (the paper's LoRA targets are not named: our choice, VideoLLaMA2's
-        habit)."""
+        """All linear layers of the blocks: our choice, as in VideoLLaMA2; the paper names no targets."""
         return [m for block in self.blocks for m in block.modules() if isinstance(m, Linear)]
 
     def add_lora(self, rank: int, alpha: float, dropout: float):
-        """Give every linear layer of the blocks a low-rank update that starts at zero (7b: rank 128, alpha
-        256)."""
+        """Give every linear layer of the blocks a low-rank update that starts at zero."""
         for module in self.lora_modules():
             module.add_lora(rank, alpha, dropout)
 
@@ -587,17 +676,15 @@ class Decoder(nn.Module):
 
 
 def feature_kl(exo: Tensor, estimate: Tensor, tau: float = 1.0) -> Tensor:
-    """KL(exo || F(ego)) per sample: (B, n, C) features -> (B,). Softmax over channels of LayerNorm-ed tokens
-    (no affine), mean over tokens; the paper does not say how features become distributions: our choice,
-    measured in toyworld B6."""
+    """KL(exo || F(ego)) per sample: (B, n, C) features -> (B,). Softmax over channels of LayerNorm-ed tokens,
+    mean over tokens: our choice (measured), the paper does not say how features become distributions."""
     p, q = (F.log_softmax(F.layer_norm(f.float(), f.shape[-1:]) / tau, dim=-1) for f in (exo, estimate))
     return (p.exp() * (p - q)).sum(-1).mean(-1) * tau ** 2
 
 
 # --------------------------------------------------------------------------------------------------- Exo2Ego
 class Exo2Ego(nn.Module):
-    """The whole model. Parts: exo_vit, exo_connector, ego_vit, ego_connector, F, G, decoder (F, G from stage
-    2 on)."""
+    """The whole model: exo_vit, exo_connector, ego_vit, ego_connector, decoder; F and G from stage 2 on."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -640,11 +727,9 @@ class Exo2Ego(nn.Module):
         return embeddings.index_copy(0, slots, visual.flatten(0, 1).to(embeddings.dtype))
 
     def text_logits(self, visual: Tensor | None, ids: Tensor, labels: Tensor, lens: Sequence[int]):
-        """Logits only where a label is supervised: (supervised, vocab) and their targets (supervised,).
-
-        Packed ids and labels (tokens,), visual (B, n, W) with sum(ids == VIDEO) = B * n; position t predicts
-        token t + 1.
-        """
+        """Logits only where a label is supervised: (supervised, vocab), and their targets (supervised,). ids
+        and labels are packed (tokens,), visual (B, n, W) fills sum(ids == VIDEO) = B * n slots; position t
+        predicts t + 1."""
         seg = Segments.packed(lens, ids.device)
         positions = torch.cat([torch.arange(n) for n in lens]).to(ids.device)
         hidden = self.decoder(self.splice(visual, ids), seg, positions)
@@ -667,20 +752,17 @@ class Exo2Ego(nn.Module):
 
     @torch.no_grad()
     def generate(self, visual: Tensor, prompts: Sequence[Tensor], *, eos: int, max_new: int = 64,
-                 temperature: float = 0.0, use_cache: bool = True) -> list[list[int]]:
+                 temperature: float = 0.0) -> list[list[int]]:
         """Answers as token ids, without the closing eos; one prompt (with its VIDEO ids) per row of visual
-        (B, n, W).
-
-        temperature 0 is greedy. The cache changes the speed, not the tokens.
-        """
+        (B, n, W). Temperature 0 is greedy."""
         device = visual.device
         ids = [p.to(device) for p in prompts]
         cache, done, answers = KVCache(len(ids)), [False] * len(ids), [[] for _ in ids]
         x, new = self.splice(visual, torch.cat(ids)), [len(p) for p in ids]
         for _ in range(max_new):
-            seg = cache.segments(new, device)
-            start = [k - q for q, k in zip(seg.q_lens, seg.k_lens)]
-            positions = torch.cat([torch.arange(s, s + n) for s, n in zip(start, new)]).to(device)
+            total = [past + n for past, n in zip(cache.lens, new)]
+            seg = Segments.cached(new, total, device)
+            positions = torch.cat([torch.arange(t - n, t) for t, n in zip(total, new)]).to(device)
             last = self.decoder(x, seg, positions, cache)[seg.cu_q[1:].long() - 1]
             logits = self.decoder.logits(last).float()                      # (B, vocab)
             token = logits.argmax(-1) if temperature == 0 else torch.multinomial(
@@ -691,11 +773,7 @@ class Exo2Ego(nn.Module):
                     answers[i].append(t)
             if all(done):
                 break
-            if use_cache:
-                x, new = self.decoder.embed(token), [1] * len(ids)
-            else:                                               # the slow way: the cache's oracle
-                ids = [torch.cat([p, t[None]]) for p, t in zip(ids, token)]
-                cache, x, new = KVCache(len(ids)), self.splice(visual, torch.cat(ids)), [len(p) for p in ids]
+            x, new = self.decoder.embed(token), [1] * len(ids)
         return answers
 
 
@@ -743,13 +821,10 @@ class Tokenizer:
 
 # ----------------------------------------------------------------------------------------------- checkpoints
 def newest_checkpoint(run: str | os.PathLike) -> Path | None:
-    """The newest finished `step_*` of a run folder (or the folder itself if it is a checkpoint); None if
-    there is none."""
-    run = Path(run)
-    if (run / "state.json").is_file():
-        return run
-    # a save takes this name only when whole
-    return max(run.glob("step_[0-9]*"), default=None, key=lambda p: p.name)
+    """The newest `step_*` of a run folder (a save takes that name when whole), or the folder itself if it is
+    a checkpoint; None if there is none."""
+    found = [run] if (run := Path(run)).joinpath("state.json").is_file() else run.glob("step_[0-9]*")
+    return max(found, default=None, key=lambda p: p.name)
 
 
 def fingerprint(path: str | os.PathLike) -> str:
@@ -790,15 +865,13 @@ def checkpoint_tensors(path: Path, base: str | os.PathLike | None = None) -> dic
 
 def load_strict(model: nn.Module, tensors: dict[str, Tensor], source: str, fresh: tuple[str, ...] = ()):
     """Copy tensors by name: none missing (but those named by `fresh`), none left over, all shapes equal."""
-    own = model.state_dict()
-    missing = sorted(n for n in own.keys() - tensors.keys() if not any(word in n for word in fresh))
-    extra = sorted(tensors.keys() - own.keys())
-    wrong = [f"{n}: {tuple(tensors[n].shape)} in the file, {tuple(own[n].shape)} in the model"
-             for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape]
-    if missing or extra or wrong:
-        raise ValueError(f"{source} does not fit the model: missing {missing[:3]}, unknown {extra[:3]}, "
-                         f"shapes {wrong[:3]}")
-    model.load_state_dict(tensors, strict=False)                            # safe: names were just checked
+    try:
+        missing, extra = model.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:                               # torch names tensor and both shapes
+        raise ValueError(f"{source} does not fit the model: {error}") from None
+    missing = [name for name in missing if not any(word in name for word in fresh)]
+    if missing or extra:
+        raise ValueError(f"{source} does not fit the model: missing {missing[:3]}, unknown {extra[:3]}")
 
 
 def load_checkpoint(path: str | os.PathLike, base: str | os.PathLike | None = None, **added):
@@ -816,57 +889,6 @@ def load_checkpoint(path: str | os.PathLike, base: str | os.PathLike | None = No
     return model.eval(), Tokenizer(folder / "tokenizer.model"), state
 
 
-def save_checkpoint(folder: Path, tensors: dict[str, Tensor], optimizers: list, rng: list[Tensor],
-                    state: dict, tokenizer: Path, keep: int):
-    """Write a checkpoint under a temporary name, sync it, rename it: a killed save never looks finished. The
-    newest `keep` of the run stay."""
-    part = folder.with_name(f"part_{folder.name}")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    save_file({n: t.detach().contiguous().cpu() for n, t in tensors.items()}, part / "model.safetensors")
-    moments = {f"rng.{rank}": s.cpu() for rank, s in enumerate(rng)}
-    for i, optimizer in enumerate(optimizers):
-        for j, values in optimizer.state_dict()["state"].items():
-            moments |= {f"{i}.{j}.{key}": value.detach().contiguous() for key, value in values.items()}
-    save_file(moments, part / "optim.safetensors")
-    shutil.copyfile(tokenizer, part / "tokenizer.model")
-    (part / "state.json").write_text(json.dumps(state, indent=1))
-    for file in part.iterdir():
-        with open(file, "rb") as f:
-            os.fsync(f.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(part, folder)
-    for old in sorted(folder.parent.glob("step_[0-9]*"))[:-keep]:
-        shutil.rmtree(old)
-
-
-def random_state(device: torch.device) -> Tensor:
-    """The generators that a rank draws from, as bytes: the CPU's, then its GPU's."""
-    states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
-    return torch.cat(states)
-
-
-def set_random_state(state: Tensor, device: torch.device):
-    """The opposite of random_state."""
-    size = len(torch.get_rng_state())
-    torch.set_rng_state(state[:size])
-    if device.type == "cuda" and len(state) > size:
-        torch.cuda.set_rng_state(state[size:], device)
-
-
-def load_optimizers(folder: Path, optimizers: list, rank: int, device: torch.device):
-    """Moments and this rank's random state, exactly as saved."""
-    moments = load_file(folder / "optim.safetensors")
-    for i, optimizer in enumerate(optimizers):
-        values = {}
-        for name in (n for n in moments if n.startswith(f"{i}.")):
-            _, j, key = name.split(".")
-            values.setdefault(int(j), {})[key] = moments[name]
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": values})
-    if f"rng.{rank}" in moments:
-        set_random_state(moments[f"rng.{rank}"], device)
-
-
 def pick_device() -> torch.device:
     """This process's GPU, else Apple's, else the CPU."""
     if torch.cuda.is_available():
@@ -874,74 +896,305 @@ def pick_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def resume_point(out: str, config: dict, record: dict) -> Path | None:
-    """The newest finished checkpoint of this very run, or None; another run's folder is refused by field."""
-    folder = newest_checkpoint(out)
-    state = read_state(folder) if folder else {}
-    was = state.get("config", {}) | {key: state.get(key) for key in record}
-    for key, value in (config | record).items():
-        if folder and was.get(key) != value:
-            raise ValueError(f"{out} holds a run with {key}={was.get(key)}, this one has {value}: choose "
-                             f"another --out or remove the folder")
-    return folder
+# ------------------------------------------------------------------- appendix: the tiles of Tiled, on a GPU
+# tile (queries, keys), warps, stages by kernel and head_dim: a test compiles all, no spills on sm_80, sm_90
+TILES = {("forward", 32): (128, 64, 4, 3), ("dq", 32): (128, 64, 8, 2), ("dkdv", 32): (32, 64, 4, 2),
+         ("forward", 64): (128, 64, 8, 3), ("dq", 64): (128, 64, 8, 2), ("dkdv", 64): (32, 128, 8, 2),
+         ("forward", 128): (128, 32, 8, 3), ("dq", 128): (128, 32, 8, 2), ("dkdv", 128): (32, 64, 8, 2)}
+FLOAT32_TILES = {32: (32, 32, 8, 1), 64: (16, 32, 8, 1), 128: (32, 16, 8, 1)}
 
 
-def git_revision() -> str | None:
-    """Commit of this code, with + when files differ from it; None outside a checkout."""
-    def git(*args):
-        here = Path(__file__).parent
-        return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True).stdout.strip()
-    try:
-        revision = git("rev-parse", "--short=12", "HEAD")
-        return revision + "+" * bool(git("status", "--porcelain")) if revision else None
-    except OSError:
-        return None
+@cache
+def triton_kernels() -> dict:
+    """The three kernels by name. Made on first use: triton is imported here only, and may be missing.
 
-
-# -------------------------------------------------------------------------------------------- the optimisers
-class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalised: all directions of a matrix learn at one speed, which is what
-    makes the connector start from scratch at all. Scaled to AdamW's step, so that both read one learning
-    rate.
-
-    torch.optim.Muon is the same rule, but its Newton-Schulz runs in bfloat16, which a CPU without AMX
-    emulates (10-40x slower here), and it takes no convolutions; to us they are matrices (out, in * kernel).
+    One program owns one tile of the result and walks along the other side, so nothing is added atomically
+    and results repeat bit for bit. static_range unrolls the walk into two loops, over tiles that are visible
+    whole and over those to be masked (with a window: all). Scores are in base 2, exp2 being one instruction.
     """
+    global tl, bounds, key_walk, hide   # triton's interpreter looks for names among the module's globals
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError:
+        raise ImportError("backend triton needs the package triton, not installed here: use sdpa") from None
 
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 0.05)
-                update = orthogonal(p.grad.lerp(momentum, 0.95).flatten(1)).view_as(p)          # Nesterov
-                p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.flatten(1).shape)))
+    @triton.jit
+    def bounds(cu_q, cu_k):
+        q0, k0 = tl.load(cu_q + tl.program_id(2)), tl.load(cu_k + tl.program_id(2))
+        return q0, tl.load(cu_q + tl.program_id(2) + 1) - q0, k0, tl.load(cu_k + tl.program_id(2) + 1) - k0
+
+    @triton.jit
+    def key_walk(first, lk, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BM: tl.constexpr,
+                 BN: tl.constexpr):
+        lo, tail, hi = 0, lk // BN * BN, lk         # [lo, tail): visible whole; [tail, hi): to be masked
+        if CAUSAL:
+            tail, hi = tl.minimum(tl.maximum(first + 1, 0), lk) // BN * BN, tl.minimum(lk, first + BM)
+        if WINDOW:
+            lo = tl.maximum(first - window + 1, 0) // BN * BN
+            tail = lo
+        return lo, tail, hi
+
+    @triton.jit
+    def hide(s, i, j, lk, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+        seen = j < lk                               # keys j by queries at positions i
+        if CAUSAL:
+            seen = seen & (j <= i)
+        if WINDOW:
+            seen = seen & (j > i - window)
+        return tl.where(seen, s, float("-inf"))
+
+    @triton.jit(do_not_specialize=["total", "heads", "kv_heads", "window"])
+    def forward(q, k, v, o, lse, cu_q, cu_k, total, heads, kv_heads, window, scale, D: tl.constexpr,
+                CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+        tile, head = tl.program_id(0), tl.program_id(1)
+        q0, lq, k0, lk = bounds(cu_q, cu_k)
+        if tile * BM >= lq:
+            return
+        rows, d = tile * BM + tl.arange(0, BM), tl.arange(0, D)
+        at_q = ((q0 + rows).to(tl.int64) * heads + head)[:, None] * D + d[None, :]
+        qi = tl.load(q + at_q, mask=rows[:, None] < lq, other=0.0)
+        m, l = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
+        acc = tl.zeros([BM, D], tl.float32)
+        lo, tail, hi = key_walk(tile * BM + lk - lq, lk, window, CAUSAL, WINDOW, BM, BN)
+        for masked in tl.static_range(1 if WINDOW else 0, 2):
+            for j in range(tail if masked else lo, hi if masked else tail, BN):
+                keys = j + tl.arange(0, BN)
+                at_k = ((k0 + keys).to(tl.int64) * kv_heads + head // (heads // kv_heads)) * D
+                kj = tl.load(k + at_k[None, :] + d[:, None], mask=keys[None, :] < lk, other=0.0)    # (D, BN)
+                vj = tl.load(v + at_k[:, None] + d[None, :], mask=keys[:, None] < lk, other=0.0)    # (BN, D)
+                s = tl.dot(qi, kj, input_precision="ieee") * (scale * 1.4426950408889634)   # log2(e)
+                if masked:
+                    s = hide(s, (rows + lk - lq)[:, None], keys[None, :], lk, window, CAUSAL, WINDOW)
+                m_new = tl.maximum(m, tl.max(s, 1))
+                finite = tl.where(m_new == float("-inf"), 0.0, m_new)       # nothing visible yet
+                p, alpha = tl.exp2(s - finite[:, None]), tl.exp2(m - finite)
+                l = l * alpha + tl.sum(p, 1)
+                acc = tl.dot(p.to(vj.dtype), vj, acc * alpha[:, None], input_precision="ieee")
+                m = m_new
+        some = tl.where(l == 0.0, 1.0, l)                       # a row without keys: o = 0, lse = inf
+        tl.store(o + at_q, (acc / some[:, None]).to(o.dtype.element_ty), mask=rows[:, None] < lq)
+        lse_i = tl.where(l == 0.0, float("inf"), m + tl.log2(some))
+        tl.store(lse + tl.cast(head, tl.int64) * total + q0 + rows, lse_i, mask=rows < lq)
+
+    @triton.jit(do_not_specialize=["total", "heads", "kv_heads", "window"])
+    def dq(q, k, v, do, lse, delta, dq, cu_q, cu_k, total, heads, kv_heads, window, scale, D: tl.constexpr,
+           CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+        tile, head = tl.program_id(0), tl.program_id(1)
+        q0, lq, k0, lk = bounds(cu_q, cu_k)
+        if tile * BM >= lq:
+            return
+        rows, d = tile * BM + tl.arange(0, BM), tl.arange(0, D)
+        at_q = ((q0 + rows).to(tl.int64) * heads + head)[:, None] * D + d[None, :]
+        at_row = tl.cast(head, tl.int64) * total + q0 + rows
+        qi = tl.load(q + at_q, mask=rows[:, None] < lq, other=0.0)
+        do_i = tl.load(do + at_q, mask=rows[:, None] < lq, other=0.0)
+        lse_i = tl.load(lse + at_row, mask=rows < lq, other=float("inf"))
+        delta_i = tl.load(delta + at_row, mask=rows < lq, other=0.0)
+        dq_i = tl.zeros([BM, D], tl.float32)
+        lo, tail, hi = key_walk(tile * BM + lk - lq, lk, window, CAUSAL, WINDOW, BM, BN)
+        for masked in tl.static_range(1 if WINDOW else 0, 2):
+            for j in range(tail if masked else lo, hi if masked else tail, BN):
+                keys = j + tl.arange(0, BN)
+                at_k = ((k0 + keys).to(tl.int64) * kv_heads + head // (heads // kv_heads)) * D
+                kj = tl.load(k + at_k[:, None] + d[None, :], mask=keys[:, None] < lk, other=0.0)    # (BN, D)
+                vj = tl.load(v + at_k[:, None] + d[None, :], mask=keys[:, None] < lk, other=0.0)
+                s = tl.dot(qi, tl.trans(kj), input_precision="ieee") * (scale * 1.4426950408889634)
+                if masked:
+                    s = hide(s, (rows + lk - lq)[:, None], keys[None, :], lk, window, CAUSAL, WINDOW)
+                p = tl.exp2(s - lse_i[:, None])
+                ds = p * (tl.dot(do_i, tl.trans(vj), input_precision="ieee") - delta_i[:, None])
+                dq_i = tl.dot(ds.to(kj.dtype), kj, dq_i, input_precision="ieee")
+        tl.store(dq + at_q, (dq_i * scale).to(dq.dtype.element_ty), mask=rows[:, None] < lq)
+
+    @triton.jit(do_not_specialize=["total", "heads", "kv_heads", "window"])
+    def dkdv(q, k, v, do, lse, delta, dk, dv, cu_q, cu_k, total, heads, kv_heads, window, scale,
+             D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+        tile, kv_head = tl.program_id(0), tl.program_id(1)
+        q0, lq, k0, lk = bounds(cu_q, cu_k)
+        if tile * BN >= lk:
+            return
+        keys, d = tile * BN + tl.arange(0, BN), tl.arange(0, D)
+        at_k = ((k0 + keys).to(tl.int64) * kv_heads + kv_head)[:, None] * D + d[None, :]
+        kj = tl.load(k + at_k, mask=keys[:, None] < lk, other=0.0)
+        vj = tl.load(v + at_k, mask=keys[:, None] < lk, other=0.0)
+        dk_j, dv_j = tl.zeros([BN, D], tl.float32), tl.zeros([BN, D], tl.float32)
+        # queries [lo, full): to be masked; [full, hi): see all these keys. Ragged ends need no mask: past the
+        # last query lse is inf, so p is 0; keys past the end are not stored
+        lo, full, hi, first = 0, 0, lq, tile * BN + lq - lk     # first: the query at the tile's first key
+        if CAUSAL:
+            lo = tl.maximum(first, 0) // BM * BM
+            full = tl.minimum((tl.maximum(first + BN - 1, 0) + BM - 1) // BM * BM, lq)
+        if WINDOW:
+            hi = tl.minimum(lq, first + BN - 1 + window)
+            full = hi
+        for head in range(kv_head * (heads // kv_heads), (kv_head + 1) * (heads // kv_heads)):
+            for masked in tl.static_range(1 if WINDOW else 0, 2 if CAUSAL else 1):
+                for i in range(lo if masked else full, full if masked else hi, BM):
+                    rows = i + tl.arange(0, BM)
+                    at_q = ((q0 + rows).to(tl.int64) * heads + head)[:, None] * D + d[None, :]
+                    at_row = tl.cast(head, tl.int64) * total + q0 + rows
+                    qi = tl.load(q + at_q, mask=rows[:, None] < lq, other=0.0)
+                    do_i = tl.load(do + at_q, mask=rows[:, None] < lq, other=0.0)
+                    lse_i = tl.load(lse + at_row, mask=rows < lq, other=float("inf"))
+                    delta_i = tl.load(delta + at_row, mask=rows < lq, other=0.0)
+                    s = tl.dot(kj, tl.trans(qi), input_precision="ieee") * (scale * 1.4426950408889634)
+                    if masked:                                  # transposed: keys are rows, (BN, BM)
+                        s = hide(s, (rows + lk - lq)[None, :], keys[:, None], lk, window, CAUSAL, WINDOW)
+                    p = tl.exp2(s - lse_i[None, :])
+                    dv_j = tl.dot(p.to(do_i.dtype), do_i, dv_j, input_precision="ieee")
+                    ds = p * (tl.dot(vj, tl.trans(do_i), input_precision="ieee") - delta_i[None, :])
+                    dk_j = tl.dot(ds.to(qi.dtype), qi, dk_j, input_precision="ieee")
+        tl.store(dk + at_k, (dk_j * scale).to(dk.dtype.element_ty), mask=keys[:, None] < lk)
+        tl.store(dv + at_k, dv_j.to(dv.dtype.element_ty), mask=keys[:, None] < lk)
+
+    return {"forward": forward, "dq": dq, "dkdv": dkdv}
 
 
-def orthogonal(m: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrix, roughly: five Newton-Schulz steps with Muon's published
-    coefficients."""
-    x = m.T if m.shape[0] > m.shape[1] else m
-    x = x / x.norm().clamp(min=1e-7)
-    for _ in range(5):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return x.T if m.shape[0] > m.shape[1] else x
+class TritonAttention(torch.autograd.Function):
+    """The kernels above as one differentiable function; backend "triton" of `attention`."""
+
+    @staticmethod
+    def launch(kernel, q, k, seg, causal, window, scale, *tensors):
+        """One program for each tile of each head of each segment; empty ones return at once."""
+        (heads, d), kv_heads = q.shape[1:], k.shape[1]
+        rows, keys, warps, stages = FLOAT32_TILES[d] if q.dtype == torch.float32 else TILES[kernel, d]
+        by_keys = kernel == "dkdv"                              # the side whose tiles the programs own
+        tiles = math.ceil(max(seg.k_lens if by_keys else seg.q_lens, default=0) / (keys if by_keys else rows))
+        if tiles:
+            with torch.cuda.device_of(q):
+                triton_kernels()[kernel][tiles, kv_heads if by_keys else heads, len(seg.q_lens)](
+                    *tensors, seg.cu_q, seg.cu_k, len(q), heads, kv_heads, window or 0, scale, d, causal,
+                    window is not None, rows, keys, num_warps=warps, num_stages=stages)
+
+    @staticmethod
+    def forward(ctx, q, k, v, seg, causal, window, scale):
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        o, lse = torch.empty_like(q), torch.empty(q.shape[1], len(q), device=q.device)
+        TritonAttention.launch("forward", q, k, seg, causal, window, scale, q, k, v, o, lse)
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.rest = seg, causal, window, scale
+        return o
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do):
+        (q, k, v, o, lse), do = ctx.saved_tensors, do.contiguous()
+        delta = (do.float() * o.float()).sum(-1).T.contiguous()             # (H, Tq), as lse
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        TritonAttention.launch("dq", q, k, *ctx.rest, q, k, v, do, lse, delta, dq)
+        TritonAttention.launch("dkdv", q, k, *ctx.rest, q, k, v, do, lse, delta, dk, dv)
+        return dq, dk, dv, None, None, None, None
 
 
-def make_optimizers(trained: dict[str, nn.Parameter], rates: dict[str, float], kind: str) -> list:
-    """Muon for the matrices inside the network, AdamW for the rest (both ends, norms, biases, depthwise
-    filters); kind "adamw": AdamW for all. `rates`: peak learning rate of each name."""
-    def is_matrix(name, p):
-        ends = any(word in name for word in ("embedding", "position", "head", "loss."))
-        return kind == "muon" and not ends and p.ndim >= 2 and p.shape[1] > 1
+CASES = {                       # queries and keys of each segment, heads, kv_heads, causal, window
+    "ragged, grouped, causal": ((150, 5, 64), (150, 5, 64), 4, 1, True, None),
+    "new queries on a cache, window": ((8, 1, 140), (170, 3, 175), 2, 2, True, 16),
+    "more queries than keys": ((140, 7), (17, 0), 2, 1, True, None),
+    "ragged, bidirectional": ((137, 5, 64, 0), (137, 50, 70, 3), 2, 2, False, None)}
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}    # of the largest true value
 
-    def groups(matrices):
-        by_rate = {}
-        for name, p in trained.items():
-            if is_matrix(name, p) == matrices:
-                by_rate.setdefault(rates[name], []).append(p)
-        return [dict(params=params, lr=lr, peak=lr) for lr, params in by_rate.items()]
-    optimizers = [Muon(groups(True), {})] if groups(True) else []
-    if groups(False):
-        optimizers.append(torch.optim.AdamW(groups(False), betas=(0.9, 0.95), weight_decay=0, fused=True))
-    return optimizers
+
+def run_case(case: str, backend: str, device, dtype: torch.dtype, head_dim: int) -> list[Tensor]:
+    """Output and the three gradients of one of CASES on inputs rounded to dtype."""
+    q_lens, k_lens, heads, kv_heads, causal, window = CASES[case]
+    rng, shapes = torch.Generator().manual_seed(0), [(sum(q_lens), heads)] + [(sum(k_lens), kv_heads)] * 2
+    q, k, v = (torch.randn(*shape, head_dim, generator=rng).to(dtype) for shape in shapes)
+    do = torch.randn(q.shape, generator=rng).to(dtype)
+    if backend == "reference":
+        device, (q, k, v, do) = "cpu", (t.double() for t in (q, k, v, do))
+    leaves = [t.to(device).requires_grad_() for t in (q, k, v)]
+    seg = Segments.cached(q_lens, k_lens, device)
+    out = attention(*leaves, seg, causal=causal, window=window, backend=backend)
+    return [out.detach(), *torch.autograd.grad(out, leaves, do.to(device))]
+
+
+def attention_error(backend: str, device, dtype: torch.dtype, head_dim: int) -> float:
+    """Largest deviation from the float64 formula over CASES, outputs and gradients, as a share of TOLERANCE:
+    at most 1 passes, nan does not."""
+    worst = [torch.zeros(())]
+    for case in CASES:
+        results = (run_case(case, name, device, dtype, head_dim) for name in (backend, "reference"))
+        worst += [(a.double().cpu() - b).abs().max() / b.abs().max() for a, b in zip(*results)]
+    return float(torch.stack(worst).max() / TOLERANCE[dtype])
+
+
+def choose_attention(device: torch.device, dtype: torch.dtype, cfg: ModelConfig, agree=lambda f: f()) -> str:
+    """Decide what "auto" means, once at start-up; returns the line to print. On a GPU of sm_80 or newer, in
+    half precision, a packed kernel is taken if it passes on that very device. `agree(f)` calls f, which
+    returns a problem or None, on every rank and returns the first problem of any."""
+    global AUTO
+    AUTO, told, kind = "sdpa", "", str(dtype).removeprefix("torch.")
+    if forced := os.environ.get("EXO2EGO_ATTENTION"):
+        return f"attention: {forced}, by EXO2EGO_ATTENTION"
+    if device.type != "cuda" or dtype == torch.float32:
+        return f"attention: sdpa, for {kind} on {device.type}"
+
+    def problem():
+        try:
+            if torch.cuda.get_device_capability(device) < (8, 0):
+                return "it needs sm_80 or newer"
+            heads = {cfg.vit_width // cfg.vit_heads, cfg.head_dim or cfg.width // cfg.heads}
+            errors = {d: round(attention_error(backend, device, dtype, d), 2) for d in sorted(heads)}
+            return None if all(e <= 1 for e in errors.values()) else f"error / tolerance by head_dim {errors}"
+        except Exception as error:                              # whatever stops it here, sdpa does run
+            return f"{type(error).__name__}: {str(error)[:90]}"
+    for backend in ("triton", "varlen"):
+        if (found := agree(problem)) is None:
+            AUTO = backend
+            return f"attention: {backend}, for {kind}, after a self-check{told}"
+        told += f"; not {backend}: {found}"
+    return f"attention: sdpa{told}"
+
+
+def attention_speed(device, dtype, backends, shapes):
+    """TFLOP/s of forward and of forward + backward for each backend and (name, lens, heads, kv_heads,
+    head_dim, causal); a backward counts 2.5 forwards."""
+    from torch.utils.benchmark import Timer                     # it costs 0.2 s to import
+    for name, lens, heads, kv_heads, d, causal in shapes:
+        work = 4 * heads * d * sum(n * (n + 1) / 2 if causal else n * n for n in lens)
+        qkv = [torch.randn(sum(lens), h, d, device=device, dtype=dtype, requires_grad=True)
+               for h in (heads, kv_heads, kv_heads)]
+        for backend in backends:
+            run = partial(attention, *qkv, Segments.packed(lens, device), causal=causal, backend=backend)
+            names, train = dict(run=run, qkv=qkv, grad=torch.autograd.grad), "grad(run(), qkv, qkv[0])"
+            speeds = [work * share / Timer(code, globals=names).blocked_autorange().median / 1e12
+                      for code, share in (("run()", 1), (train, 3.5))]
+            print(f"{name:26} {backend:6} forward {speeds[0]:8.3f}, with backward {speeds[1]:8.3f} TFLOP/s")
+
+
+def check_attention() -> int:
+    """`python model.py --check-attention`: correctness, equal reruns and speed of what this machine can run;
+    the number of failed checks."""
+    device, failed = pick_device(), 0
+    gpu = device.type == "cuda"
+
+    def report(ok, text):
+        nonlocal failed
+        failed += not ok
+        print(f"{'ok  ' if ok else 'FAIL'} {text}", flush=True)
+    for backend in ("tiled", "sdpa") + (("triton", "varlen") if gpu else ()):
+        for dtype, d in product(list(TOLERANCE)[:2 if gpu else 3], (32, 64, 128)):
+            error = attention_error(backend, device, dtype, d)
+            report(error <= 1, f"{backend:6} {dtype} head_dim {d}: error {error:.2f} of the tolerance")
+    if not gpu:
+        print("not run, they need a GPU: triton, varlen, equal reruns, TFLOP/s; pytest runs the kernels in "
+              "Triton's interpreter and compiles them for sm_80 and sm_90")
+        return failed
+    for case in CASES:
+        one, two = (run_case(case, "triton", device, torch.bfloat16, 64) for _ in range(2))
+        report(all(map(torch.equal, one, two)), f"triton reruns are bit-equal: {case}")
+    attention_speed(device, torch.bfloat16, ("sdpa", "triton"), (
+        ("16 frames, bidirectional", (577,) * 16, 16, 16, 64, False),
+        ("4 x 1560 tokens, causal", (1560,) * 4, 32, 8, 128, True),
+        ("4 x 3081 tokens, causal", (3081,) * 4, 32, 8, 128, True),
+        ("ragged, causal", (3081, 1560, 1600, 90, 30, 700), 32, 8, 128, True)))
+    return failed
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--check-attention", action="store_true", required=True, help=check_attention.__doc__)
+    parser.parse_args()
+    if failures := check_attention():
+        raise SystemExit(f"{failures} checks failed")

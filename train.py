@@ -21,13 +21,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-import eval as evaluation
-from data import (DataError, Loader, Log, add_flags, die_with_parent, file_lock, read_manifest, scatter_words,
-                  show_prompt, shuffle_pairs, toy_split, toy_tokenizer, toy_world)
-from model import (PRESETS, Exo2Ego, Tokenizer, checkpoint_tensors, feature_kl, fingerprint, git_revision,
-                   load_checkpoint, load_optimizers, make_optimizers, newest_checkpoint, pick_device,
-                   random_state, read_state, resume_point, save_checkpoint)
+from data import (DataError, Loader, add_flags, file_lock, manifest_of, read_manifest, scatter_words,
+                  shuffle_pairs, toy_tokenizer, toy_world)
+from eval import (Log, agree, describe, git_revision, load_optimizers, random_state, resume_point,
+                  save_checkpoint, start_point, start_process, toy_benchmark, validate)
+from model import (PRESETS, Exo2Ego, Tokenizer, checkpoint_tensors, choose_attention, feature_kl, fingerprint,
+                   load_checkpoint, newest_checkpoint, pick_device, read_state)
 
 
 # ------------------------------------------------------------------------------------------- the stage table
@@ -63,9 +64,7 @@ TOY = {
     3: (Phase("learner self-practice", dict(ego_vit=3e-4, F=3e-4, lora=3e-3), "instruct", "ego", dict(vtg=1),
               32, 150, text="turns"),),
 }
-# The paper's rate, batch and epochs (noted), warm-up 0.03. Its Init (512 a step at 1e-3, 5 epochs) is what
-# --base brings. Whether a connector trains with its ViT, and the weights of kl and ccl, are open: as in the
-# micro-world.
+# The paper's rates, batches, epochs (noted); its Init comes with --base; what it leaves open is as in TOY.
 PAPER = {
     stage: (replace(TOY[stage][0], trains=dict.fromkeys(TOY[stage][0].trains, lr), batch=batch, epochs=epochs,
                     steps=0, floor=0),)
@@ -267,6 +266,44 @@ def schedule(step: int, steps: int, phase: Phase) -> float:
     return (step + 1) / warm if step < warm else phase.floor + (1 - phase.floor) * cosine
 
 
+# -------------------------------------------------------------------------------------------- the optimisers
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is orthogonalised: all directions of a matrix learn at one speed, which is what
+    starts the connector from scratch at all; scaled to AdamW's step. torch.optim.Muon's Newton-Schulz runs in
+    bfloat16, 10-40x slower on a CPU without AMX, and takes no convolutions: to us (out, in * kernel)."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 0.05)
+                update = orthogonal(p.grad.lerp(momentum, 0.95).flatten(1)).view_as(p)          # Nesterov
+                p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.flatten(1).shape)))
+
+
+def orthogonal(m: Tensor) -> Tensor:
+    """The nearest semi-orthogonal matrix, roughly: five Newton-Schulz steps, Muon's coefficients."""
+    x = m.T if m.shape[0] > m.shape[1] else m
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.T if m.shape[0] > m.shape[1] else x
+
+
+def make_optimizers(trained: dict[str, nn.Parameter], rates: dict[str, float], kind: str) -> list:
+    """Muon for the matrices inside the network, AdamW for the rest (both ends, norms, biases, depthwise
+    filters); kind "adamw": AdamW for all. `rates`: peak learning rate of each name."""
+    groups = {True: {}, False: {}}
+    for name, p in trained.items():
+        ends = any(word in name for word in ("embedding", "position", "head", "loss."))
+        matrix = kind == "muon" and not ends and p.ndim >= 2 and p.shape[1] > 1
+        groups[matrix].setdefault(rates[name], []).append(p)
+    muon, adamw = ([dict(params=ps, lr=lr, peak=lr) for lr, ps in by.items()] for by in groups.values())
+    return ([Muon(muon, {})] if muon else []) + ([torch.optim.AdamW(
+        adamw, betas=(0.9, 0.95), weight_decay=0, fused=True)] if adamw else [])
+
+
 # ----------------------------------------------------------------------------------------------------- a run
 @dataclass
 class Run:
@@ -276,6 +313,7 @@ class Run:
     world: int
     device: torch.device
     bf16: bool
+    attention: str = ""                                         # which backend, and why
     total: int = 0                                              # steps of all phases
     record: dict = field(default_factory=lambda: dict(base=None, base_hash=None, init=None))
     inherited: set = field(default_factory=set)                 # tensors that earlier stages trained
@@ -303,11 +341,10 @@ def set_trained(objective: Objective, phase: Phase, fresh: bool) -> dict[str, nn
 
 def make_loader(run: Run, phase: Phase, model: Exo2Ego, tokenizer: Tokenizer, split: str | None = None):
     """The phase's samples, with visual tokens for [x ; F(x)] or one view; `split`: "val", in order."""
-    cfg, path = run.cfg, Path(run.cfg.data)
-    if split and (cfg.stage == 0 or path.suffix == ".jsonl"):
+    cfg = run.cfg
+    if split and (cfg.stage == 0 or cfg.data.endswith(".jsonl")):
         raise DataError("--val-every needs stage 1, 2 or 3 on the micro-world, which has a validation split")
-    if path.suffix != ".jsonl":
-        path = toy_split(path, split or phase.split, toy_world(path))
+    path = manifest_of(cfg.data, split or phase.split)
     rows = read_manifest(path, cfg.root, cfg.allow_outside)
     if cfg.shuffle_pairs and phase.view == "pair" and not split:
         rows = shuffle_pairs(rows, cfg.seed)
@@ -322,15 +359,8 @@ def build(run: Run) -> tuple[Exo2Ego, Tokenizer]:
     cfg = run.cfg
     torch.manual_seed(cfg.seed * 10 + cfg.stage)
     if cfg.stage == 0:
-        file = toy_tokenizer(cfg.data, toy_world(cfg.data))
-        return Exo2Ego(PRESETS[cfg.preset]), Tokenizer(file)
-    source, before = newest_checkpoint(cfg.init), cfg.stage - 1
-    if source is None:
-        raise DataError(f"--init {cfg.init}: no checkpoint there; run torchrun train.py --stage {before}")
-    state = read_state(source)
-    if state["stage"] != before or state["step"] < state["steps"]:
-        raise DataError(f"--init {cfg.init} is of stage {state['stage']} at step {state['step']} of "
-                        f"{state['steps']}; stage {cfg.stage} starts from a finished stage {before}")
+        return Exo2Ego(PRESETS[cfg.preset]), Tokenizer(toy_tokenizer(cfg.data, toy_world(cfg.data)))
+    source, state = start_point(cfg.init, cfg.stage - 1)
     new = {2: {} if cfg.no_mapping else {"mapping": cfg.mapping}, 3: {} if cfg.no_lora else {"lora": True}}
     base = newest_checkpoint(cfg.base) or newest_checkpoint(source.parent / (state["base"] or ""))
     base = base if state["base"] else source
@@ -354,8 +384,8 @@ def save(run: Run, objective: Objective, optimizers: list, step: int, trained: d
     tensors |= {n: t for n, t in objective.state_dict().items() if part_of(n) == "loss"}
     state = dict(stage=run.cfg.stage, step=step, steps=run.total, model=asdict(objective.model.cfg),
                  config=asdict(run.cfg), skipped=skipped, git=git_revision()) | run.record
-    folder = Path(run.cfg.out) / f"step_{step:06d}"
-    save_checkpoint(folder, tensors, optimizers, rng, state, objective.tokenizer.path, run.cfg.keep)
+    save_checkpoint(Path(run.cfg.out) / f"step_{step:06d}", tensors, optimizers, rng, state,
+                    objective.tokenizer.path, run.cfg.keep)
 
 
 def train(cfg: TrainConfig, rank: int = 0, world: int = 1):
@@ -363,6 +393,7 @@ def train(cfg: TrainConfig, rank: int = 0, world: int = 1):
     bf16 = cfg.dtype == "bfloat16" or cfg.dtype is None and torch.cuda.is_available()
     run, rows = Run(cfg, rank, world, pick_device(), bf16), phases(cfg)
     model, tokenizer = build(run)
+    run.attention = choose_attention(run.device, torch.bfloat16 if bf16 else torch.float32, model.cfg, agree)
     loaders = [make_loader(run, row, model, tokenizer) for row in rows]
     lengths = [row.steps or max(1, row.epochs * ld.samples // row.batch) for row, ld in zip(rows, loaders)]
     run.total, start = sum(lengths), 0
@@ -378,7 +409,7 @@ def train(cfg: TrainConfig, rank: int = 0, world: int = 1):
             folder = None
         start += length
     if rank == 0 and not cfg.no_eval and (done < run.total or not (Path(cfg.out) / "eval.json").is_file()):
-        evaluation.toy_benchmark(model, tokenizer, cfg.data, cfg.stage, Path(cfg.out), Path(cfg.init))
+        toy_benchmark(model, tokenizer, cfg.data, cfg.stage, Path(cfg.out), Path(cfg.init))
 
 
 def run_phase(run: Run, model: Exo2Ego, tokenizer: Tokenizer, phase: Phase, loader: Loader, start: int,
@@ -389,16 +420,16 @@ def run_phase(run: Run, model: Exo2Ego, tokenizer: Tokenizer, phase: Phase, load
     objective = Objective(model, tokenizer, phase, cfg, world).to(run.device)
     step = max(start, read_state(folder)["step"]) if folder else start
     if folder:
-        saved, own = checkpoint_tensors(folder), objective.state_dict()
+        saved = checkpoint_tensors(folder)
         saved |= {f"model.{name}": t for name, t in saved.items()}
-        objective.load_state_dict({n: saved[n] for n in own if n in saved}, strict=False)
+        objective.load_state_dict({n: saved[n] for n in objective.state_dict() if n in saved}, strict=False)
     trained = set_trained(objective, phase, fresh=step == start)
     optimizers = make_optimizers(trained, {n: phase.trains[part_of(n)] for n in trained}, cfg.optimizer)
     if "ccl" in phase.losses and step == start:
         objective.measure(loader)
-    ddp = nn.parallel.DistributedDataParallel
-    wrapped = ddp(objective, forward_sync_buffers=False) if world > 1 else objective
-    describe(run, phase, objective, loader, length)
+    wrapped = DistributedDataParallel(objective, forward_sync_buffers=False) if world > 1 else objective
+    if run.rank == 0:
+        describe(run, phase, objective, loader, length)
     val = make_loader(run, phase, model, tokenizer, "val") if cfg.val_every else None
     batches = loader.stream(step - start, length, cfg.workers, repeat=cfg.overfit)
     if step > start:                                            # last: a new DataLoader draws a random number
@@ -413,7 +444,7 @@ def run_phase(run: Run, model: Exo2Ego, tokenizer: Tokenizer, phase: Phase, load
         supervised, samples, skipped, tokens = run.sum(counts.sum(0).to(run.device))    # over the whole step
         sums = {}
         for i, batch in enumerate(micro):
-            if world > 1:  # set before the forward; gradients meet once a step
+            if world > 1:                                       # set before the forward: one meeting a step
                 wrapped.require_backward_grad_sync = i == len(micro) - 1
             with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
                 terms = wrapped(batch, supervised, samples)
@@ -422,8 +453,8 @@ def run_phase(run: Run, model: Exo2Ego, tokenizer: Tokenizer, phase: Phase, load
         norm = float(nn.utils.clip_grad_norm_(trained.values(), 1.0))
         losses = dict(zip(sums, (total / world for total in run.sum(torch.stack(list(sums.values()))))))
         if not math.isfinite(losses["loss"] + norm):
-            raise DataError(f"step {step + 1}: loss {losses['loss']}, gradient norm {norm}; samples of rank "
-                            f"{run.rank}: {[name for b in micro for name in b.names]}")
+            names = sum((b.names for b in micro), [])
+            raise DataError(f"step {step + 1}: loss {losses['loss']}, norm {norm}, rank {run.rank}: {names}")
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -435,32 +466,6 @@ def run_phase(run: Run, model: Exo2Ego, tokenizer: Tokenizer, phase: Phase, load
             validate(run, objective, val, step + 1, log)
         if step + 1 == start + length or cfg.save_every and (step + 1) % cfg.save_every == 0:
             save(run, objective, optimizers, step + 1, trained, log.skipped)
-
-
-@torch.no_grad()
-def validate(run: Run, objective: Objective, loader: Loader, step: int, log, batches: int = 8):
-    """Narration loss per token on the first validation clips, shared by the ranks."""
-    sums = torch.zeros(2, device=run.device)
-    objective.eval()
-    for batch in (b.to(run.device) for i in range(batches) for b in loader.batch(i)):
-        sums += torch.stack([objective.see(batch)["vtg"].sum(), batch.weights.sum()])
-    objective.train()
-    total, tokens = run.sum(sums)
-    log.write(dict(step=step, val_loss=total / tokens), f"step {step} | val_loss {total / tokens:.4f}")
-
-
-def describe(run: Run, phase: Phase, objective: Objective, loader: Loader, length: int):
-    """Before the first step: the arithmetic, what trains, and what the model is fed."""
-    if run.rank:
-        return
-    print(f"\n== stage {run.cfg.stage}: {phase.name} == {length} steps x {phase.batch} of {loader.samples} "
-          f"samples ({phase.batch // loader.micro} micro batches x {loader.micro} on {run.world} ranks)")
-    for name, module in objective.model.named_children():
-        on, off = (sum(p.numel() for p in module.parameters() if p.requires_grad == g) for g in (True, False))
-        print(f"   {name:14} {on:>10,} trained {off:>10,} frozen")
-    print(f"   losses {phase.losses}, rates {phase.trains}, {run.cfg.optimizer}, {run.device}, "
-          f"{'bfloat16' if run.bf16 else 'float32'}, {torch.get_num_threads()} threads")
-    print("   " + show_prompt(loader.batch(0)[0], objective.tokenizer), flush=True)
 
 
 def prepare(cfg: TrainConfig):
@@ -476,12 +481,7 @@ def prepare(cfg: TrainConfig):
 
 def main(argv: list[str] | None = None):
     cfg = parse(argv)
-    place = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}             # what torchrun tells
-    rank, world, local_world = (int(os.environ.get(key, place[key])) for key in place)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with_parent()
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, os.cpu_count() // local_world))
+    rank, world = start_process()
     try:
         prepare(cfg)
         if world > 1:
