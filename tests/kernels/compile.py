@@ -1,0 +1,70 @@
+"""Every configuration the Triton kernels can be launched with, compiled for sm_80 and sm_90 without a GPU.
+
+    pytest tests/kernels/compile.py -s          # prints registers, stack, spills and shared memory of each
+
+What a reader cannot see in the source a compiler can: one tile size too large and a kernel spills thousands of
+registers. Not collected by name: it needs a process without TRITON_INTERPRET (tests/test_kernels.py starts it).
+"""
+import itertools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch
+
+import model
+
+SHARED_LIMIT = {80: 166912, 90: 232448}                 # bytes a block may use
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+MASKS = {"bidirectional": (False, False), "causal": (True, False), "window": (True, True)}
+CONFIGURATIONS = list(itertools.product((80, 90), ("forward", "dq", "dkdv"), (32, 64, 128), POINTERS, MASKS))
+
+
+def compile_one(arch, kernel, head_dim, dtype, mask):
+    """-> (registers, stack bytes, spill instructions, shared bytes, HGMMA, HMMA)."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    function = model.triton_kernels()[kernel]
+    rows, keys, warps, stages = (
+        model.FLOAT32_TILES[head_dim] if dtype == torch.float32 else model.TILES[kernel, head_dim])
+    constants = dict(zip(("D", "CAUSAL", "WINDOW", "BM", "BN"), (head_dim, *MASKS[mask], rows, keys)))
+    types = dict(lse="*fp32", delta="*fp32", cu_q="*i32", cu_k="*i32", scale="fp32", total="i32", heads="i32",
+                 kv_heads="i32", window="i32") | dict.fromkeys(constants, "constexpr")
+    names = function.arg_names
+    signature = {name: types.get(name, POINTERS[dtype]) for name in names}
+    source = ASTSource(fn=function, signature=signature,
+                       constexprs={(names.index(name),): value for name, value in constants.items()},
+                       attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*"})
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(num_warps=warps, num_stages=stages))
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(built.asm["cubin"])
+        usage, sass = (subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+                       for option in ("-res-usage", "-sass"))
+    registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
+    spills, hgmma, hmma = (len(re.findall(rf"\b({word})\b", sass)) for word in ("STL|LDL", "HGMMA[.\\w]*", "HMMA[.\\w]*"))
+    return registers, stack, spills, built.metadata.shared, hgmma, hmma
+
+
+def test_every_configuration_compiles_without_spills():
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        results = list(pool.map(compile_one, *zip(*CONFIGURATIONS)))
+    bad = []
+    print("\n arch kernel   dim dtype    mask           registers stack spills   shared HGMMA HMMA")
+    for (arch, kernel, dim, dtype, mask), (registers, stack, spills, shared, hgmma, hmma) in zip(CONFIGURATIONS, results):
+        line = (f"sm_{arch} {kernel:8} {dim:3} {str(dtype)[6:]:8} {mask:13} {registers:10} {stack:5} {spills:6} "
+                f"{shared:8} {hgmma:5} {hmma:4}")
+        tensor_cores = dtype == torch.float32 or (hgmma if arch == 90 else hmma) > 0    # float32 asks for exact products
+        if stack > 16 or spills > 4 or shared > SHARED_LIMIT[arch] or not tensor_cores:
+            bad.append(line)
+        print(line)
+    assert not bad, "\n".join(bad)
+    assert len(results) == 2 * 3 * 3 * 3 * 3

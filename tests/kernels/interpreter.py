@@ -1,0 +1,88 @@
+"""The Triton kernels run on the CPU by Triton's interpreter and compared with the float64 formula.
+
+    pytest tests/kernels/interpreter.py
+
+What this proves: the arithmetic, in float32 and float16. What it cannot: bfloat16 (the interpreter multiplies its bit
+patterns), races, speed. Not collected by name: TRITON_INTERPRET must be set before the kernels are made, and a wrong
+offset reads the memory of the process (tests/test_kernels.py starts it as a process of its own).
+"""
+import os
+import sys
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import pytest
+import torch
+
+import model
+
+LIMIT = {torch.float32: 1e-5, torch.float16: 5e-3}      # of absolute error; inputs are N(0, 1)
+
+
+@pytest.fixture(params=["small tiles", "shipped tiles"])
+def tiles(request, monkeypatch):
+    """Small tiles make the few tokens that an interpreter can afford span many of them."""
+    if request.param == "small tiles":
+        monkeypatch.setattr(model, "TILES", dict.fromkeys(model.TILES, (32, 32, 4, 1)))
+        monkeypatch.setattr(model, "FLOAT32_TILES", dict.fromkeys(model.FLOAT32_TILES, (32, 32, 4, 1)))
+    return request.param
+
+
+def errors(case, dtype, head_dim):
+    ours, truth = (model.run_case(case, backend, "cpu", dtype, head_dim) for backend in ("triton", "reference"))
+    assert all(t.dtype == dtype for t in ours)
+    return {name: float((a.double() - b).abs().max()) for name, a, b in zip(("o", "dq", "dk", "dv"), ours, truth)}
+
+
+@pytest.mark.parametrize("dtype, head_dim", [(torch.float32, 32), (torch.float16, 64)])
+@pytest.mark.parametrize("case", model.CASES)
+def test_kernels_equal_the_formula(case, dtype, head_dim, tiles):
+    found = errors(case, dtype, head_dim)
+    print(case, dtype, head_dim, tiles, found)
+    assert all(error <= LIMIT[dtype] for error in found.values()), found
+
+
+@pytest.mark.parametrize("dtype", LIMIT)
+def test_head_dim_128(dtype):
+    found = errors("ragged, grouped, causal", dtype, 128)
+    assert all(error <= LIMIT[dtype] for error in found.values()), found
+
+
+def test_one_query_and_no_keys(monkeypatch):
+    """Decoding on caches of 70, 1 and 0 keys; the last answers zero and learns nothing."""
+    monkeypatch.setitem(model.CASES, "decode", ((1, 1, 1), (70, 1, 0), 4, 2, True, None))
+    found = errors("decode", torch.float32, 32)
+    assert all(error <= 1e-5 for error in found.values()), found
+    out, dq, dk, dv = model.run_case("decode", "triton", "cpu", torch.float32, 32)
+    assert (out[2] == 0).all() and (dq[2] == 0).all()
+
+
+@pytest.mark.parametrize("window", [None, 1, 31, 32, 33, 200])
+def test_tile_edges(window, monkeypatch):
+    """Diagonal and window cross tiles of 32 in all phases: keys ahead of the queries by 0, 1, 31 and 61."""
+    monkeypatch.setattr(model, "FLOAT32_TILES", dict.fromkeys(model.FLOAT32_TILES, (32, 32, 4, 1)))
+    monkeypatch.setitem(model.CASES, "edges", ((70, 66, 33, 40), (70, 67, 64, 101), 2, 1, True, window))
+    found = errors("edges", torch.float32, 32)
+    assert all(error <= 1e-5 for error in found.values()), found
+
+
+def test_a_scale_of_our_own_reaches_all_gradients():
+    q, k, v, do = (torch.randn(20, 2, 32) for _ in range(4))
+    seg, results = model.Segments.packed((20,)), []
+    for backend in ("triton", "reference"):
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        out = model.attention(*leaves, seg, causal=True, scale=0.31, backend=backend)
+        results.append((out, *torch.autograd.grad(out, leaves, do)))
+    for a, b in zip(*results):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_reruns_are_bit_equal_and_strides_do_not_matter():
+    one, two = (model.run_case("ragged, grouped, causal", "triton", "cpu", torch.float32, 32) for _ in range(2))
+    assert all(map(torch.equal, one, two))
+    packed = torch.randn(30, 3, 2, 32)                          # q, k, v as slices of one tensor
+    seg, qkv = model.Segments.packed((11, 19)), packed.unbind(1)
+    sliced = model.attention(*qkv, seg, causal=True, backend="triton")
+    assert torch.equal(sliced, model.attention(*(t.contiguous() for t in qkv), seg, causal=True, backend="triton"))
