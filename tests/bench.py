@@ -1,0 +1,153 @@
+"""Measurements side by side: ratios within one run count, times on a busy machine do not.
+
+    python tests/bench.py attention             # naive, padded with a dense mask, tiled, ours: time and memory
+
+Every side of a comparison is a process of its own with one thread; the sides take turns, round by round.
+"""
+import argparse
+import ctypes
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from model import Segments, attention
+
+# name: lengths, heads, kv_heads, head_dim, causal
+SHAPES = {"ViT, 4 frames of 577": ((577,) * 4, 16, 16, 64, False),
+          "one causal sequence of 3200, grouped": ((3200,), 8, 2, 128, True),
+          "a ragged batch of an MLLM": ((1538, 777, 773, 800), 8, 2, 64, True),
+          "a very ragged batch": ((1500, 700, 300, 90, 60, 40, 30, 30), 8, 2, 64, True)}
+
+
+def naive(q, k, v, lens, causal):
+    """What one writes first: each sequence alone, all scores at once."""
+    return attention(q, k, v, Segments.packed(lens), causal=causal, backend="reference")
+
+
+def padded(q, k, v, lens, causal):
+    """What most training code does: pad to the longest, hide the padding with a dense mask."""
+    longest, real = max(lens), torch.tensor(lens)
+    mask = (torch.arange(longest)[None] < real[:, None])[:, None, None]                 # (B, 1, 1, keys)
+    if causal:
+        mask = mask & torch.ones(longest, longest, dtype=torch.bool).tril()
+    q, k, v = (pad_sequence(t.split(lens), batch_first=True).transpose(1, 2) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+    return torch.cat([o[:n] for o, n in zip(out, lens)])
+
+
+def tiled(q, k, v, lens, causal):
+    return attention(q, k, v, Segments.packed(lens), causal=causal, backend="tiled")
+
+
+def ours(q, k, v, lens, causal):
+    return attention(q, k, v, Segments.packed(lens), causal=causal)
+
+
+SIDES = {side.__name__: side for side in (naive, padded, tiled, ours)}
+
+
+def status(key: str) -> int:
+    """A figure of this process in bytes: VmRSS is resident now, VmHWM its peak since it was last reset."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[key].split()[0]) * 1024
+
+
+def peak_of(call) -> int:
+    """Bytes that a call needs above what was resident before it (Linux)."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)                     # what earlier calls left must not serve this one
+    Path("/proc/self/clear_refs").write_text("5")               # resets the peak
+    level = status("VmRSS")
+    call()
+    return status("VmHWM") - level
+
+
+def work(pipe, side, shape, dtype, train):
+    """One side: on every request one measurement, (seconds, bytes above the level before)."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    lens, heads, kv_heads, head_dim, causal = SHAPES[shape]
+    qkv = [torch.randn(sum(lens), h, head_dim, dtype=dtype, requires_grad=train) for h in (heads, kv_heads, kv_heads)]
+    do = torch.randn(sum(lens), heads, head_dim, dtype=dtype)
+
+    def call():
+        with torch.set_grad_enabled(train):
+            out = SIDES[side](*qkv, lens, causal)
+            if train:
+                torch.autograd.grad(out, qkv, do)
+
+    def seconds():
+        began = time.process_time()
+        call()
+        return time.process_time() - began
+    while request := pipe.recv():
+        pipe.send(peak_of(call) if request == "memory" else seconds())
+
+
+def compare(shape, dtype, train, rounds):
+    """{side: (seconds of each round, peak bytes)}; the memory is measured first, which warms up too."""
+    context, pipes = multiprocessing.get_context("spawn"), {}
+    for side in SIDES:
+        pipes[side], other = context.Pipe()
+        context.Process(target=work, args=(other, side, shape, dtype, train), daemon=True).start()
+
+    def ask(request):
+        for side, pipe in pipes.items():
+            pipe.send(request)
+            yield side, pipe.recv()
+    peaks, times = dict(ask("memory")), {side: [] for side in SIDES}
+    for _ in range(rounds):
+        for side, seconds in ask("time"):
+            times[side].append(seconds)
+    for pipe in pipes.values():
+        pipe.send("")
+    return {side: (times[side], peaks[side]) for side in SIDES}
+
+
+def bench_attention(args):
+    """Time and peak memory of attention alone, against naive and against padded with a dense mask."""
+    rows = []
+    print("CPU seconds and peak MB of one call, 1 thread; x: how many times as much as ours (range over rounds)")
+    for shape in SHAPES:
+        for dtype in (torch.float32, torch.bfloat16):
+            for train in (False, True):
+                sides = compare(shape, dtype, train, args.rounds)
+                print(f"{shape}, {str(dtype)[6:]}, {'training' if train else 'inference'}")
+                times, peak = sides["ours"]
+                for side, (runs, bytes_) in sides.items():
+                    ratios = [a / b for a, b in zip(runs, times)]
+                    row = dict(bench="attention", shape=shape, dtype=str(dtype), train=train, side=side, seconds=min(runs),
+                               bytes=bytes_, ratio=statistics.median(ratios), low=min(ratios), high=max(ratios),
+                               memory_ratio=bytes_ / max(peak, 1 << 20))
+                    print("    {side:7} {seconds:7.3f} s {mb:5.0f} MB   time {ratio:5.1f}x ({low:.1f}-{high:.1f})   memory "
+                          "{memory_ratio:5.1f}x".format(mb=bytes_ / 2**20, **row), flush=True)
+                    rows.append(row)
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    benches = {"attention": bench_attention}
+    parser.add_argument("bench", choices=benches)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", metavar="FILE", help="append one JSON line a measurement")
+    args = parser.parse_args()
+    rows = benches[args.bench](args)
+    if args.json:
+        with open(args.json, "a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+if __name__ == "__main__":
+    main()
