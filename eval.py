@@ -9,6 +9,7 @@ exact match.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -28,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data import (COLOURS, NARRATE, PATTERNS, VERBS, Batch, DataError, Loader, contact_sheet, die_with_parent,
-                  read_clip, read_manifest, show_prompt, toy_split, toy_world)
+                  read_clip, read_manifest, show_prompt, toy_split, toy_world, write_jsonl)
 from model import (Exo2Ego, Tokenizer, choose_attention, feature_kl, load_checkpoint, newest_checkpoint,
                    pick_device, read_state)
 
@@ -110,7 +111,8 @@ def likelihood(model: Exo2Ego, tokenizer: Tokenizer, visual: Tensor, pairs: list
 # ----------------------------------------------------------------------------------------- the toy benchmark
 def toy_benchmark(model: Exo2Ego, tokenizer: Tokenizer, data: str, stage: int, out: Path,
                   init: Path | None = None) -> dict:
-    """The figures of a stage on clips of unseen scenes, printed as `key: value` and kept in out/eval.json.
+    """The figures of a stage on clips of unseen scenes, printed as `key: value` and kept in out/eval.json;
+    what the model said of each clip in out/predictions.jsonl.
 
     Stages 0 and 1: the demonstrator on exo clips. Stage 2: the learner's narrations, KL of true and shuffled
     partners. Stage 3: narrations, text-to-clip choice among 5, questions. A manifest that is not the micro-
@@ -125,13 +127,16 @@ def toy_benchmark(model: Exo2Ego, tokenizer: Tokenizer, data: str, stage: int, o
     rows = read_manifest(toy_split(data, split, world))
     visual = see(model, tokenizer, rows, view)
     figures, narrations = narrate(model, tokenizer, rows, visual, view)
-    replies = [""] * len(rows)
+    replies, told = [""] * len(rows), {"said": narrations}
     if stage == 2:
         figures |= partners(model, tokenizer, read_manifest(toy_split(data, "val", world)))
     if stage == 3:
-        figures |= choose_clip(model, tokenizer, rows, visual)
-        more, replies = ask(model, tokenizer, rows, visual)
-        figures |= more
+        chosen, told["inter"], told["intra"] = choose_clip(model, tokenizer, rows, visual)
+        answers, replies = ask(model, tokenizer, rows, visual)
+        figures, told["reply"] = figures | chosen | answers, replies
+    write_jsonl(out / "predictions.jsonl", [
+        {"id": row["id"], "text": row["text"], "turns": row["turns"]} | dict(zip(told, values))
+        for row, *values in itertools.zip_longest(rows, *told.values())])
     show(out / "samples.png", rows, view, narrations, replies)
     earlier = Path(init or "") / "eval.json"
     if stage == 1 and init and earlier.is_file():
@@ -173,9 +178,9 @@ def ask(model, tokenizer, rows, visual):
 
 def choose_clip(model, tokenizer, rows, visual, n: int = 1000):
     """EgoMCQ's task: which of five clips does this narration describe? inter: clips of five scenes; intra:
-    the five moments of one scene. All five have different narrations."""
+    the five moments of one scene. All five have different narrations. Figures, and each item's outcome."""
     rng, count = np.random.default_rng(0), min(n, len(rows))
-    figures = {}
+    figures, outcomes = {}, []
     for kind in ("inter", "intra"):
         candidates = []
         for i in range(count):
@@ -192,8 +197,9 @@ def choose_clip(model, tokenizer, rows, visual, n: int = 1000):
             candidates.append([i] + others)
         pairs = [(clip, rows[i]["text"]) for i, clips in enumerate(candidates) for clip in clips]
         scores = likelihood(model, tokenizer, visual, pairs)
-        figures |= proportion(f"mcq_{kind}", [choice_score(s, 0) for s in scores.reshape(count, 5)], 0.2)
-    return figures
+        outcomes.append([choice_score(s, 0) for s in scores.reshape(count, 5)])
+        figures |= proportion(f"mcq_{kind}", outcomes[-1], 0.2)
+    return figures, *outcomes
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@ import json
 import shutil
 
 import numpy as np
+import pytest
 import torch
 from conftest import REPO, run
 
@@ -78,3 +79,16 @@ def test_a_moved_base_is_named_and_another_one_refused(toy, tmp_path):
     assert model is not None
     code, _, err = run(REPO / "eval.py", "--ckpt", tmp_path / "a" / "stage1", "--base", toy / "stage2", check=False)
     assert code != 0 and "not the base" in err
+
+
+def test_predictions_are_what_the_figures_count(toy):
+    for stage, view in ((1, "exo"), (3, "ego")):
+        figures = json.loads((toy / f"stage{stage}" / "eval.json").read_text())
+        rows = [json.loads(line) for line in (toy / f"stage{stage}" / "predictions.jsonl").read_text().splitlines()]
+        assert len(rows) == figures[f"{view}_em_n"] and len({row["id"] for row in rows}) == len(rows)
+        assert sum(row["said"] == row["text"] for row in rows) / len(rows) == pytest.approx(figures[f"{view}_em"])
+    assert sum(r["reply"] == r["turns"][0]["assistant"] for r in rows) / len(rows) == pytest.approx(figures["qa"])
+    for kind in ("inter", "intra"):
+        outcomes = [row[kind] for row in rows if row[kind] is not None]
+        assert len(outcomes) == figures[f"mcq_{kind}_n"]
+        assert sum(outcomes) / len(outcomes) == pytest.approx(figures[f"mcq_{kind}"])
