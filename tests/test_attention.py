@@ -195,6 +195,7 @@ def test_auto_is_what_passes_its_self_check(found, capability, backend, words, m
     monkeypatch.setattr(model, "attention_error", error)
     monkeypatch.setattr(model, "AUTO", "sdpa")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     line = choose_attention(torch.device("cuda"), torch.bfloat16, PRESETS["7b"])
     assert model.AUTO == backend and line.startswith(f"attention: {backend}") and words in line and "\n" not in line
 
@@ -206,6 +207,20 @@ def test_auto_without_a_choice_is_sdpa(monkeypatch):
     assert "bfloat16 on cpu" in choose_attention(torch.device("cpu"), torch.bfloat16, PRESETS["7b"])
     monkeypatch.setenv("EXO2EGO_ATTENTION", "tiled")
     assert "tiled, by EXO2EGO_ATTENTION" in choose_attention(torch.device("cpu"), torch.bfloat16, PRESETS["7b"])
+    for wrong in ("flash", "varlen"):                           # varlen takes no float32: a run would die in its scores
+        monkeypatch.setenv("EXO2EGO_ATTENTION", wrong)
+        with pytest.raises(ValueError, match=f"EXO2EGO_ATTENTION is '{wrong}': choose one of"):
+            choose_attention(torch.device("cpu"), torch.float32, PRESETS["7b"])
+
+
+def test_a_dead_gpu_is_not_papered_over(monkeypatch):
+    def dead(*_):
+        raise RuntimeError("an illegal memory access was encountered")
+    monkeypatch.setattr(model, "attention_error", dead)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "synchronize", dead)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        choose_attention(torch.device("cuda"), torch.bfloat16, PRESETS["7b"])
 
 
 RANKS = """
@@ -315,7 +330,12 @@ def test_check_attention_on_a_gpu_up_to_the_gpu(monkeypatch, capsys):
     monkeypatch.setattr(model, "attention_error", lambda backend, *_: 0.5 if backend != "varlen" else 3.0)
     monkeypatch.setattr(model, "run_case", lambda *_: [torch.tensor(float(next(draws)))])      # reruns that differ
     monkeypatch.setattr(model, "attention_speed", lambda *_: print("table"))
-    assert model.check_attention() == 6 + 4 and "table" in capsys.readouterr().out
+    assert model.check_attention() == 6 + 6 and "table" in capsys.readouterr().out
+    draw = lambda *_: [torch.ones(())]                          # reruns that agree; a backend that cannot run
+    monkeypatch.setattr(model, "run_case", draw)
+    monkeypatch.setattr(model, "attention_error", lambda backend, *_: 1 / (backend != "varlen"))
+    assert model.check_attention() == 6
+    assert "FAIL varlen torch.bfloat16 head_dim 32: ZeroDivisionError" in capsys.readouterr().out
 
 
 def test_speed_table_counts_the_work(capsys):
