@@ -523,6 +523,7 @@ class World:
     noise: float = 1.0          # head motion, roll, zoom and light of the ego camera, 0 = a steady head
     fov: float = 1.0            # field of view of the ego camera; smaller sees less
     scale: float = 1.0          # multiplies the training clips
+    narrated: float = 1.0       # share of the pairs that have a text: synchronized video is the cheaper part
 
 
 SPLITS = {"corpus": ("exo",), "ego": ("ego",), "pairs": ("ego", "exo"), "instruct": ("ego",),
@@ -813,8 +814,10 @@ def make_scene(world: World, split: str, scene: int, out: Path) -> list[dict]:
         facts = (verb, *plan["blocks"][target], hand)
         # a test asks no narration
         asked = questions(*facts, rng)[0 if split in ("corpus", "instruct") else 1:]
-        turn = asked[(scene * CLIPS + i) % len(asked)]
-        row = {"id": f"{split}/{scene}/{i}", "text": narration(*facts), "turns": [turn]}
+        number = scene * CLIPS + i
+        turn = asked[number % len(asked)]
+        told = split != "pairs" or int((number + 1) * world.narrated) > int(number * world.narrated)
+        row = {"id": f"{split}/{scene}/{i}"} | ({"text": narration(*facts), "turns": [turn]} if told else {})
         if "ego" in views:
             row["ego"] = clip.pop("ego")
         if clip:
@@ -859,10 +862,10 @@ def _claim_world(out: Path, world: World):
     if not file.is_file():
         with whole_file(file) as part:
             part.write_text(json.dumps(asdict(world)))
-    made = json.loads(file.read_text())
+    made = asdict(toy_world(out))
     for key, value in asdict(world).items():
-        if made.get(key) != value:
-            raise DataError(f"{out} holds a world with {key}={made.get(key)}, not {value}: use another --out")
+        if made[key] != value:
+            raise DataError(f"{out} holds a world with {key}={made[key]}, not {value}: use another --out")
 
 
 def toy_world(out: str | os.PathLike) -> World:

@@ -225,6 +225,15 @@ def test_no_scene_is_in_two_splits_and_the_world_is_reproducible(tmp_path, toy):
     assert (tmp_path / "pairs/ego/3.mp4").read_bytes() == (toy / "toy/pairs/ego/3.mp4").read_bytes()
 
 
+def test_one_pair_in_ten_is_narrated(tmp_path):
+    few, all_ = (sum((data.make_scene(World(narrated=share), "pairs", k, tmp_path) for k in range(4)), []) for share in (0.1, 1))
+    assert [i for i, row in enumerate(few) if "text" in row] == [9, 19]
+    for a, b in zip(few, all_):
+        assert a == (b if "text" in a else {key: b[key] for key in ("id", "ego", "exo")})
+    test = data.make_scene(World(narrated=0.1), "test", 0, tmp_path)
+    assert all("text" in row for row in test)                   # what is scored is always known
+
+
 def test_a_scene_has_five_different_moments():
     for scene in range(50):
         plan = data.plan_scene(np.random.default_rng(scene))
