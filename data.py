@@ -265,7 +265,13 @@ class Loader:
     def __init__(self, rows: list[dict], cfg: ModelConfig, tokenizer: Tokenizer, *, view: str,
                  text: str = "text", batch: int, micro: int | None = None, seed: int = 0, rank: int = 0,
                  world: int = 1, train: bool = True, video_tokens: int | None = None):
-        self.rows, self.cfg, self.tokenizer, self.view, self.text = rows, cfg, tokenizer, view, text
+        def told(row):
+            return view == "pair" or row.get("text") or text == "turns" and row.get("turns")
+        if train and 0 < (silent := sum(not told(row) for row in rows)) < len(rows):
+            print(f"{silent} of {len(rows)} rows have no text: left out, only stage 2 uses them")
+            rows = list(filter(told, rows))
+        self.rows = rows
+        self.cfg, self.tokenizer, self.view, self.text = cfg, tokenizer, view, text
         self.batch_size, self.micro = batch, micro or max(1, batch // world)
         self.seed, self.train = seed, train
         self.rank, self.world = rank, world
@@ -274,8 +280,7 @@ class Loader:
             raise DataError(f"--batch {batch} is no multiple of --micro-batch {self.micro} x {world} ranks")
         need = {"exo": ("exo",), "ego": ("ego",), "pair": ("ego", "exo"), "text": ()}[view]
         for row in rows:
-            told = view == "pair" or text == "turns" and row.get("turns")
-            for key in need + (() if told else ("text",)):
+            for key in need + (() if told(row) else ("text",)):
                 if not row.get(key):
                     raise DataError(f'row {row["id"]!r} lacks "{key}", which this stage needs')
         self.views = np.array([len(row["exo"]) if view in ("exo", "pair") else 1 for row in rows])

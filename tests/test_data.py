@@ -110,6 +110,21 @@ def loader(toy, view="pair", split="pairs", **options):
                   **(dict(batch=8) | options))
 
 
+def test_rows_without_text_are_left_out_aloud_where_text_is_all_there_is(toy, capsys):
+    rows = read_manifest(toy / "toy" / "pairs.jsonl")
+    for row in rows[::3]:
+        del row["text"], row["turns"]
+    tokenizer, left = Tokenizer(toy / "toy" / "tokenizer.model"), len(rows) - len(rows[::3])
+    one = Loader(rows, PRESETS["toy"], tokenizer, view="exo", batch=2)
+    assert len(one.rows) == left and all("text" in row for row in one.rows)
+    assert f"{len(rows[::3])} of {len(rows)} rows have no text" in capsys.readouterr().out
+    assert len(Loader(rows, PRESETS["toy"], tokenizer, view="pair", batch=2).rows) == len(rows)
+    with pytest.raises(data.DataError, match='lacks "text"'):   # scores are of every row, or of none
+        Loader(rows, PRESETS["toy"], tokenizer, view="exo", batch=2, train=False)
+    with pytest.raises(data.DataError, match='lacks "text"'):
+        Loader(rows[::3], PRESETS["toy"], tokenizer, view="exo", batch=2)
+
+
 def test_a_batch_is_a_function_of_the_step(toy):
     one, other = loader(toy), loader(toy)
     other.batch(5)
