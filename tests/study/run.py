@@ -21,6 +21,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 REPO = Path(__file__).parents[2]
@@ -71,8 +72,9 @@ for sweep, knobs in SWEEPS.items():
 locks, guard = {}, threading.Lock()
 
 
+@cache
 def code_hash() -> str:
-    """Of the four files as the machine sees them: comments and docstrings do not count."""
+    """Of the four files as the machine sees them, when this process began: comments and docstrings do not count."""
     digest = hashlib.sha256()
     for name in ("model.py", "data.py", "train.py", "eval.py"):
         tree = ast.parse((REPO / name).read_text())
@@ -115,15 +117,19 @@ def run_cell(name: str, seed: int, out: Path) -> dict:
         rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
         right = "".join(str(int(r["said"] == r["text"])) for r in rows)
         outcomes[f"stage{stage}"] = f"{int('1' + right, 2):x}"  # a leading 1, then one bit a clip
-    revision = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=REPO, capture_output=True, text=True).stdout.strip()
-    return dict(row=name, seed=seed, flags=vars(row), code=code_hash(), git=revision, seconds=round(time.time() - began),
+    state = json.loads(next(previous.glob("step_*/state.json")).read_text())    # it knows the revision that trained it
+    return dict(row=name, seed=seed, flags=vars(row), code=code_hash(), git=state["git"], seconds=round(time.time() - began),
                 figures=figures, outcomes=outcomes)
+
+
+def recorded() -> list[dict]:
+    """All lines of results.jsonl: cells, and what --verify found."""
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
 
 
 def finished() -> dict[tuple[str, int], dict]:
     """Cells of results.jsonl that hold for this code: made by it, or by code that --verify found equal."""
-    lines = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
-    valid = {code_hash()}
+    lines, valid = recorded(), {code_hash()}
     for line in reversed(lines):
         if line.get("verified") in valid:
             valid.add(line["same_as"])
@@ -138,12 +144,11 @@ def append(line: dict):
 
 def verify(out: Path):
     """Run the latest cell again with the code as it is: equal to the digit, and all older cells hold."""
-    cells = [json.loads(line) for line in RESULTS.read_text().splitlines() if '"row"' in line]
-    old = cells[-1]
+    old = [line for line in recorded() if "row" in line][-1]
     new = run_cell(old["row"], old["seed"], out)
     if new["figures"] != old["figures"] or new["outcomes"] != old["outcomes"]:
         raise SystemExit(f"{old['row']}, seed {old['seed']}: the numbers changed; the cells of code {old['code']} are void")
-    if new["code"] != old["code"]:
+    if (old["row"], old["seed"]) not in finished():
         append(dict(verified=new["code"], same_as=old["code"], by=[old["row"], old["seed"]]))
     print(f"{old['row']}, seed {old['seed']}: equal to the digit")
 
@@ -169,22 +174,19 @@ def main():
     there = finished()
     cells = [(name, seed) for seed in seeds for name in names if (name, seed) not in there]
     print(f"code {code_hash()}: {len(names) * len(seeds) - len(cells)} cells are there, {len(cells)} to run", flush=True)
-    began, taken, done = time.time(), [], 0
+    began, taken = time.time(), []                          # seconds of each finished cell
 
     def work(cell):
-        nonlocal done
-        lasts = max(taken, default=0)
-        if time.time() - began + lasts > args.minutes * 60:
+        if time.time() - began + max(taken, default=0) > args.minutes * 60:
             return
         line = run_cell(*cell, args.out.resolve())
         append(line)
         taken.append(line["seconds"])
-        done += 1
-        each = (time.time() - began) / done
-        print(f"{done}/{len(cells)} {line['row']}, seed {line['seed']}: stage 2 {line['figures']['stage2']['ego_em']:.3f}, stage 3 "
-              f"{line['figures']['stage3']['ego_em']:.3f} ({line['seconds']} s; all done in {(len(cells) - done) * each / 60:.0f} min)",
+        each = (time.time() - began) / len(taken)
+        print(f"{len(taken)}/{len(cells)} {line['row']}, seed {line['seed']}: stage 2 {line['figures']['stage2']['ego_em']:.3f}, stage 3 "
+              f"{line['figures']['stage3']['ego_em']:.3f} ({line['seconds']} s; all done in {(len(cells) - len(taken)) * each / 60:.0f} min)",
               flush=True)
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 1)) as pool:            # one thread a process, a process a core
+    with ThreadPoolExecutor(os.cpu_count()) as pool:            # one thread a process, a process a core
         list(pool.map(work, cells))
 
 
