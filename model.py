@@ -392,7 +392,7 @@ class ConvNorm(nn.Module):
         super().__init__()
         groups = 1 if kernel == 1 else c_in
         self.conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, groups=groups, bias=False)
-        self.bn = nn.LayerNorm(c_out, eps=1e-6)                 # timm calls it bn whatever it is
+        self.bn = nn.LayerNorm(c_out)                           # timm calls it bn whatever it is
 
     def forward(self, x):
         if self.conv.kernel_size == (1, 1):
@@ -410,7 +410,7 @@ class SqueezeExcite(nn.Module):
 
     def forward(self, x):                                                   # (N, 24, 24, 4096)
         s = x.mean((1, 2), keepdim=True)                                    # (N, 1, 1, 4096)
-        s = F.relu(F.linear(s, self.fc1.weight.flatten(1), self.fc1.bias))
+        s = F.silu(F.linear(s, self.fc1.weight.flatten(1), self.fc1.bias))  # RegStage passes its SiLU on
         return x * torch.sigmoid(F.linear(s, self.fc2.weight.flatten(1), self.fc2.bias))
 
 

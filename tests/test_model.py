@@ -67,7 +67,7 @@ def test_regnet_block_equals_plain_convolutions_and_starts_as_silu():
     image = x.permute(0, 3, 1, 2)
     h = F.silu(norm(block.conv1.conv(image), block.conv1.bn))
     h = F.silu(norm(block.conv2.conv(h), block.conv2.bn))
-    h = h * torch.sigmoid(block.se.fc2(F.relu(block.se.fc1(h.mean((2, 3), keepdim=True)))))
+    h = h * torch.sigmoid(block.se.fc2(F.silu(block.se.fc1(h.mean((2, 3), keepdim=True)))))
     plain = F.silu(norm(block.conv3.conv(h), block.conv3.bn) + image)
     assert torch.allclose(block(x), plain.permute(0, 2, 3, 1), atol=1e-5)
 
