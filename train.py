@@ -196,7 +196,7 @@ class Objective(nn.Module):
         if "kl" in losses:
             terms["kl"] = self.kl(y, fx[pair], estimate[pair])
         if "ccl" in losses:
-            terms["ccl"] = self.cycle(x.detach()[pair], y)
+            terms["ccl"] = self.cycle(x.detach(), y, pair)
         if "contrastive" in losses:
             terms["contrastive"] = self.contrastive(y, fx[pair])
         return terms
@@ -210,12 +210,12 @@ class Objective(nn.Module):
             target, estimate = (rearrange(g, "b t h w d -> b (t h w) d") for g in (y, fx))
         return feature_kl(target, estimate, self.cfg.kl_temperature)
 
-    def cycle(self, x: Tensor, y: Tensor) -> Tensor:
+    def cycle(self, x: Tensor, y: Tensor, pair: Tensor) -> Tensor:
         """CCL(F, G) of each pair (X,): |G(F(x)) - x| + |F(G(y)) - y|, standardised by the demonstrator's
-        statistics. x and y are data here, as in CycleGAN: only F and G learn from it."""
+        statistics. x (of E moments) and y are data here, as in CycleGAN: only F and G learn from it."""
         def distance(a, b):
             return ((a - b) / self.loss.std).abs().flatten(1).mean(1)       # the mean cancels
-        forward = distance(self.model.G(self.model.F(x)), x)
+        forward = distance(self.model.G(self.model.F(x)), x)[pair]
         backward = 0 if self.cfg.forward_cycle_only else distance(self.model.F(self.model.G(y)), y)
         return forward + backward
 
