@@ -60,7 +60,7 @@ TOY = {
     1: (Phase("demonstrator self-preparation", dict(exo_vit=3e-3, exo_connector=3e-3), "pairs", "exo",
               dict(vtg=1), 32, 120),),
     2: (Phase("demonstrator-learner guidance", dict(ego_vit=1e-3, ego_connector=1e-3, F=3e-3, G=3e-3),
-              "pairs", "pair", dict(vtg=1, kl=3, ccl=0.1), 32, 240),),
+              "pairs", "pair", dict(vtg=1, kl=5, ccl=0.1), 32, 480),),
     3: (Phase("learner self-practice", dict(ego_vit=3e-4, F=3e-4, lora=3e-3), "instruct", "ego", dict(vtg=1),
               32, 150, text="turns"),),
 }

@@ -106,7 +106,12 @@ def run_cell(name: str, seed: int, out: Path) -> dict:
     label = hashlib.sha256(row.world.encode()).hexdigest()[:8] if row.world else "default"
     root = out / code_hash() / f"seed{seed}" / label
     world = command(root / "toy", "data.py", "toy", "--out", root / "toy", "--seed", seed, *row.world.split())
-    base = command(root / "stage0", "train.py", "--stage", 0, "--data", world, "--out", root / "stage0", "--seed", seed)
+    if {*row.world.split()} & {"--corpus", "--ego", "--noise", "--fov", "--scale"}:     # stage 0 sees these
+        base = command(root / "stage0", "train.py", "--stage", 0, "--data", world, "--out", root / "stage0", "--seed", seed)
+    else:
+        plain = root.with_name("default")
+        toy = command(plain / "toy", "data.py", "toy", "--out", plain / "toy", "--seed", seed)
+        base = command(plain / "stage0", "train.py", "--stage", 0, "--data", toy, "--out", plain / "stage0", "--seed", seed)
     previous, flags, figures, outcomes = base, "", {}, {}
     for stage in (1, 2, 3):
         flags += getattr(row, f"stage{stage}") + "|"
