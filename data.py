@@ -46,10 +46,8 @@ OPEN_OPTIONS = {  # FFmpeg opens more than files: playlists, URLs, concat script
     "protocol_whitelist": "file",
     "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"}
 
-
 class DataError(ValueError):
     """Bad input: the message names the file, line or field, and the way out."""
-
 
 # ----------------------------------------------------------------------------------------------------- video
 def read_clip(video: str | os.PathLike, start: float | None, end: float | None, num_frames: int, size: int,
@@ -83,7 +81,6 @@ def read_clip(video: str | os.PathLike, start: float | None, end: float | None, 
     except (av.FFmpegError, OSError, OverflowError) as error:
         raise DataError(f"{video} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
-
 def _seconds(container, stream) -> float:
     """Length of the video, as its header says."""
     if stream.duration:
@@ -91,7 +88,6 @@ def _seconds(container, stream) -> float:
     if container.duration:
         return container.duration / av.time_base
     raise DataError(f"{container.name} has no duration: re-encode it")
-
 
 def _frames_at(container, stream, moments: np.ndarray, size: int, name: str) -> np.ndarray:
     """The frame on display at each of these (ascending) moments, in seconds of the stream's own clock."""
@@ -115,10 +111,8 @@ def _frames_at(container, stream, moments: np.ndarray, size: int, name: str) -> 
     out[done:] = _pixels(shown, size)              # the last frame stays on display
     return out
 
-
 # one a process: it keeps its tables, and making them costs more than using them
 _reformatter = VideoReformatter()
-
 
 def _pixels(frame, size: int) -> np.ndarray:
     """One frame as RGB (3, S, S): scaled to fit, padded to a square with CLIP's mean colour (VideoLLaMA2's
@@ -134,7 +128,6 @@ def _pixels(frame, size: int) -> np.ndarray:
     out[:, top:top + h, left:left + w] = rgb.transpose(2, 0, 1)
     return out
 
-
 @contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary name to write to; it becomes `path` at the end: a killed write never looks finished."""
@@ -142,7 +135,6 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     part.parent.mkdir(parents=True, exist_ok=True)
     yield part
     os.replace(part, path)
-
 
 def write_video(path: str | os.PathLike, frames: np.ndarray, fps: int, gop: int = 12):
     """uint8 (N, H, W, 3) -> mp4 (mpeg4, 400 kbit/s)."""
@@ -154,7 +146,6 @@ def write_video(path: str | os.PathLike, frames: np.ndarray, fps: int, gop: int 
         for image in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
-
 
 # ------------------------------------------------------------------------------------------------- manifests
 def read_manifest(path: str | os.PathLike, root: str | os.PathLike | None = None,
@@ -178,7 +169,6 @@ def read_manifest(path: str | os.PathLike, root: str | os.PathLike | None = None
     if not rows:
         raise DataError(f"{path} is empty: it needs one JSON object a line")
     return rows
-
 
 def _check_row(row, where: str, base: Path, allow_outside: bool) -> dict:
     if not isinstance(row, dict) or not isinstance(row.get("id"), str):
@@ -205,12 +195,10 @@ def _check_row(row, where: str, base: Path, allow_outside: bool) -> dict:
         raise DataError(f'{where}: "turns" is a list of {{"user": ..., "assistant": ...}}')
     return row
 
-
 def write_jsonl(path: str | os.PathLike, rows: list[dict]):
     """Rows as JSON lines."""
     with whole_file(path) as part:
         part.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
 
 @contextmanager
 def file_lock(path: str | os.PathLike, wait: bool):
@@ -229,7 +217,6 @@ def file_lock(path: str | os.PathLike, wait: bool):
         file.write(str(os.getpid()))
         file.flush()
         yield
-
 
 # --------------------------------------------------------------------------------------------------- loading
 @dataclass
@@ -252,7 +239,6 @@ class Batch:
         parts = (getattr(self, f.name) for f in fields(self))
         return Batch(*(p.to(device, non_blocking=True) if isinstance(p, Tensor) else p for p in parts))
 
-
 class Loader:
     """Samples in an order that is a pure function of (seed, step, rank): resuming needs no state, and the
     global batch is the same for any number of ranks and micro batches.
@@ -261,7 +247,6 @@ class Loader:
     adjacent. `text` picks what is supervised: "text" narrates, "turns" answers (a row without turns
     narrates), "mix" takes turns; view="text" reads no video at all.
     """
-
     def __init__(self, rows: list[dict], cfg: ModelConfig, tokenizer: Tokenizer, *, view: str,
                  text: str = "text", batch: int, micro: int | None = None, seed: int = 0, rank: int = 0,
                  world: int = 1, train: bool = True, video_tokens: int | None = None):
@@ -375,10 +360,8 @@ class Loader:
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None)
         return map(_or_raise, iter(loader))
 
-
 class _Steps(torch.utils.data.Dataset):
     """The loader as a dataset indexed by step: what torch's DataLoader hands to its workers."""
-
     def __init__(self, loader: Loader):
         self.loader = loader
 
@@ -388,17 +371,14 @@ class _Steps(torch.utils.data.Dataset):
         except ValueError as error:                             # raised in a worker it would be a traceback
             return error
 
-
 def _or_raise(item):
     if isinstance(item, ValueError):
         raise item
     return item
 
-
 def _start_worker(_):
     torch.set_num_threads(1)
     die_with_parent()
-
 
 def die_with_parent():
     """End this process within two seconds of its parent's death: kill -9 must not leave orphans."""
@@ -410,13 +390,11 @@ def die_with_parent():
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
-
 def shuffle_pairs(rows: list[dict], seed: int) -> list[dict]:
     """The control: every ego clip gets another row's exo clips (a cyclic shift in random order)."""
     order = np.random.default_rng(seed).permutation(len(rows))
     partner = dict(zip(order, np.roll(order, 1)))
     return [row | {"exo": rows[partner[i]]["exo"]} for i, row in enumerate(rows)]
-
 
 def scatter_words(texts: list[list[int]], slots: int, vocab: int) -> Tensor:
     """How loud each word is in each slot that stands for a video (B, slots, vocab): the words of a text, each
@@ -429,7 +407,6 @@ def scatter_words(texts: list[list[int]], slots: int, vocab: int) -> Tensor:
         spread = 0.35 * slots * loud[:, None] * spread / spread.sum(1, keepdim=True)
         row.index_add_(1, torch.tensor(own + other), spread.T.contiguous())
     return mixture
-
 
 def show_prompt(batch: Batch, tokenizer: Tokenizer) -> str:
     """What the model is fed: shapes, and the first text with its [supervised] tokens in brackets."""
@@ -444,7 +421,6 @@ def show_prompt(batch: Batch, tokenizer: Tokenizer) -> str:
             text += f"<video: {ids.count(VIDEO)} tokens>"
     return f"fed: {', '.join(shapes + [f'{len(batch.ids)} tokens'])}; first sample {batch.names[0]}: {text}"
 
-
 # --------------------------------------------------------------------------------------------- looking at it
 GLYPHS = " abcdefghijklmnopqrstuvwxyz0123456789.,:?!'-()/"  # 5 x 8 dots each, a byte a column, low bit on top
 FONT = np.unpackbits(np.frombuffer(bytes.fromhex(
@@ -456,7 +432,6 @@ FONT = np.unpackbits(np.frombuffer(bytes.fromhex(
     "0201590906" "00005f0000" "0008070300" "0808080808" "001c224100" "0041221c00" "2010080402"),
     np.uint8).reshape(-1, 5, 1), axis=2, bitorder="little").astype(bool)
 
-
 def write_line(canvas: np.ndarray, text: str, top: int, left: int, colour):
     """Draw lower-case text on (H, W, 3) uint8, in place; what does not fit is left off."""
     for char in text.lower():
@@ -464,7 +439,6 @@ def write_line(canvas: np.ndarray, text: str, top: int, left: int, colour):
         area = canvas[top:top + 8, left:left + 5]
         area[glyph[:area.shape[0], :area.shape[1]]] = colour
         left += 6
-
 
 def contact_sheet(path: str | os.PathLike, items: list[tuple[list, list]], columns: int = 2):
     """A PNG of items: clips (T, 3, S, S) as rows of frames, one above the other, with lines of (text, RGB)
@@ -484,7 +458,6 @@ def contact_sheet(path: str | os.PathLike, items: list[tuple[list, list]], colum
     tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)
     write_png(path, rearrange(np.stack(tiles), "(r c) h w k -> (r h) (c w) k", c=columns))
 
-
 def write_png(path: str | os.PathLike, image: np.ndarray):
     """uint8 (H, W, 3) -> PNG, through FFmpeg's encoder."""
     codec = av.CodecContext.create("png", "w")
@@ -492,7 +465,6 @@ def write_png(path: str | os.PathLike, image: np.ndarray):
     codec.pix_fmt, codec.time_base = "rgb24", Fraction(1, 1)
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
     Path(path).write_bytes(b"".join(bytes(packet) for packet in codec.encode(frame) + codec.encode(None)))
-
 
 # ------------------------------------------------------------------------------------------- the micro-world
 # A table, two blocks, two hands, nine actions. A scene is one mp4 of five one-second clips. The exo
@@ -512,7 +484,6 @@ SKIN, SLEEVE, SHADOW, WOOD = (236, 188, 150), (70, 86, 122), (60, 52, 48), (196,
 BLOCK = (0.3, 0.25)             # half width and half depth, table units
 REST = {"left": (-0.62, 0.0), "right": (0.62, 0.0)}        # where an idle hand lies, in table units
 
-
 @dataclass(frozen=True)
 class World:
     """The knobs of the micro-world: clips a split (no scene is in two), then what the study turns."""
@@ -530,10 +501,8 @@ class World:
     scale: float = 1.0          # multiplies the training clips
     narrated: float = 1.0       # share of the pairs that have a text: synchronized video is the cheaper part
 
-
 SPLITS = {"corpus": ("exo",), "ego": ("ego",), "pairs": ("ego", "exo"), "instruct": ("ego",),
           "val": ("ego", "exo"), "test": ("ego", "exo"), "exo_test": ("exo",)}
-
 
 def plan_scene(rng: np.random.Generator) -> dict:
     """Two blocks of different colours, five different moments: what the scene's narrations will say."""
@@ -547,11 +516,9 @@ def plan_scene(rng: np.random.Generator) -> dict:
             moments.append(moment)
     return {"blocks": blocks, "places": places, "moments": moments}
 
-
 def narration(verb: str, colour: str, pattern: str, hand: str) -> str:
     """What the scene's moment is: 9 x 5 x 3 x 2 = 270 possible sentences."""
     return f"Camera-wearer {verb} the {colour} {pattern} block with the {hand} hand."
-
 
 def questions(verb: str, colour: str, pattern: str, hand: str, rng: np.random.Generator) -> list[dict]:
     """EgoIT's style: a question of the wearer, answered in the first person."""
@@ -566,11 +533,9 @@ def questions(verb: str, colour: str, pattern: str, hand: str, rng: np.random.Ge
         (f"Am I {GERUNDS[asked]} the block?", "Yes." if asked == verb else "No.")]
     return [{"user": q, "assistant": a} for q, a in pairs]
 
-
 class Camera:
     """An affine camera per frame: pixel = origin + M (x, y) - lift * height, with table units x right, y
     away."""
-
     def __init__(self, centre, angle, zoom, tilt: float):
         frames = len(centre)
         cos, sin = np.cos(angle), np.sin(angle)
@@ -587,12 +552,10 @@ class Camera:
         at[:, 1] -= self.lift * height
         return at
 
-
 def exo_camera(frames: int, azimuth: float, zoom: float) -> Camera:
     """Stands opposite the actor, looks slightly down and never moves."""
     full = np.ones(frames)
     return Camera(np.tile([0.0, 0.36], (frames, 1)), full * (np.pi + azimuth), full * zoom, tilt=0.8)
-
 
 def ego_camera(hand: np.ndarray, world: World, rng: np.random.Generator) -> Camera:
     """Rides on the head: the gaze follows the acting hand late, and the head walks, rolls and zooms."""
@@ -610,11 +573,9 @@ def ego_camera(hand: np.ndarray, world: World, rng: np.random.Generator) -> Came
         gaze[i] = late
     return Camera(gaze + walk, roll, zoom, tilt=0.95)
 
-
 class Canvas:
     """RGB frames (F, 48, 48, 3) and the one way to draw on them: a soft-edged shape in a window around a
     point."""
-
     def __init__(self, background: np.ndarray, frames: int):
         self.rgb = np.empty((frames, SIDE, SIDE, 3), np.float32)
         self.rgb[:] = background
@@ -656,16 +617,13 @@ class Canvas:
         """Everything drawn so far (in frame 0) stays: the still background of a fixed camera."""
         self.rgb[1:] = self.rgb[0]
 
-
 def disc(r: float):
     """Distance to a disc's edge, negative inside; as all shapes, in table units."""
     return lambda x, y: np.sqrt(x * x + y * y) - r
 
-
 def box(w: float, h: float):
     """Distance to the edge of a box of these half sizes."""
     return lambda x, y: np.maximum(np.abs(x) - w, np.abs(y) - h)
-
 
 def limb(reach: np.ndarray, r: float):
     """A capsule from -reach to +reach (F, 2), which differs per frame."""
@@ -675,7 +633,6 @@ def limb(reach: np.ndarray, r: float):
         t = np.clip((x * dx + y * dy) / (dx * dx + dy * dy + 1e-6), -1, 1)
         return np.sqrt((x - t * dx) ** 2 + (y - t * dy) ** 2) - r
     return distance
-
 
 def block_paint(colour: str, pattern: str):
     """Plain, with white stripes, or with dark dots: large enough to be read at 48 pixels."""
@@ -691,7 +648,6 @@ def block_paint(colour: str, pattern: str):
             mark, ink = np.clip(0.5 - (np.sqrt(u * u + v * v) - 0.08) * 24, 0, 1), 20.0
         return base + mark[..., None] * (ink - base)
     return paint
-
 
 def act(plan: dict, rng: np.random.Generator) -> dict:
     """Motion of the scene, frame by frame: hands (F, 2) and heights (F,), blocks, and the tool of each
@@ -730,7 +686,6 @@ def act(plan: dict, rng: np.random.Generator) -> dict:
         tools.append((verb, target, side, f, beat))
     return {"hands": hands, "lift": lift, "blocks": blocks, "height": height, "gap": gap, "tools": tools}
 
-
 def render(plan: dict, motion: dict, camera: Camera, ego: bool, wall, gain=1.0, noise: float = 0.0, rng=None):
     """The scene through one camera, painter's order -> uint8 (40, 48, 48, 3)."""
     frames = CLIPS * CLIP_FRAMES
@@ -760,7 +715,6 @@ def render(plan: dict, motion: dict, camera: Camera, ego: bool, wall, gain=1.0, 
                 _draw_tool(canvas, camera, verb, hand, up, f, beat, motion["blocks"][target])
     return canvas.frames(gain, noise, rng)
 
-
 def _draw_block(canvas, camera, look, place, height, gap):
     every, (w, h) = np.arange(len(place)), BLOCK
     canvas.stamp(camera, camera.pixels(place), every[height > 0.02], 0.5, box(0.85 * w, 0.85 * h), SHADOW)
@@ -769,13 +723,11 @@ def _draw_block(canvas, camera, look, place, height, gap):
         half = place + np.stack([sign * (0.5 * w + gap), np.zeros_like(gap)], 1)
         canvas.stamp(camera, camera.pixels(half), every[gap > 0], 0.5, box(0.48 * w, h), block_paint(*look))
 
-
 TOOLS = {   # verb: what the hand holds, as (offset ahead of the hand, half width, half height, colour)
     "cuts": ((0.2, 0.05, 0.1, (40, 40, 44)), (0.42, 0.06, 0.22, (232, 238, 246))),
     "hammers": ((0.2, 0.04, 0.16, (120, 76, 40)), (0.37, 0.2, 0.1, (52, 54, 60))),
     "wipes": ((0.2, 0.17, 0.12, (250, 150, 190)),),
     "waters": ((0.2, 0.15, 0.12, (60, 190, 190)),)}
-
 
 def _draw_tool(canvas, camera, verb, hand, up, f, beat, block):
     for ahead, w, h, colour in TOOLS.get(verb, ()):
@@ -786,7 +738,6 @@ def _draw_tool(canvas, camera, verb, hand, up, f, beat, block):
             fall[f] = 0.4 * np.mod(beat + i / 3, 1)
             drop = camera.pixels(block + (0.09 * (i - 1), 0.05), fall)
             canvas.stamp(camera, drop, f, 0.12, disc(0.055), (170, 226, 255))
-
 
 def make_scene(world: World, split: str, scene: int, out: Path) -> list[dict]:
     """Render one scene's videos and return its rows. A pure function of (seed, split, scene)."""
@@ -830,10 +781,8 @@ def make_scene(world: World, split: str, scene: int, out: Path) -> list[dict]:
         rows.append(row)
     return rows
 
-
 def _scene_job(job):
     return make_scene(*job)
-
 
 def toy_split(out: str | os.PathLike, split: str, world: World = World()) -> Path:
     """The manifest of one split of the micro-world, rendered when first needed (under a lock, in all
@@ -860,7 +809,6 @@ def toy_split(out: str | os.PathLike, split: str, world: World = World()) -> Pat
         write_jsonl(manifest, rows)
     return manifest
 
-
 def _claim_world(out: Path, world: World):
     """A folder holds one world: refuse other knobs by name."""
     file = out / "world.json"
@@ -872,17 +820,14 @@ def _claim_world(out: Path, world: World):
         if made[key] != value:
             raise DataError(f"{out} holds a world with {key}={made[key]}, not {value}: use another --out")
 
-
 def toy_world(out: str | os.PathLike) -> World:
     """The knobs of the world in this folder (the defaults if it is not made yet)."""
     file = Path(out) / "world.json"
     return World(**json.loads(file.read_text())) if file.is_file() else World()
 
-
 def manifest_of(data: str | os.PathLike, split: str) -> Path:
     """A manifest as it is (.jsonl), or a split of the micro-world in this folder, rendered if need be."""
     return Path(data) if Path(data).suffix == ".jsonl" else toy_split(data, split, toy_world(data))
-
 
 def toy_tokenizer(out: str | os.PathLike, world: World) -> Path:
     """A sentencepiece BPE model with byte fallback (as Mistral's), trained on the text of the exo corpus."""
@@ -898,7 +843,6 @@ def toy_tokenizer(out: str | os.PathLike, world: World) -> Path:
                 normalization_rule_name="identity", remove_extra_whitespaces=False)
     return path
 
-
 # -------------------------------------------------------------------------------------------------- commands
 def command_toy(args):
     """Render the micro-world (every split, or those named)."""
@@ -906,7 +850,6 @@ def command_toy(args):
     for split in args.splits or SPLITS:
         print(toy_split(args.out, split, world))
     print(toy_tokenizer(args.out, world))
-
 
 def command_show(args):
     """Contact sheet of a manifest: ego above exo, text below."""
@@ -920,7 +863,6 @@ def command_show(args):
     contact_sheet(args.out, items)
     print(f"{args.out}: {len(items)} rows of {args.manifest}")
 
-
 def add_flags(parser: argparse.ArgumentParser, config: type):
     """One flag a field of a dataclass: a bool is a switch, a Literal has choices, no default is required."""
     for f in fields(config):
@@ -933,7 +875,6 @@ def add_flags(parser: argparse.ArgumentParser, config: type):
             parser.add_argument(flag, type=type(choices[0]) if choices else kind, choices=choices,
                                 required=f.default is MISSING,
                                 default=None if f.default is MISSING else f.default)
-
 
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
@@ -953,7 +894,6 @@ def main(argv: list[str] | None = None):
         {"toy": command_toy, "show": command_show}[args.command](args)
     except DataError as error:
         sys.exit(f"data.py: {error}")
-
 
 if __name__ == "__main__":
     main()

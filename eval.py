@@ -9,6 +9,7 @@ exact match.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -19,24 +20,38 @@ import shutil
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry
+from torch.utils.weak import WeakIdKeyDictionary
 
 from data import (COLOURS, NARRATE, PATTERNS, VERBS, Batch, DataError, Loader, contact_sheet, die_with_parent,
                   read_clip, read_manifest, show_prompt, toy_split, toy_world, write_jsonl)
-from model import (Exo2Ego, Tokenizer, choose_attention, feature_kl, load_checkpoint, newest_checkpoint,
-                   pick_device, read_state)
+import model as network
+from model import (BACKENDS, BLOCKS, CLIP_NAMES, IGNORE, MISTRAL_NAMES, VIDEO, Exo2Ego, Segments, Tokenizer,
+                   attention, load_checkpoint, newest_checkpoint, read_state, rename)
 
 SLOTS = re.compile(r"Camera-wearer (?P<verb>.+) the (?P<colour>\w+) (?P<pattern>\w+) block "
                    r"with the (?P<hand>\w+) hand\.")
 GREEN, RED, GREY = (20, 130, 50), (190, 40, 40), (110, 110, 110)
-
 
 # ------------------------------------------------------------------------------------------------ arithmetic
 def wilson(share: float, n: int) -> tuple[float, float]:
@@ -44,7 +59,6 @@ def wilson(share: float, n: int) -> tuple[float, float]:
     z = 1.96
     centre, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
-
 
 def proportion(name: str, outcomes, chance: float) -> dict[str, float]:
     """Mean of outcomes in [0, 1] as the five figures every score has."""
@@ -54,13 +68,17 @@ def proportion(name: str, outcomes, chance: float) -> dict[str, float]:
     return {name: share, f"{name}_chance": chance, f"{name}_lo": low, f"{name}_hi": high,
             f"{name}_n": len(outcomes)}
 
-
 def choice_score(scores: np.ndarray, answer: int) -> float:
     """1 if the answer has the best score, 1/k if k candidates tie for it, else 0: constant scores give
     chance."""
     best = scores == scores.max()
     return float(best[answer]) / best.sum()
 
+def feature_kl(exo: Tensor, estimate: Tensor, tau: float = 1.0) -> Tensor:
+    """KL(exo || F(ego)) per sample: (B, n, C) features -> (B,). Softmax over channels of LayerNorm-ed tokens,
+    mean over tokens: our choice (measured), the paper does not say how features become distributions."""
+    p, q = (F.log_softmax(F.layer_norm(f.float(), f.shape[-1:]) / tau, dim=-1) for f in (exo, estimate))
+    return (p.exp() * (p - q)).sum(-1).mean(-1) * tau ** 2
 
 # --------------------------------------------------------------------------------------------------- answers
 def clips(model: Exo2Ego, tokenizer: Tokenizer, rows: list[dict], view: str,
@@ -74,13 +92,11 @@ def clips(model: Exo2Ego, tokenizer: Tokenizer, rows: list[dict], view: str,
                 raise DataError(f"a benchmark needs every clip: {micro.skipped[0]}")
             yield micro.to(next(model.parameters()).device)
 
-
 @torch.no_grad()
 def see(model: Exo2Ego, tokenizer: Tokenizer, rows: list[dict], view: str) -> Tensor:
     """Visual tokens of every row's clip (n, tokens, W); `view` is ego or exo."""
     encode = model.encode_ego if view == "ego" else model.encode_exo
     return torch.cat([encode(getattr(batch, view)) for batch in clips(model, tokenizer, rows, view)])
-
 
 def answer(model: Exo2Ego, tokenizer: Tokenizer, visual: Tensor, questions: list[str], batch: int = 125,
            max_new: int = 32) -> list[str]:
@@ -92,7 +108,6 @@ def answer(model: Exo2Ego, tokenizer: Tokenizer, visual: Tensor, questions: list
         ids = model.generate(visual[i:i + batch], prompts, eos=tokenizer.eos, max_new=max_new)
         texts += [tokenizer.decode(reply).strip() for reply in ids]
     return texts
-
 
 def likelihood(model: Exo2Ego, tokenizer: Tokenizer, visual: Tensor, pairs: list[tuple[int, str]],
                batch: int = 250) -> np.ndarray:
@@ -106,7 +121,6 @@ def likelihood(model: Exo2Ego, tokenizer: Tokenizer, visual: Tensor, pairs: list
         shown = visual[[clip for clip, _ in pairs[i:i + batch]]]
         scores.append(model.score(shown, ids, labels, [len(p[0]) for p in packs])[0])
     return torch.cat(scores).cpu().numpy()
-
 
 # ----------------------------------------------------------------------------------------- the toy benchmark
 def toy_benchmark(model: Exo2Ego, tokenizer: Tokenizer, data: str, stage: int, out: Path,
@@ -148,7 +162,6 @@ def toy_benchmark(model: Exo2Ego, tokenizer: Tokenizer, data: str, stage: int, o
     (out / "eval.json").write_text(json.dumps(figures, indent=1))
     return figures
 
-
 def narrate(model, tokenizer, rows, visual, view):
     """Exact match of whole narrations, and of each of their four facts."""
     said = answer(model, tokenizer, visual, [NARRATE] * len(rows))
@@ -160,7 +173,6 @@ def narrate(model, tokenizer, rows, visual, view):
     for a, row in list(zip(said, rows))[::max(1, len(rows) // 5)][:5]:
         print(f"  ok    {a}" if a == row["text"] else f"  wrong {a}   (true: {row['text']})")
     return figures, said
-
 
 def ask(model, tokenizer, rows, visual):
     """Exact match of answers; chance is a uniform draw from the answers this question has in the test set."""
@@ -174,7 +186,6 @@ def ask(model, tokenizer, rows, visual):
     for q, a, t in list(zip(asked, replies, truth))[1::max(1, len(rows) // 5)][:5]:
         print(f"  Q: {q}  A: {a}   (true: {t})")
     return proportion("qa", right, chance), replies
-
 
 def choose_clip(model, tokenizer, rows, visual, n: int = 1000):
     """EgoMCQ's task: which of five clips does this narration describe? inter: clips of five scenes; intra:
@@ -201,7 +212,6 @@ def choose_clip(model, tokenizer, rows, visual, n: int = 1000):
         figures |= proportion(f"mcq_{kind}", outcomes[-1], 0.2)
     return figures, *outcomes
 
-
 @torch.no_grad()
 def partners(model, tokenizer, rows):
     """KL(exo || F(ego)) of true partners and of shuffled ones: transfer has happened when true is well
@@ -216,7 +226,6 @@ def partners(model, tokenizer, rows):
     true, shuffled = (float(feature_kl(e, estimate).mean()) for e in (exo, exo.roll(len(exo) // 2, 0)))
     return {"kl_true": true, "kl_shuffled": shuffled, "kl_n": len(exo)}
 
-
 def show(path: Path, rows, view, narrations, replies, n: int = 8):
     """Contact sheet: frames, what the model said (green when right), the truth when it was wrong."""
     items = []
@@ -230,7 +239,6 @@ def show(path: Path, rows, view, narrations, replies, n: int = 8):
             lines.append((f"{turn['user']} {replies[i]}", GREEN if replies[i] == turn["assistant"] else RED))
         items.append(([read_clip(clip["video"], clip["start"], clip["end"], 4, 96)], lines))
     contact_sheet(path, items[:n])
-
 
 # ------------------------------------------------------------------------------------------------- one video
 def converse(model: Exo2Ego, tokenizer: Tokenizer, video: str, question: str | None, start=None, end=None):
@@ -247,11 +255,27 @@ def converse(model: Exo2Ego, tokenizer: Tokenizer, video: str, question: str | N
         if question:
             return
 
-
 # --------------------------------------------------------------------- what a run shows and leaves on disk
+@dataclass
+class Run:
+    """One process of a run: its flags and place, and what its checkpoints will record."""
+    cfg: object                                                 # train.py: TrainConfig
+    rank: int
+    world: int
+    device: torch.device
+    bf16: bool
+    attention: str = ""                                         # which backend, and why
+    total: int = 0                                              # steps of all phases
+    record: dict = field(default_factory=lambda: dict(base=None, base_hash=None, init=None))
+    inherited: set = field(default_factory=set)                 # tensors that earlier stages trained
+
+    def sum(self, tensor: Tensor) -> list:
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor.tolist()
+
 class Log:
     """log.jsonl, one object a step, cut back to the step that a run resumes from; and the progress line."""
-
     def __init__(self, path: Path | None, step: int, skipped: int = 0):
         """`path` None: a rank that keeps no log."""
         self.file, self.skipped, kept = None, skipped, []
@@ -301,22 +325,24 @@ class Log:
         self.write(row | losses | dict(seconds=took, clips_per_second=samples / took,
                                        tokens_per_second=tokens / took, max_memory_bytes=memory), text)
 
+def moments_of(optimizers: list) -> dict[str, Tensor]:
+    """The optimisers' state by name, in one piece; every rank must call it."""
+    return {f"{i}.{j}.{key}": whole(value.detach()).contiguous() for i, optimizer in enumerate(optimizers)
+            for j, values in optimizer.state_dict()["state"].items() for key, value in values.items()}
 
-def save_checkpoint(folder: Path, tensors: dict[str, Tensor], optimizers: list, rng: list[Tensor],
-                    state: dict, tokenizer: Path, keep: int):
+def save_checkpoint(folder: Path, tensors: dict[str, Tensor], moments: dict[str, Tensor], state: dict,
+                    tokenizer: Path, keep: int):
     """Write a checkpoint under a temporary name, sync it, rename it: a killed save never looks finished. The
     newest `keep` of the run stay."""
     part = folder.with_name(f"part_{folder.name}")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     save_file({n: t.detach().contiguous().cpu() for n, t in tensors.items()}, part / "model.safetensors")
-    moments = {f"rng.{rank}": s.cpu() for rank, s in enumerate(rng)}
-    for i, optimizer in enumerate(optimizers):
-        for j, values in optimizer.state_dict()["state"].items():
-            moments |= {f"{i}.{j}.{key}": value.detach().contiguous() for key, value in values.items()}
     save_file(moments, part / "optim.safetensors")
     shutil.copyfile(tokenizer, part / "tokenizer.model")
     (part / "state.json").write_text(json.dumps(state, indent=1))
+    if state["step"] == state["steps"]:
+        (part / "README.md").write_text(model_card(state, len(tensors)))
     for file in part.iterdir():
         with open(file, "rb") as f:
             os.fsync(f.fileno())
@@ -325,12 +351,27 @@ def save_checkpoint(folder: Path, tensors: dict[str, Tensor], optimizers: list, 
     for old in sorted(folder.parent.glob("step_[0-9]*"))[:-keep]:
         shutil.rmtree(old)
 
+def model_card(state: dict, tensors: int) -> str:
+    """What a finished checkpoint is, in words: for whoever finds the folder."""
+    config = state["config"]
+    return f"""# Exo2Ego (arXiv 2503.09143), stage {state["stage"]}, preset {config["preset"]}
+
+An independent reimplementation's checkpoint: {state["step"]} steps on `{config["data"]}` (manifest
+{state.get("manifest")}), seed {config["seed"]}, code revision {state["git"]}. `model.safetensors` holds the
+{tensors} tensors that differ from its base, `{state["base"] or "none"}`; settings are in `state.json`.
+
+    from model import load_checkpoint
+    model, tokenizer, state = load_checkpoint("this folder", base="where the base is")
+
+Intended for research on first-person video. It inherits the licence of its base (CLIP, Mistral, VideoLLaMA2
+weights are under their publishers' terms) and the terms of the videos it saw (Ego4D and Ego-Exo4D: signed
+agreement; the micro-world: none). Not tested for safety, bias or accuracy beyond `eval.json` beside it.
+"""
 
 def random_state(device: torch.device) -> Tensor:
     """The generators that a rank draws from, as bytes: the CPU's, then its GPU's."""
     states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
     return torch.cat(states)
-
 
 def set_random_state(state: Tensor, device: torch.device):
     """The opposite of random_state."""
@@ -339,19 +380,20 @@ def set_random_state(state: Tensor, device: torch.device):
     if device.type == "cuda" and len(state) > size:
         torch.cuda.set_rng_state(state[size:], device)
 
-
 def load_optimizers(folder: Path, optimizers: list, rank: int, device: torch.device):
     """Moments and this rank's random state, exactly as saved."""
     moments = load_file(folder / "optim.safetensors")
     for i, optimizer in enumerate(optimizers):
-        values = {}
+        values, places = {}, [p for group in optimizer.param_groups for p in group["params"]]
         for name in (n for n in moments if n.startswith(f"{i}.")):
             _, j, key = name.split(".")
-            values.setdefault(int(j), {})[key] = moments[name]
+            p, value = places[int(j)], moments[name]
+            if isinstance(p, DTensor) and value.shape == p.shape:
+                value = distribute_tensor(value.to(device), p.device_mesh, p.placements)
+            values.setdefault(int(j), {})[key] = value
         optimizer.load_state_dict(optimizer.state_dict() | {"state": values})
     if f"rng.{rank}" in moments:
         set_random_state(moments[f"rng.{rank}"], device)
-
 
 def resume_point(out: str, config: dict, record: dict) -> Path | None:
     """The newest finished checkpoint of this very run, or None; another run's folder is refused by field."""
@@ -364,7 +406,6 @@ def resume_point(out: str, config: dict, record: dict) -> Path | None:
                              f"another --out or remove the folder")
     return folder
 
-
 def start_point(init: str, stage: int) -> tuple[Path, dict]:
     """The last checkpoint of the finished run `init` of this stage, and its state; all else is refused."""
     folder = newest_checkpoint(init)
@@ -375,7 +416,6 @@ def start_point(init: str, stage: int) -> tuple[Path, dict]:
         raise DataError(f"--init {init} is of stage {state['stage']} at step {state['step']} of "
                         f"{state['steps']}; stage {stage + 1} starts from a finished stage {stage}")
     return folder, state
-
 
 def git_revision() -> str | None:
     """Commit of this code, with + when files differ from it; None outside a checkout."""
@@ -388,6 +428,11 @@ def git_revision() -> str | None:
     except OSError:
         return None
 
+def pick_device() -> torch.device:
+    """This process's GPU, else Apple's, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 def start_process() -> tuple[int, int]:
     """Rank and world size, as torchrun tells. The process takes its share of the cores and its GPU."""
@@ -401,7 +446,6 @@ def start_process() -> tuple[int, int]:
         torch.cuda.set_device(pick_device())
     return rank, world
 
-
 def agree(check):
     """Call a check that returns a problem or None, first in local rank 0 (it fills the caches of compiled
     kernels), then in the others; returns the first problem of any rank."""
@@ -414,7 +458,6 @@ def agree(check):
     dist.all_gather_object(problems, own if early else check())
     return next(filter(None, problems), None)
 
-
 def describe(run, phase, objective, loader: Loader, length: int):
     """Before the first step of a phase: the arithmetic, what trains, and what the model is fed."""
     print(f"\n== stage {run.cfg.stage}: {phase.name} == {length} steps x {phase.batch} of {loader.samples} "
@@ -426,6 +469,165 @@ def describe(run, phase, objective, loader: Loader, length: int):
           f"{'bfloat16' if run.bf16 else 'float32'}, {torch.get_num_threads()} threads; {run.attention}")
     print("   " + show_prompt(loader.batch(0)[0], objective.tokenizer), flush=True)
 
+class WideLinear(torch.autograd.Function):
+    """x W^T for a frozen W in half precision, which is widened for the moment, forward and backward: what
+    autograd would keep is W as it is stored, not four bytes a weight."""
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(w)
+        return F.linear(x, w.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy @ ctx.saved_tensors[0].to(dy.dtype), None
+
+class Arithmetic(TorchFunctionMode):
+    """Matrices are multiplied in one dtype whatever their weights are stored in; norms run in float32. With
+    tensors on the meta device it also counts attention: no scores in memory, FLOPs in `flops`."""
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype, self.flops = dtype, 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and args[0].is_meta:
+            q, k = args[:2]
+            self.flops += 4 * q.numel() * k.shape[2] * (3.5 if q.requires_grad else 1)
+            flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+            return flash(*args[:3], 0.0, kwargs["is_causal"], scale=kwargs["scale"])[0]
+        if func is F.linear and not args[1].requires_grad and args[1].dtype != torch.float32 == self.dtype:
+            y = WideLinear.apply(args[0].float(), args[1])
+            return y if len(args) < 3 or args[2] is None else y + args[2]
+        wide = {F.layer_norm: torch.float32, F.rms_norm: torch.float32}
+        wide |= dict.fromkeys((F.linear, F.conv2d, F.conv_transpose2d), self.dtype)
+        wide |= {torch.conv2d: self.dtype, torch.conv_transpose2d: self.dtype}
+        if func in wide:
+            args, kwargs = tree_map_only(Tensor, lambda t: t.to(wide[func]), (args, kwargs))
+        out = func(*args, **kwargs)
+        return out.float() if func is F.embedding else out
+
+def precision(device: torch.device, bf16: bool):
+    """The context of a forward and its backward. bfloat16 is autocast where there are matmuls for it; a CPU
+    without them (8 times slower here) computes in float32 on weights that are stored in bfloat16."""
+    if bf16 and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return Arithmetic(torch.float32)
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+def wrap(run, objective, maths=None):
+    """The objective as the ranks share it: checkpointed blocks, then DDP, or FSDP2 block by block."""
+    blocks = [m for m in objective.modules() if isinstance(m, BLOCKS)]
+    again = maths or precision(run.device, run.bf16)            # backward does not run in forward's context
+    for block in blocks:
+        block.__dict__.pop("forward", None)                     # of an earlier phase
+        if run.cfg.checkpoint_activations:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False,
+                                    context_fn=lambda: (contextlib.nullcontext(), again))
+    if run.cfg.fsdp:
+        for block in blocks + [objective]:
+            fully_shard(block)
+        return objective
+    if run.world > 1:
+        return DistributedDataParallel(objective, forward_sync_buffers=False, gradient_as_bucket_view=True)
+    return objective
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that may be sharded over the ranks, in one piece, on each of them."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+# ------------------------------------------------------------------------------------------------ the planner
+class Meter(TorchDispatchMode):
+    """Bytes that a step on the meta device would hold beyond `given` (weights, inputs), now and at most; the
+    FLOPs of its matrix products."""
+    def __init__(self, given):
+        super().__init__()
+        self.now, self.most, self.flops, self.seen = 0, 0, 0, WeakIdKeyDictionary()
+        for tensor in given:
+            self.seen[tensor.untyped_storage()] = True
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if count := flop_registry.get(func.overloadpacket):
+            self.flops += count(*args, **(kwargs or {}), out_val=out)
+        for tensor in (t for t in tree_leaves(out) if isinstance(t, Tensor)):
+            storage = tensor.untyped_storage()
+            if storage not in self.seen:
+                self.seen[storage], size = True, storage.nbytes()
+                self.now += size
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self.gone, size)
+        return out
+
+    def gone(self, size: int):
+        self.now -= size
+
+def blank_batch(run, phase, model, device, text: int = 64) -> Batch:
+    """A micro batch of the shapes that a stage reads, black frames and one word: for measuring, not training.
+    `text`: tokens beside the video's, half of them the answer (our assumption)."""
+    cfg, micro = model.cfg, run.cfg.micro_batch or max(1, phase.batch // run.world)
+    visual = cfg.visual_tokens * (1 + (phase.view != "exo" and model.F is not None))
+    ids = torch.cat([torch.full((micro, visual), VIDEO), torch.ones(micro, text, dtype=torch.long)], 1)
+    labels = torch.where(torch.arange(visual + text) < visual + text // 2, IGNORE, ids)
+    shape = (micro, cfg.frames, 3, cfg.image_size, cfg.image_size)
+    each, names = torch.arange(micro), [""] * micro
+    ego, exo = (torch.zeros(shape, dtype=torch.uint8, device=device) if phase.view in (view, "pair") else None
+                for view in ("ego", "exo"))
+    return Batch(ego, exo, each, ids.flatten(), labels.flatten(), (labels > 0).flatten().float(),
+                 [visual + text] * micro, each, micro, names, names, [])
+
+def measure_step(run, phase, objective, checkpointed: bool) -> tuple[int, float]:
+    """Bytes beyond weights that a micro batch's forward and backward hold at most, a sample's FLOPs: the real
+    step on the meta device, so nothing is allocated."""
+    batch = blank_batch(run, phase, objective.model, "meta")
+    half = run.bf16 and not isinstance(precision(run.device, True), Arithmetic)
+    maths = Arithmetic(torch.bfloat16 if half else torch.float32)
+    cfg = replace(run.cfg, fsdp=False, checkpoint_activations=checkpointed)
+    wrap(replace(run, world=1, cfg=cfg), objective, maths)
+    clips = [clip for clip in (batch.ego, batch.exo) if clip is not None]
+    with Meter([*objective.parameters(), *objective.buffers(), *clips]) as meter, maths:
+        torch.autograd.backward(objective(batch, float(batch.weights.sum()), batch.samples)["loss"])
+    objective.zero_grad(set_to_none=True)
+    return meter.most, (meter.flops + maths.flops) / batch.samples
+
+def plan(run, phase, objective) -> str | None:
+    """Print what a stage needs, a rank, in every way to run it; nothing is allocated. Returns the sentence
+    that refuses this run if it cannot fit, or None."""
+    model, cfg, kinds = objective.model, run.cfg, (True, False)
+    lines = [f"stage {cfg.stage} ({phase.name}), preset {cfg.preset}, {run.world} ranks, "
+             f"{'bfloat16' if run.bf16 else 'float32'}"]
+    for name, module in [*model.named_children(), ("all", model)]:
+        on, off = (sum(p.numel() for p in module.parameters() if p.requires_grad == kind) for kind in kinds)
+        lines.append(f"   {name:14} {on:>13,} trained {off:>14,} frozen")
+    size = {p: p.numel() * p.element_size() / 1e9 for p in objective.parameters()}          # GB
+    weights, grads = sum(size.values()), sum(size[p] for p in size if p.requires_grad)
+    optim = grads * (1 if cfg.optimizer == "muon" else 2)       # float32, as what they belong to
+    block = max(sum(map(size.get, m.parameters())) for m in objective.modules() if isinstance(m, BLOCKS))
+    room, needs = memory_of(run.device) / 1e9, {}
+    for saved in kinds:
+        most, flops = measure_step(run, phase, objective, saved)
+        kept = max(most / 1e9 - grads, 0)
+        lines.append(f"   activations {'checkpointed' if saved else 'kept'}: {kept:.2f} GB; "
+                     f"{flops / 1e12:.1f} TFLOP a sample, forward and backward")
+        for kind, shards in (("DDP", 1), ("FSDP", run.world)):
+            once = needs[saved, kind] = (weights + grads + optim) / shards + kept + 2 * block * (shards > 1)
+            parts = (f"weights {weights / shards:.2f} + gradients {grads / shards:.2f} + optimiser "
+                     f"{optim / shards:.2f}" + f" + two whole blocks {2 * block:.2f}" * (shards > 1))
+            lines.append(f"      {kind:4} {parts}"
+                         f": {once:.2f} GB a rank, {once - optim / shards:.2f} before the first update")
+    tokens = model.cfg.visual_tokens * (1 + (phase.view != "exo" and model.F is not None))
+    lines.append(f"   a sample reads {tokens} visual tokens and text, at most {model.cfg.max_length}; "
+                 f"{run.device} has {room:.1f} GB")
+    print("\n".join(lines) if run.rank == 0 else "", end="\n" * (run.rank == 0), flush=True)
+    need = needs[cfg.checkpoint_activations, "FSDP" if cfg.fsdp else "DDP"]
+    flag = ("--checkpoint-activations" if not cfg.checkpoint_activations else "--micro-batch 1"
+            if (cfg.micro_batch or phase.batch // run.world) > 1 else "--fsdp on more ranks")
+    return None if need <= room else f"a rank needs {need:.1f} GB and has {room:.1f}: use {flag}"
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of a GPU, or of this machine's memory divided by the processes on it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    share = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // share
 
 @torch.no_grad()
 def validate(run, objective, loader: Loader, step: int, log: Log, batches: int = 8):
@@ -433,13 +635,132 @@ def validate(run, objective, loader: Loader, step: int, log: Log, batches: int =
     sums = torch.zeros(2, device=run.device)
     objective.eval()
     for batch in (b.to(run.device) for i in range(batches) for b in loader.batch(i)):
-        sums += torch.stack([objective.see(batch)["vtg"].sum(), batch.weights.sum()])
+        with precision(run.device, run.bf16):
+            vtg = objective(batch, run.world, run.world)["vtg"]             # a plain sum: both counts cancel
+        sums += torch.stack([vtg, batch.weights.sum()])
     objective.train()
     total, tokens = run.sum(sums)
     log.write(dict(step=step, val_loss=total / tokens), f"step {step} | val_loss {total / tokens:.4f}")
 
+# --------------------------------------------------------------------------- attention, checked where it runs
+CASES = {                       # queries and keys of each segment, heads, kv_heads, causal, window
+    "ragged, grouped, causal": ((150, 5, 64), (150, 5, 64), 6, 2, True, None),
+    "new queries on a cache, window": ((8, 1, 140), (170, 3, 175), 2, 2, True, 16),
+    "more queries than keys": ((140, 7), (17, 0), 2, 1, True, None),
+    "ragged, bidirectional": ((137, 5, 64, 0), (137, 50, 70, 3), 2, 2, False, None),
+    "long, causal": ((1000, 700), (1000, 700), 6, 2, True, None),           # loops in their steady state
+    "long, bidirectional": ((577, 577), (577, 577), 2, 2, False, None)}
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1.5e-3, torch.float32: 1e-5}  # of the largest true value
 
-# ---------------------------------------------------------------------------------------------- the command
+def run_case(case: str, backend: str, device, dtype: torch.dtype, head_dim: int) -> list[Tensor]:
+    """Output and the three gradients of one of CASES on inputs rounded to dtype."""
+    q_lens, k_lens, heads, kv_heads, causal, window = CASES[case]
+    rng, shapes = torch.Generator().manual_seed(0), [(sum(q_lens), heads)] + [(sum(k_lens), kv_heads)] * 2
+    q, k, v = (torch.randn(*shape, head_dim, generator=rng).to(dtype) for shape in shapes)
+    do = torch.randn(q.shape, generator=rng).to(dtype)
+    if backend == "reference":
+        device, (q, k, v, do) = "cpu", (t.double() for t in (q, k, v, do))
+    leaves = [t.to(device).requires_grad_() for t in (q, k, v)]
+    seg = Segments.cached(q_lens, k_lens, device)
+    out = attention(*leaves, seg, causal=causal, window=window, backend=backend)
+    return [out.detach(), *torch.autograd.grad(out, leaves, do.to(device))]
+
+def attention_error(backend: str, device, dtype: torch.dtype, head_dim: int) -> float:
+    """Largest deviation from the float64 formula over CASES, outputs and gradients, as a share of TOLERANCE:
+    at most 1 passes, nan does not."""
+    worst = [torch.zeros(())]
+    for case in CASES:
+        results = (run_case(case, name, device, dtype, head_dim) for name in (backend, "reference"))
+        worst += [(a.cpu().double() - b).abs().max() / b.abs().max() for a, b in zip(*results)]
+    return float(torch.stack(worst).max() / TOLERANCE[dtype])
+
+def choose_attention(device: torch.device, dtype: torch.dtype, cfg: network.ModelConfig) -> str:
+    """Decide what "auto" means, once at start-up; returns the line to print. On a GPU of sm_80 or newer, in
+    half precision, a packed kernel is taken if it passes on the device of every rank."""
+    network.AUTO, told, kind = "sdpa", "", str(dtype).removeprefix("torch.")
+    if forced := os.environ.get("EXO2EGO_ATTENTION"):
+        if forced not in BACKENDS[:4]:
+            raise ValueError(f"EXO2EGO_ATTENTION is {forced!r}: choose one of {BACKENDS[:4]}")
+        return f"attention: {forced}, by EXO2EGO_ATTENTION"
+    if device.type != "cuda" or dtype == torch.float32:
+        return f"attention: sdpa, for {kind} on {device.type}"
+
+    def problem():
+        try:
+            if torch.cuda.get_device_capability(device) < (8, 0):
+                return "it needs sm_80 or newer"
+            heads = {cfg.vit_width // cfg.vit_heads, cfg.head_dim or cfg.width // cfg.heads}
+            errors = {d: round(attention_error(backend, device, dtype, d), 2) for d in sorted(heads)}
+            return None if all(e <= 1 for e in errors.values()) else f"error / tolerance by head_dim {errors}"
+        except Exception as error:                              # whatever stops it here, sdpa does run ...
+            torch.cuda.synchronize(device)                      # ... unless the device itself is dead
+            return f"{type(error).__name__}: {str(error)[:90]}"
+    for backend in ("triton", "varlen"):
+        if (found := agree(problem)) is None:
+            network.AUTO = backend
+            return f"attention: {backend}, for {kind}, after a self-check{told}"
+        told += f"; not {backend}: {found}"
+    return f"attention: sdpa{told}"
+
+def check_attention() -> int:
+    """`python model.py --check-attention`: correctness and equal reruns of what this machine can run (speed:
+    tests/bench.py attention); the number of failed checks."""
+    device, failed, checks = pick_device(), 0, {}
+    gpu = device.type == "cuda"
+    for backend in (("triton", "varlen") if gpu else ()) + ("tiled", "sdpa"):
+        for dtype, d in product(list(TOLERANCE)[:2 if gpu else 3], (32, 64, 128)):
+            checks[f"{backend:6} {dtype} head_dim {d}"] = partial(attention_error, backend, device, dtype, d)
+    for case in CASES if gpu else ():
+        run = partial(run_case, case, "triton", device, torch.bfloat16, 64)
+        checks[f"triton, bit-equal: {case}"] = lambda run=run: 2 * (not all(map(torch.equal, run(), run())))
+    for text, check in checks.items():
+        try:
+            error = check()
+        except Exception as problem:
+            error, text = math.nan, f"{text}: {type(problem).__name__}: {str(problem)[:90]}"
+        failed += not error <= 1
+        print(f"{'ok  ' if error <= 1 else 'FAIL'} {text}: error {error:.2f} of the tolerance", flush=True)
+    if not gpu:
+        print("not run, they need a GPU: triton, varlen, equal reruns; pytest runs the kernels in Triton's "
+              "interpreter and compiles them for sm_80 and sm_90")
+    return failed
+
+# ----------------------------------------------------------------------------------------------- the commands
+def export_hf(ckpt: str | os.PathLike, out: str | os.PathLike):
+    """`python model.py --export-hf CKPT DIR`: DIR/decoder (LoRA merged), DIR/exo_vision and DIR/ego_vision as
+    transformers loads them. CLIP's last layer, never run here, is written as zeros, which pass their input
+    on: hidden state -2 and the last one are both our features."""
+    model, tokenizer, _ = load_checkpoint(ckpt)
+    cfg, decoder, parts = model.cfg, model.decoder, {}
+    if cfg.lora:
+        decoder.merge_lora()
+    clip = dict(architectures=["CLIPVisionModel"], model_type="clip_vision_model", hidden_size=cfg.vit_width,
+                intermediate_size=4 * cfg.vit_width, num_hidden_layers=cfg.vit_layers, num_channels=3,
+                num_attention_heads=cfg.vit_heads, image_size=cfg.image_size, patch_size=cfg.patch,
+                hidden_act="quick_gelu", layer_norm_eps=1e-5, projection_dim=cfg.vit_width)
+    mistral = dict(architectures=["MistralForCausalLM"], model_type="mistral", hidden_size=cfg.width,
+                   intermediate_size=cfg.ff, num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads,
+                   num_key_value_heads=cfg.kv_heads, head_dim=cfg.head_dim or cfg.width // cfg.heads,
+                   hidden_act="silu", rms_norm_eps=cfg.norm_eps, rope_theta=cfg.rope_theta,
+                   vocab_size=cfg.vocab, sliding_window=cfg.window, max_position_embeddings=32768,
+                   tie_word_embeddings=False, bos_token_id=tokenizer.bos, eos_token_id=tokenizer.eos)
+    parts["decoder"] = {rename(n, MISTRAL_NAMES): t for n, t in decoder.state_dict().items()}, mistral
+    for name, vit in (("exo_vision", model.exo_vit), ("ego_vision", model.ego_vit)):
+        last = {n.replace("blocks.0.", f"blocks.{cfg.vit_layers - 1}."): torch.zeros_like(t)
+                for n, t in vit.state_dict().items() if n.startswith("blocks.0.")}
+        tensors = {rename(n, CLIP_NAMES): t for n, t in (vit.state_dict() | last).items()}
+        tensors |= {"post_layernorm.weight": vit.pre_norm.weight.new_ones(cfg.vit_width),
+                    "post_layernorm.bias": vit.pre_norm.weight.new_zeros(cfg.vit_width)}
+        parts[name] = {f"vision_model.{n}": t for n, t in tensors.items()}, clip
+    for name, (tensors, config) in parts.items():
+        folder = Path(out) / name
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({n: t.detach().contiguous() for n, t in tensors.items()}, folder / "model.safetensors",
+                  {"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(config, indent=1))
+        print(f"{folder}: {len(tensors)} tensors")
+    shutil.copyfile(tokenizer.path, Path(out) / "decoder/tokenizer.model")
+
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -450,8 +771,17 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--ask", help="the question; without it, a chat")
     parser.add_argument("--start", type=float, help="seconds")
     parser.add_argument("--end", type=float, help="seconds")
+    parser.add_argument("--check-attention", action="store_true", help=check_attention.__doc__)
+    parser.add_argument("--export-hf", nargs=2, metavar=("CKPT", "DIR"), help=export_hf.__doc__)
     args = parser.parse_args(argv)
     try:
+        if args.check_attention:
+            if failures := check_attention():
+                sys.exit(f"{failures} checks failed")
+            return
+        if args.export_hf:
+            export_hf(*args.export_hf)
+            return
         stages = [f"out/stage{n}" for n in (3, 2, 1, 0)]
         ckpt = args.ckpt or next((s for s in stages if newest_checkpoint(s)), stages[1])
         model, tokenizer, state = load_checkpoint(ckpt, args.base)
@@ -465,7 +795,6 @@ def main(argv: list[str] | None = None):
         toy_benchmark(model, tokenizer, args.data, state["stage"], folder.parent)
     except (DataError, ValueError, FileNotFoundError) as error:
         sys.exit(f"eval.py: {error}")
-
 
 if __name__ == "__main__":
     main()

@@ -9,22 +9,24 @@ reads [con_ego(x) ; con_exo(F(x))], so inference needs the ego video alone. Shap
 """
 from __future__ import annotations
 
-import argparse
+import copy
 import hashlib
 import json
 import math
 import os
+import re
+import sys
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cache, partial
-from itertools import product
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import sentencepiece
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -33,7 +35,6 @@ VIDEO = -1  # the id that stands for one visual token; it never reaches sentence
 IGNORE = -100               # the label of a token that is not supervised
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)      # CLIP's normalisation, per RGB channel in [0, 1]
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
-
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -76,7 +77,6 @@ class ModelConfig:
         t, s = ((side + 2 * self.stc_padding) // 2 for side in (self.frames, self.grid))
         return t * s * s
 
-
 PRESETS = {
     # The micro-world on a laptop CPU: the architecture is the paper's, every size our choice.
     "toy": ModelConfig(
@@ -97,12 +97,10 @@ PRESETS = {
         lora_dropout=0.1),
 }
 
-
 # ------------------------------------------------------------------------------------------------- attention
 @dataclass(frozen=True)
 class Segments:
     """Where each sequence of a packed batch starts and ends: no padding, so no mask. All layers share one.
-
     `q_lens` and `k_lens` are host integers (a loop never waits for a GPU), `cu_q` and `cu_k` their running
     sums, int32 on the device. Queries stand at the end of their keys: a KV cache has more keys.
     """
@@ -130,10 +128,9 @@ class Segments:
         """`count` sequences of one length: the ViT's patches of each frame."""
         return cls.packed((length,) * count, device)
 
-
+# the formula; flash attention in plain torch; torch's fused kernel; our tiles on a GPU; torch's packed kernel
 BACKENDS = ("reference", "tiled", "sdpa", "triton", "varlen")
 AUTO = "sdpa"                   # what "auto" means for half precision on CUDA; choose_attention may raise it
-
 
 def attention(q: Tensor, k: Tensor, v: Tensor, seg: Segments, *, causal: bool, window: int | None = None,
               scale: float | None = None, backend: str = "auto") -> Tensor:
@@ -141,12 +138,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, seg: Segments, *, causal: bool, w
 
     q (Tq, H, D), k and v (Tk, HK, D) -> (Tq, H, D), where HK divides H (grouped queries). Causal is bottom-
     right aligned: query i sees key j iff i - window < j <= i; window=1 sees itself only and needs causal. A
-    row without keys gives zeros. ValueError names the argument that does not fit. Backends, from formula to
-    GPU; the environment variable EXO2EGO_ATTENTION replaces "auto":
-
-        reference  the formula, any float type          sdpa    torch's fused kernel; "auto" on CPU and MPS
-        tiled      flash attention in plain torch       triton  the same tiles on a GPU: this file's appendix
-                                                        varlen  torch's packed kernel, where triton is not
+    row without keys gives zeros. ValueError names the argument that does not fit. EXO2EGO_ATTENTION in the
+    environment replaces "auto".
     """
     if backend == "auto":
         half_gpu = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
@@ -159,7 +152,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, seg: Segments, *, causal: bool, w
             return packed(q, k, v, seg, causal, window, scale)
         one = dict(reference=_reference, tiled=_tiled, sdpa=_sdpa)[backend]
         return _segmentwise(one, q, k, v, seg, causal, window, scale)
-
 
 def _check_attention(q, k, v, seg, causal, window, backend):
     if backend not in BACKENDS:
@@ -179,11 +171,10 @@ def _check_attention(q, k, v, seg, causal, window, backend):
         if not (q.is_cuda or interpreted) or seg.cu_q.device != q.device:
             raise ValueError(f"backend {backend} needs q and seg on one GPU: q is on {q.device}, seg on "
                              f"{seg.cu_q.device}; use sdpa elsewhere")
-        if q.dtype not in list(TOLERANCE)[:3 if backend == "triton" else 2]:
+        if q.dtype not in (torch.bfloat16, torch.float16, torch.float32)[:3 if backend == "triton" else 2]:
             raise ValueError(f"backend {backend} does not take q in {q.dtype}: use sdpa")
         if backend == "triton" and q.shape[-1] not in (32, 64, 128):
             raise ValueError(f"backend triton has head_dim 32, 64 and 128, q has {q.shape[-1]}: use sdpa")
-
 
 def _segmentwise(one, q, k, v, seg, causal, window, scale):
     """Call `one` on (batch, heads, tokens, D): once where lengths are equal, or short and alike; else for
@@ -201,13 +192,11 @@ def _segmentwise(one, q, k, v, seg, causal, window, scale):
     out = [one(*(rearrange(t, "t h d -> 1 h t d") for t in part), causal, window, scale) for part in parts]
     return torch.cat([rearrange(o, "1 h t d -> t h d") for o in out]) if out else q
 
-
 def _visible(rows: range, keys: range, window: int | None, device) -> Tensor:
     """Causal visibility of keys (columns) by queries (rows), both given as positions among the keys."""
     i = torch.arange(rows.start, rows.stop, device=device)[:, None]
     j = torch.arange(keys.start, keys.stop, device=device)[None]
     return (j <= i) if window is None else (j <= i) & (j > i - window)
-
 
 def _reference(q, k, v, causal, window, scale):
     lq, lk = q.shape[2], k.shape[2]
@@ -218,7 +207,6 @@ def _reference(q, k, v, causal, window, scale):
     mask = _visible(range(lk - lq, lk), range(lk), window, q.device)
     probs = scores.masked_fill(~mask, float("-inf")).softmax(-1)
     return probs.masked_fill(~mask.any(-1, keepdim=True), 0) @ v            # a row that sees nothing: 0
-
 
 def _sdpa(q, k, v, causal, window, scale):
     dtype, lq, (kv_heads, lk) = q.dtype, q.shape[2], k.shape[1:3]
@@ -239,7 +227,6 @@ def _sdpa(q, k, v, causal, window, scale):
                                          enable_gqa=q.shape[1] != k.shape[1]).to(dtype)
     return rearrange(out, "b g r d -> b (g r) 1 d") if lq == 1 else out
 
-
 def _varlen(q, k, v, seg, causal, window, scale):
     """torch's own packed kernel, CUDA and half precision only: `auto` when triton is missing or fails."""
     from torch.nn.attention.varlen import varlen_attn
@@ -247,7 +234,6 @@ def _varlen(q, k, v, seg, causal, window, scale):
     longest = (max(lens, default=0) for lens in (seg.q_lens, seg.k_lens))
     return varlen_attn(q, k, v, seg.cu_q, seg.cu_k, *longest, enable_gqa=q.shape[1] != k.shape[1],
                        window_size=(left, 0 if causal else -1), scale=scale)
-
 
 class Tiled(torch.autograd.Function):
     """FlashAttention-2 in plain torch: exact attention that never holds more than one tile of scores.
@@ -324,7 +310,6 @@ class Tiled(torch.autograd.Function):
             dq[:, :, rows] = dq_i.unflatten(1, (q.shape[1], -1))
         return dq, dk, dv, None, None, None
 
-
 def _tiled(q, k, v, causal, window, scale):
     """(B, H, t, D) in and out; half precision is raised to float32."""
     wide, (batch, groups) = torch.promote_types(q.dtype, torch.float32), k.shape[:2]
@@ -332,11 +317,9 @@ def _tiled(q, k, v, causal, window, scale):
     out = Tiled.apply(rows, *(t.to(wide).flatten(0, 1) for t in (k, v)), causal, window, scale)
     return rearrange(out, "(b g) r t d -> b (g r) t d", b=batch).to(q.dtype)
 
-
 # -------------------------------------------------------------------------------------- VisionEncoder (CLIP)
 class ViTBlock(nn.Module):
     """Pre-LN transformer block with quick-GELU, as CLIP's."""
-
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
@@ -353,17 +336,15 @@ class ViTBlock(nn.Module):
         h = F.silu(1.702 * self.fc1(self.norm2(x))) / 1.702                 # quick-GELU: h * sigmoid(1.702 h)
         return x + self.fc2(h)
 
-
 class VisionEncoder(nn.Module):
     """CLIP ViT whose output is layer -2's patch grid: LLaVA's and VideoLLaMA2's choice of features.
 
     (N, 3, S, S) normalised pixels -> (N, h, w, D). The last layer and the post norm are never run, so they
     are not built: 7b has 303,507,456 parameters in the published files, 290,909,184 of them here.
     """
-
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.grid, self.patch = cfg.grid, cfg.patch
+        self.cfg, self.grid, self.patch = cfg, cfg.grid, cfg.patch
         self.patch_embedding = nn.Conv2d(3, cfg.vit_width, cfg.patch, stride=cfg.patch, bias=False)
         self.class_token = nn.Parameter(torch.randn(cfg.vit_width) * cfg.vit_width ** -0.5)
         self.position = nn.Parameter(torch.randn(cfg.grid ** 2 + 1, cfg.vit_width) * cfg.vit_width ** -0.5)
@@ -383,11 +364,32 @@ class VisionEncoder(nn.Module):
         x = rearrange(x, "(n t) d -> n t d", n=n)[:, 1:]                    # without the class token
         return rearrange(x, "n (h w) d -> n h w d", h=self.grid)            # (N, 24, 24, 1024)
 
+    @classmethod
+    def from_hf(cls, path, dtype: torch.dtype | None = None, prefix: str = "") -> VisionEncoder:
+        """A CLIPVisionModel or CLIPModel directory of Hugging Face, or an open one and its names' prefix.
+        Sizes are the tensors'; dtype None keeps the file's. ValueError names what does not fit."""
+        files = path if isinstance(path, Published) else Published(path)
+        config = {} if files is path else files.config.get("vision_config", files.config)
+        prefix += "vision_model." * any(n.startswith(f"{prefix}vision_model.") for n in files.where)
+        width, _, patch, _ = files.shape(f"{prefix}embeddings.patch_embedding.weight")
+        side = math.isqrt(files.shape(f"{prefix}embeddings.position_embedding.weight")[0] - 1) * patch
+        layers = files.count(prefix + "encoder.layers.")
+        files.expect(config, hidden_act="quick_gelu", layer_norm_eps=1e-5, num_hidden_layers=layers,
+                     image_size=side)
+        cfg = replace(PRESETS["7b"], image_size=side, patch=patch, vit_width=width, vit_layers=layers,
+                      vit_heads=config.get("num_attention_heads", width // 64))
+        with torch.device("meta"):
+            vit = cls(cfg)
+        files.fill(vit, prefix, CLIP_NAMES, dtype)
+        never_run = (f"encoder.layers.{layers - 1}.", "post_layernorm.", "embeddings.position_ids")
+        files.used |= {n for n in files.where if n.startswith(tuple(prefix + name for name in never_run))}
+        if files is not path:
+            files.check_used("text_model.", "text_projection.", "visual_projection.", "logit_scale")
+        return vit
 
 # ------------------------------------------------------------------------------------------- Connector (STC)
 class ConvNorm(nn.Module):
     """1x1 or depthwise 3x3 convolution and LayerNorm over channels, on channels-last grids (N, h, w, C)."""
-
     def __init__(self, c_in: int, c_out: int, kernel: int):
         super().__init__()
         groups = 1 if kernel == 1 else c_in
@@ -399,10 +401,8 @@ class ConvNorm(nn.Module):
             return self.bn(F.linear(x, self.conv.weight.flatten(1)))        # channels are last: no transposes
         return self.bn(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
-
 class SqueezeExcite(nn.Module):
     """Channels gated by what the whole frame shows."""
-
     def __init__(self, width: int, hidden: int):
         super().__init__()
         self.fc1 = nn.Conv2d(width, hidden, 1)
@@ -413,13 +413,11 @@ class SqueezeExcite(nn.Module):
         s = F.silu(F.linear(s, self.fc1.weight.flatten(1), self.fc1.bias))  # RegStage passes its SiLU on
         return x * torch.sigmoid(F.linear(s, self.fc2.weight.flatten(1), self.fc2.bias))
 
-
 class RegNetBlock(nn.Module):
     """The block of VideoLLaMA2's STC (a timm RegStage): 1x1, depthwise 3x3, gate, 1x1, residual, SiLU.
 
     Our choice: the gain of the last norm starts at zero, the block as SiLU(x); else it never trained.
     """
-
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
         self.conv1 = ConvNorm(c_in, c_out, 1)
@@ -434,19 +432,15 @@ class RegNetBlock(nn.Module):
         h = self.se(F.silu(self.conv2(h)))
         return F.silu(self.conv3(h) + self.downsample(x))                   # (N, 24, 24, 4096)
 
-
 def reg_stage(c_in: int, c_out: int, depth: int) -> nn.Sequential:
     """`depth` RegNet blocks under timm's names b1, b2, ..."""
     blocks = ((f"b{i + 1}", RegNetBlock(c_out if i else c_in, c_out)) for i in range(depth))
     return nn.Sequential(OrderedDict(blocks))
 
-
 class Connector(nn.Module):
     """VideoLLaMA2's STC: RegNet stage, Conv3d that halves time, height and width, RegNet stage, MLP.
-
     (B, T, h, w, D) -> (B, n, W), n in (t h w) order: 16 x 24 x 24 -> 9 x 13 x 13 = 1521 tokens (padding 1).
     """
-
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         w = cfg.width
@@ -472,18 +466,14 @@ class Connector(nn.Module):
         cubes = rearrange(x, "b (t i) (h j) (w k) d -> b t h w (d i j k)", i=2, j=2, k=2)
         return act(F.linear(cubes, conv.weight.flatten(1), conv.bias))
 
-
 # ----------------------------------------------------------------------------------------- Mapping (F and G)
 class ChannelNorm(nn.LayerNorm):
     """LayerNorm over the channels of (N, C, h, w); CycleGAN's instance norm would erase what a grid means."""
-
     def forward(self, x):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
-
 class ResBlock(nn.Sequential):
     """conv-norm-relu-conv-norm plus identity, (N, 512, 6, 6): nine make CycleGAN's generator, F and G."""
-
     def __init__(self, width: int):
         convs = (nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(2))
         super().__init__(next(convs), ChannelNorm(width), nn.ReLU(), next(convs), ChannelNorm(width))
@@ -491,25 +481,19 @@ class ResBlock(nn.Sequential):
     def forward(self, x):
         return x + super().forward(x)
 
-
 class FCBlock(nn.Sequential):
     """The paper's ablation "FC layers instead of ResNet blocks": each patch alone, no neighbours."""
-
     def __init__(self, c: int):
         super().__init__(nn.LayerNorm(c), nn.Linear(c, 2 * c), nn.ReLU(), nn.Linear(2 * c, c))
 
     def forward(self, x):
         return x + super().forward(x)
 
-
 class Mapping(nn.Module):
     """F: ego -> exo or G: exo -> ego on the ViT's grid, frame by frame: (B, T, h, w, D) -> the same shape.
-
-    "resnet": 1x1 conv in, stride-2 convs down, ResNet blocks (9 in the paper), up-convs, 1x1 conv out,
-    LayerNorm; widths and norms are our choice. "mlp": as many FC blocks on each patch alone. No outer skip:
-    a copy of x is where F must not start (measured).
+    "resnet": 1x1 conv, stride-2 convs, 9 ResNet blocks, up-convs, 1x1 conv, LayerNorm; widths and norms are
+    ours. "mlp": as many FC blocks on each patch alone. No outer skip: F must not start as a copy (measured).
     """
-
     def __init__(self, cfg: ModelConfig, kind: str = "resnet"):
         super().__init__()
         d, c, downs = cfg.vit_width, cfg.map_width, cfg.map_downs
@@ -538,11 +522,9 @@ class Mapping(nn.Module):
         x = self.net(x)                                                     # 24 x 24 -> 6 x 6 -> 24 x 24
         return self.norm(rearrange(x, "(b t) d h w -> b t h w d", b=len(grid)))
 
-
 # ----------------------------------------------------------------------------------------- Decoder (Mistral)
 class Linear(nn.Linear):
     """y = x W^T, plus alpha/rank * dropout(x) A^T B^T once `add_lora` was called (LoRA)."""
-
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         self.register_parameter("lora_a", None)
@@ -554,11 +536,6 @@ class Linear(nn.Linear):
         self.lora_a = nn.Parameter(torch.randn(rank, self.in_features, **like) * self.in_features ** -0.5)
         self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, **like))    # 0: starts at the base
 
-    def merge_lora(self):
-        update = self.lora_scale * self.lora_b @ self.lora_a
-        self.weight.data += update.to(self.weight.dtype)
-        self.lora_a = self.lora_b = None
-
     def forward(self, x):
         y = super().forward(x)
         if self.lora_a is None:
@@ -566,10 +543,8 @@ class Linear(nn.Linear):
         low = F.linear(F.dropout(x, self.lora_dropout, self.training), self.lora_a)
         return y + self.lora_scale * F.linear(low, self.lora_b)
 
-
 class KVCache:
     """Keys and values already computed, per layer, packed like the batch: `keys[l]` (tokens, HK, D)."""
-
     def __init__(self, sequences: int):
         self.lens = (0,) * sequences
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
@@ -583,16 +558,13 @@ class KVCache:
         self.layers[layer] = k, v
         return k, v
 
-
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Channels i and i + D/2 turn by the angle position * theta^(-2i/D). x (tokens, H, D)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
-
 class DecoderBlock(nn.Module):
     """Mistral's: RMSNorm, grouped-query attention with RoPE, RMSNorm, SwiGLU."""
-
     def __init__(self, cfg: ModelConfig, index: int):
         super().__init__()
         self.index, self.window = index, cfg.window
@@ -618,10 +590,11 @@ class DecoderBlock(nn.Module):
         h = self.norm2(x)
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
 
+# what activation checkpointing and FSDP take as one unit
+BLOCKS = (ViTBlock, RegNetBlock, ResBlock, FCBlock, DecoderBlock)
 
 class Decoder(nn.Module):
     """A causal language model on packed sequences: flat (tokens, W) and `Segments`, no padding anywhere."""
-
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.cfg = cfg
@@ -657,6 +630,31 @@ class Decoder(nn.Module):
         """(tokens, W) -> (tokens, vocab); call it on the positions you need, 32,000 floats each."""
         return self.head(hidden)
 
+    @classmethod
+    def from_hf(cls, path, dtype: torch.dtype | None = None) -> Decoder:
+        """A MistralForCausalLM directory of Hugging Face, or an open one; what config.json leaves out has
+        transformers' default, dtype None keeps the file's. A head tied to the embedding becomes a copy."""
+        files = path if isinstance(path, Published) else Published(path)
+        c = {"num_key_value_heads": 8, "rms_norm_eps": 1e-6, "sliding_window": 4096} | files.config
+        rope = (c.get("rope_parameters") or {}) | (c.get("rope_scaling") or {})
+        (vocab, width), layers = files.shape("model.embed_tokens.weight"), files.count("model.layers.")
+        files.expect(c, hidden_act="silu", attention_bias=False, mlp_bias=False, vocab_size=vocab,
+                     hidden_size=width, num_hidden_layers=layers)
+        files.expect(c | rope, rope_type="default", type="default", partial_rotary_factor=1)
+        cfg = replace(PRESETS["7b"], width=width, layers=layers, vocab=vocab, norm_eps=c["rms_norm_eps"],
+                      heads=c["num_attention_heads"], ff=c["intermediate_size"], head_dim=c.get("head_dim"),
+                      kv_heads=c["num_key_value_heads"] or c["num_attention_heads"],
+                      window=c["sliding_window"], rope_theta=float((c | rope).get("rope_theta", 1e4)))
+        with torch.device("meta"):
+            decoder = cls(cfg)
+        if c.get("tie_word_embeddings"):
+            files.where.setdefault("lm_head.weight", files.where["model.embed_tokens.weight"])
+        files.fill(decoder, "", MISTRAL_NAMES, dtype)
+        if files is not path:
+            files.expect(c, model_type="mistral")
+            files.check_used()
+        return decoder
+
     def lora_modules(self) -> list[Linear]:
         """All linear layers of the blocks: our choice, as in VideoLLaMA2; the paper names no targets."""
         return [m for block in self.blocks for m in block.modules() if isinstance(m, Linear)]
@@ -668,30 +666,66 @@ class Decoder(nn.Module):
 
     def merge_lora(self):
         """Fold the low-rank updates into the weights; the outputs stay the same, to rounding."""
-        for module in self.lora_modules():
-            module.merge_lora()
+        for m in self.lora_modules():
+            m.weight.data += (m.lora_scale * m.lora_b @ m.lora_a).to(m.weight.dtype)
+            m.merged, m.lora_a, m.lora_b = (m.lora_a, m.lora_b), None, None
 
-
-def feature_kl(exo: Tensor, estimate: Tensor, tau: float = 1.0) -> Tensor:
-    """KL(exo || F(ego)) per sample: (B, n, C) features -> (B,). Softmax over channels of LayerNorm-ed tokens,
-    mean over tokens: our choice (measured), the paper does not say how features become distributions."""
-    p, q = (F.log_softmax(F.layer_norm(f.float(), f.shape[-1:]) / tau, dim=-1) for f in (exo, estimate))
-    return (p.exp() * (p - q)).sum(-1).mean(-1) * tau ** 2
-
+    def unmerge_lora(self):
+        """The opposite of merge_lora, to rounding."""
+        for m in self.lora_modules():
+            m.lora_a, m.lora_b = m.merged
+            m.weight.data -= (m.lora_scale * m.lora_b @ m.lora_a).to(m.weight.dtype)
 
 # --------------------------------------------------------------------------------------------------- Exo2Ego
 class Exo2Ego(nn.Module):
     """The whole model: exo_vit, exo_connector, ego_vit, ego_connector, decoder; F and G from stage 2 on."""
-
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.cfg = cfg
         self.exo_vit, self.ego_vit = VisionEncoder(cfg), VisionEncoder(cfg)
         self.exo_connector, self.ego_connector = Connector(cfg), Connector(cfg)
-        self.F = Mapping(cfg, cfg.mapping) if cfg.mapping != "none" else None
-        self.G = Mapping(cfg, cfg.mapping) if cfg.mapping != "none" else None
+        self.F = self.G = None
+        self.add(mapping=cfg.mapping)
         self.decoder = Decoder(cfg)
-        if cfg.lora:
+        self.add(lora=cfg.lora)
+
+    @classmethod
+    def from_videollama2(cls, path, dtype: torch.dtype | None = None, vision=None) -> Exo2Ego:
+        """The published VideoLLaMA2-7B-16F layout: its ViT and connector become both visual encoders. Where
+        the files hold no ViT, `vision` (a CLIP directory) supplies it; so it does for a plain Mistral
+        directory, whose connectors start fresh. ValueError names what does not fit."""
+        files, tower = Published(path), "model.vision_tower.vision_tower."
+        if (kind := files.config.get("model_type")) not in ("videollama2_mistral", "mistral"):
+            raise ValueError(f"{path}/config.json: model_type is {kind!r}, videollama2_mistral fits here")
+        files.expect(files.config, mm_projector_type="stc_connector", mm_vision_select_layer=-2,
+                     mm_vision_select_feature="patch")
+        if vision is None and not any(n.startswith(tower) for n in files.where):
+            raise ValueError(f"{path} holds no vision tower: pass --vision DIR, a CLIP directory")
+        decoder = Decoder.from_hf(files, dtype)
+        vit = VisionEncoder.from_hf(vision or files, dtype, "" if vision else tower)
+        depth = files.count("model.mm_projector.s1.b") - 1      # its blocks count from 1
+        seen = ("image_size", "patch", "vit_width", "vit_layers", "vit_heads")
+        cfg = replace(decoder.cfg, **{size: getattr(vit.cfg, size) for size in seen},
+                      stc_depth=depth if depth > 0 else PRESETS["7b"].stc_depth,
+                      frames=files.config.get("num_frames") or PRESETS["7b"].frames)
+        with torch.device("meta"):
+            model = cls(cfg)
+        model.decoder, model.exo_vit, model.ego_vit = decoder, vit, copy.deepcopy(vit)
+        if depth > 0:
+            files.fill(model.exo_connector, "model.mm_projector.", (), dtype)
+        else:
+            model.exo_connector = Connector(cfg)
+        model.ego_connector = copy.deepcopy(model.exo_connector)
+        files.check_used(*[tower] * bool(vision))
+        return model.eval()
+
+    def add(self, mapping: str = "none", lora: bool = False):
+        """Parts that start fresh: F and G, "resnet" or "mlp"; a low-rank update for the decoder."""
+        self.cfg = cfg = replace(self.cfg, mapping=self.cfg.mapping if mapping == "none" else mapping,
+                                 lora=self.cfg.lora or lora)
+        if mapping != "none":
+            self.F, self.G = Mapping(cfg, mapping), Mapping(cfg, mapping)
+        if lora:
             self.decoder.add_lora(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout)
 
     # -- seeing
@@ -717,21 +751,22 @@ class Exo2Ego(nn.Module):
     # -- speaking
     def splice(self, visual: Tensor | None, ids: Tensor) -> Tensor:
         """Embeddings of packed ids (tokens,) in which each VIDEO id stands for one visual token, in order."""
-        embeddings = self.decoder.embed(ids.clamp(min=0))
+        embeddings = self.decoder.embed(ids.clamp(min=0).to(self.decoder.embedding.weight.device))
         if visual is None:
             return embeddings
-        slots = (ids == VIDEO).nonzero().squeeze(1)
+        slots = (ids == VIDEO).nonzero().squeeze(1).to(embeddings.device)
         return embeddings.index_copy(0, slots, visual.flatten(0, 1).to(embeddings.dtype))
 
     def text_logits(self, visual: Tensor | None, ids: Tensor, labels: Tensor, lens: Sequence[int]):
         """Logits only where a label is supervised: (supervised, vocab), and their targets (supervised,). ids
         and labels are packed (tokens,), visual (B, n, W) fills sum(ids == VIDEO) = B * n slots; position t
         predicts t + 1."""
-        seg = Segments.packed(lens, ids.device)
-        positions = torch.cat([torch.arange(n) for n in lens]).to(ids.device)
-        hidden = self.decoder(self.splice(visual, ids), seg, positions)
+        x = self.splice(visual, ids)
+        positions = torch.cat([torch.arange(n) for n in lens]).to(x.device)
+        hidden = self.decoder(x, Segments.packed(lens, x.device), positions)
         where = (labels[1:] != IGNORE).nonzero().squeeze(1)     # never a sequence's first token: the
-        return self.decoder.logits(hidden[where]), labels[1:][where]    # shift stays inside a sequence
+        targets = labels[1:][where].to(hidden.device)                   # shift stays inside a sequence
+        return self.decoder.logits(hidden[where.to(hidden.device)]), targets
 
     @torch.no_grad()
     def score(self, visual: Tensor, ids: Tensor, labels: Tensor, lens: Sequence[int]):
@@ -772,14 +807,10 @@ class Exo2Ego(nn.Module):
             x, new = self.decoder.embed(token), [1] * len(ids)
         return answers
 
-
 # ------------------------------------------------------------------------------------------------- Tokenizer
 class Tokenizer:
-    """A sentencepiece vocabulary and Mistral-Instruct's chat template; every checkpoint holds its own.
-
-        <s>[INST] <video> question [/INST] answer</s>[INST] question [/INST] answer</s>
-    """
-
+    """A sentencepiece vocabulary and Mistral-Instruct's chat template; every checkpoint holds its own:
+    <s>[INST] <video> question [/INST] answer</s>[INST] question [/INST] answer</s>"""
     def __init__(self, path: str | os.PathLike):
         if not Path(path).is_file():
             raise FileNotFoundError(f"no tokenizer at {path}: it should be a sentencepiece tokenizer.model")
@@ -796,7 +827,7 @@ class Tokenizer:
         return self.sp.decode([int(i) for i in ids if i >= 0])
 
     def chat(self, turns: Sequence[dict], video_tokens: int) -> tuple[list[int], list[int]]:
-        """Turns {"user", "assistant"} -> ids and labels. `<video>` (put first when no user turn has it)
+        """Turns {"user", "assistant"[, "system"]} -> ids and labels. `<video>` (put first if no turn has it)
         becomes `video_tokens` VIDEO ids. Supervised: the assistant's tokens and their closing </s>, nothing
         else. A last turn without "assistant" is a prompt to be continued."""
         marks = sum(turn["user"].count("<video>") for turn in turns)
@@ -805,6 +836,8 @@ class Tokenizer:
         ids, labels = [self.bos], [IGNORE]
         for i, turn in enumerate(turns):
             user = turn["user"] if i or marks or not video_tokens else "<video>\n" + turn["user"]
+            if "system" in turn:                                # Mistral has no such role
+                user = f"{turn['system']}\n\n{user}"
             for j, chunk in enumerate(f"[INST] {user} [/INST]".split("<video>")):
                 prompt = [VIDEO] * (video_tokens if j else 0) + self.encode(chunk)
                 ids, labels = ids + prompt, labels + [IGNORE] * len(prompt)
@@ -813,82 +846,168 @@ class Tokenizer:
                 ids, labels = ids + answer, labels + answer
         return ids, labels
 
+# ----------------------------------------------------------------------------------------- published weights
+# our name -> theirs, as regular expressions in turn; CLIP's misspelling is its own
+CLIP_NAMES = (
+    (r"\.([qkv])\.", r".self_attn.\1_proj."), (r"^class_token", "embeddings.class_embedding"),
+    (r"^position", "embeddings.position_embedding.weight"), (r"^pre_norm", "pre_layrnorm"),
+    (r"^patch_embedding", "embeddings.patch_embedding"), (r"^blocks", "encoder.layers"),
+    (r"\.norm([12])\.", r".layer_norm\1."), (r"\.fc([12])\.", r".mlp.fc\1."),
+    (r"\.out\.", ".self_attn.out_proj."))
+MISTRAL_NAMES = (
+    (r"\.([qkv])\.", r".self_attn.\1_proj."), (r"^embedding", "model.embed_tokens"),
+    (r"^blocks", "model.layers"), (r"^norm", "model.norm"), (r"^head", "lm_head"),
+    (r"\.norm1\.", ".input_layernorm."), (r"\.norm2\.", ".post_attention_layernorm."),
+    (r"\.(gate|up|down)\.", r".mlp.\1_proj."), (r"\.out\.", ".self_attn.o_proj."))
+
+def rename(name: str, table) -> str:
+    """Our name of a tensor -> its published one."""
+    for ours, theirs in table:
+        name = re.sub(ours, theirs, name)
+    return name
+
+def read_json(path: Path):
+    """A JSON file, or ValueError with its name."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+
+class Published:
+    """An open directory in Hugging Face's layout: config.json and safetensors, one file or sharded. Tensors
+    are mapped and read one at a time, so a 7B is never in memory twice."""
+    def __init__(self, path: str | os.PathLike):
+        self.path, self.where, self.used = Path(path), {}, set()        # name -> its file and its name there
+        self.config, index = read_json(self.path / "config.json"), self.path / "model.safetensors.index.json"
+        shards = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+        for shard in sorted(shards):
+            file, pickles = self.path / shard, sorted(p.name for p in self.path.glob("*.bin"))
+            if file.parent != self.path or shard == "..":
+                raise ValueError(f"{index} names {shard!r}: a shard is a plain file name in that directory")
+            if pickles and not file.is_file():
+                raise ValueError(f"{file} is missing, and {pickles[0]} is a pickle, which can run code: "
+                                 f"convert it once, as README shows")
+            try:
+                handle = safe_open(file, "pt")
+            except (OSError, SafetensorError) as error:
+                what = "cannot be read" if file.is_file() else "is missing"
+                raise ValueError(f"{file} {what} ({error}): download it again") from None
+            self.where |= {name: (handle, name) for name in handle.keys()}
+
+    def expect(self, config: dict, **wanted):
+        """Refuse by name what the network here cannot represent; absent and null are as wanted."""
+        for key, value in wanted.items():
+            if config.get(key) not in (None, value):
+                raise ValueError(f"{self.path}/config.json: {key} is {config[key]!r}, {value!r} fits here")
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor that must be there, read from its file's header."""
+        if name not in self.where:
+            raise ValueError(f"{self.path} lacks the tensor {name}")
+        handle, there = self.where[name]
+        return tuple(handle.get_slice(there).get_shape())
+
+    def count(self, prefix: str) -> int:
+        """1 + the largest number that follows this prefix in a name."""
+        numbers = (re.match(r"\d+", n[len(prefix):]) for n in self.where if n.startswith(prefix))
+        return 1 + max((int(number[0]) for number in numbers if number), default=-1)
+
+    def fill(self, module: nn.Module, prefix: str, table=(), dtype: torch.dtype | None = None):
+        """Give every tensor of a module that was built on the meta device its value."""
+        for name, blank in module.state_dict().items():
+            theirs = prefix + rename(name, table)
+            if (shape := self.shape(theirs)) != blank.shape:
+                raise ValueError(f"{self.path}: {theirs} is {shape}, expected {tuple(blank.shape)}")
+            (handle, there), (owner, _, leaf) = self.where[theirs], name.rpartition(".")
+            value = handle.get_tensor(there).to(torch.get_default_device(), dtype, copy=True)
+            setattr(module.get_submodule(owner), leaf, nn.Parameter(value))
+            self.used.add(theirs)
+
+    def check_used(self, *ignore: str):
+        """Every tensor must have found its place, but for prefixes to ignore and RoPE's old tables."""
+        extra = (n for n in self.where if not n.endswith("rotary_emb.inv_freq") and not n.startswith(ignore))
+        if extra := sorted(set(extra) - self.used):
+            raise ValueError(f"{self.path} has tensors that have no place here: {extra[:3]}")
 
 # ----------------------------------------------------------------------------------------------- checkpoints
 def newest_checkpoint(run: str | os.PathLike) -> Path | None:
     """The newest `step_*` of a run folder (a save takes that name when whole), or the folder itself if it is
-    a checkpoint; None if there is none."""
-    found = [run] if (run := Path(run)).joinpath("state.json").is_file() else run.glob("step_[0-9]*")
-    return max(found, default=None, key=lambda p: p.name)
-
+    a checkpoint or holds published weights; None if there is none."""
+    run = Path(run)
+    is_one = (run / "state.json").is_file() or (run / "config.json").is_file()
+    return max([run] if is_one else run.glob("step_[0-9]*"), default=None, key=lambda p: p.name)
 
 def fingerprint(path: str | os.PathLike) -> str:
-    """A short hash that tells two checkpoints apart without reading gigabytes: header, first and last MiB."""
-    digest, file = hashlib.sha256(), Path(path) / "model.safetensors"
-    with open(file, "rb") as f:
-        digest.update(f.read(1 << 20))
-        f.seek(max(0, file.stat().st_size - (1 << 20)))
-        digest.update(f.read())
+    """A short hash that tells two checkpoints apart without reading gigabytes: each file's header, its first
+    and its last MiB."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(path).glob("model*.safetensors")):
+        with open(file, "rb") as f:
+            digest.update(f.read(1 << 20))
+            f.seek(max(0, file.stat().st_size - (1 << 20)))
+            digest.update(f.read())
     return digest.hexdigest()[:16]
 
-
 def read_state(path: Path) -> dict:
-    """state.json of a checkpoint folder."""
-    try:
-        return json.loads((path / "state.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}/state.json cannot be read ({error}): is this a checkpoint?") from None
+    """state.json of a checkpoint; published weights count as a finished stage 0."""
+    if (path / "config.json").is_file():
+        return dict(stage=0, step=0, steps=0, base=None)
+    return read_json(path / "state.json")
 
-
-def checkpoint_tensors(path: Path, base: str | os.PathLike | None = None) -> dict[str, Tensor]:
-    """All tensors of the model: those of the checkpoint's base, overlaid with its own."""
+def base_of(path: Path, base: str | os.PathLike | None = None) -> Path | None:
+    """The folder that a checkpoint builds on, `base` or the one it recorded, by hash; None: it is whole."""
     state = read_state(path)
-    tensors = {}
-    if state["base"]:
-        root = newest_checkpoint(base or path.parent / state["base"])
-        if root is None:
-            raise FileNotFoundError(f"{path} builds on {state['base']}, which is not there: pass --base DIR")
-        if fingerprint(root) != state["base_hash"]:
-            raise ValueError(f"{root} is not the base of {path}, its weights differ: pass --base DIR")
-        tensors = checkpoint_tensors(root)
+    if state["base"] is None:
+        return None
+    root = newest_checkpoint(base or path.parent / state["base"])
+    if root is None:
+        raise FileNotFoundError(f"{path} builds on {state['base']}, which is not there: pass --base DIR")
+    if fingerprint(root) != state["base_hash"]:
+        raise ValueError(f"{root} is not the base of {path}, its weights differ: pass --base DIR")
+    return root
+
+def own_tensors(path: Path) -> dict[str, Tensor]:
+    """What a checkpoint's own file holds: every tensor that differs from its base."""
     try:
-        return tensors | load_file(path / "model.safetensors")
+        return load_file(path / "model.safetensors")
     except Exception as error:
         raise ValueError(f"{path}/model.safetensors cannot be read ({error}): remove {path} to fall back to "
                          f"the checkpoint before it") from None
 
+def checkpoint_tensors(path: Path, base: str | os.PathLike | None = None) -> dict[str, Tensor]:
+    """All tensors of a checkpoint on a base of ours: those of the base, overlaid with its own."""
+    root = base_of(path, base)
+    return (own_tensors(root) if root else {}) | own_tensors(path)
 
-def load_strict(model: nn.Module, tensors: dict[str, Tensor], source: str, fresh: tuple[str, ...] = ()):
-    """Copy tensors by name: none missing (but those named by `fresh`), none left over, all shapes equal."""
-    try:
-        missing, extra = model.load_state_dict(tensors, strict=False)
-    except RuntimeError as error:                               # torch names tensor and both shapes
-        raise ValueError(f"{source} does not fit the model: {error}") from None
-    missing = [name for name in missing if not any(word in name for word in fresh)]
-    if missing or extra:
-        raise ValueError(f"{source} does not fit the model: missing {missing[:3]}, unknown {extra[:3]}")
-
-
-def load_checkpoint(path: str | os.PathLike, base: str | os.PathLike | None = None, **added):
-    """-> Exo2Ego (eval mode), Tokenizer, state.json. `path`, a run folder or `step_*`, has what was trained,
-    `base` (default: as recorded) the rest. `added` (mapping="resnet", lora=True): parts that start fresh."""
+def load_checkpoint(path: str | os.PathLike, base: str | os.PathLike | None = None,
+                    vision: str | os.PathLike | None = None, **added):
+    """-> Exo2Ego (eval mode), Tokenizer, state.json. `path`, a run folder, `step_*` or published weights, has
+    what was trained, `base` (default: as recorded) the rest. `added` (mapping="resnet", lora=True): parts
+    that start fresh."""
     folder = newest_checkpoint(path)
     if folder is None:
         raise FileNotFoundError(f"no checkpoint in {path}: train it first (torchrun train.py --stage N)")
-    state = read_state(folder)
-    model = Exo2Ego(replace(ModelConfig(**state["model"]), **added))
-    tensors = {n: t for n, t in checkpoint_tensors(folder, base).items() if not n.startswith("loss.")}
-    fresh = {"mapping": ("F.", "G."), "lora": ("lora_a", "lora_b")}
-    load_strict(model, tensors, str(folder), sum((fresh[key] for key in added), ()))
+    state, root = read_state(folder), base_of(folder, base)
+    published = next((p for p in (folder, root) if p and (p / "config.json").is_file()), None)
+    optional = sum(({"mapping": ("F.", "G."), "lora": ("lora_",)}[key] for key in added), ())   # start fresh
+    if published:
+        model = Exo2Ego.from_videollama2(published, vision=vision or state.get("vision"))
+        state.setdefault("model", asdict(model.cfg))
+        optional += tuple(model.state_dict())                   # there already
+        model.add(**{key: state["model"][key] for key in ("mapping", "lora")} | added)
+        tensors = own_tensors(folder) if root else {}
+    else:
+        model = Exo2Ego(replace(ModelConfig(**state["model"]), **added))
+        tensors = checkpoint_tensors(folder, base)
+    tensors = {n: t for n, t in tensors.items() if not n.startswith("loss.")}
+    try:
+        missing, extra = model.load_state_dict(tensors, strict=False, assign=bool(published))
+    except RuntimeError as error:                               # torch names tensor and both shapes
+        raise ValueError(f"{folder} does not fit the model: {error}") from None
+    missing = [n for n in missing if not any(word in n for word in optional)]
+    if missing or extra:
+        raise ValueError(f"{folder} does not fit the model: missing {missing[:3]}, unknown {extra[:3]}")
     return model.eval(), Tokenizer(folder / "tokenizer.model"), state
-
-
-def pick_device() -> torch.device:
-    """This process's GPU, else Apple's, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
 
 # ------------------------------------------------------------------- appendix: the tiles of Tiled, on a GPU
 # tile (queries, keys), warps, stages by kernel and head_dim: a test compiles all, no spills on sm_80, sm_90
@@ -896,7 +1015,6 @@ TILES = {("forward", 32): (128, 64, 4, 3), ("dq", 32): (128, 64, 8, 2), ("dkdv",
          ("forward", 64): (128, 64, 8, 3), ("dq", 64): (128, 64, 8, 2), ("dkdv", 64): (32, 128, 8, 2),
          ("forward", 128): (128, 32, 8, 3), ("dq", 128): (128, 32, 8, 2), ("dkdv", 128): (32, 64, 8, 2)}
 FLOAT32_TILES = {32: (32, 32, 8, 1), 64: (16, 32, 8, 1), 128: (32, 16, 8, 1)}
-
 
 @cache
 def triton_kernels() -> dict:
@@ -1044,10 +1162,8 @@ def triton_kernels() -> dict:
 
     return {"forward": forward, "dq": dq, "dkdv": dkdv}
 
-
 class TritonAttention(torch.autograd.Function):
     """The kernels above as one differentiable function; backend "triton" of `attention`."""
-
     @staticmethod
     def launch(kernel, q, k, seg, causal, window, scale, *tensors):
         """One program for each tile of each head of each segment; empty ones return at once."""
@@ -1080,121 +1196,5 @@ class TritonAttention(torch.autograd.Function):
         TritonAttention.launch("dkdv", q, k, *ctx.rest, q, k, v, do, lse, delta, dk, dv)
         return dq, dk, dv, None, None, None, None
 
-
-CASES = {                       # queries and keys of each segment, heads, kv_heads, causal, window
-    "ragged, grouped, causal": ((150, 5, 64), (150, 5, 64), 6, 2, True, None),
-    "new queries on a cache, window": ((8, 1, 140), (170, 3, 175), 2, 2, True, 16),
-    "more queries than keys": ((140, 7), (17, 0), 2, 1, True, None),
-    "ragged, bidirectional": ((137, 5, 64, 0), (137, 50, 70, 3), 2, 2, False, None),
-    "long, causal": ((1000, 700), (1000, 700), 6, 2, True, None),           # loops in their steady state
-    "long, bidirectional": ((577, 577), (577, 577), 2, 2, False, None)}
-TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1.5e-3, torch.float32: 1e-5}  # of the largest true value
-
-
-def run_case(case: str, backend: str, device, dtype: torch.dtype, head_dim: int) -> list[Tensor]:
-    """Output and the three gradients of one of CASES on inputs rounded to dtype."""
-    q_lens, k_lens, heads, kv_heads, causal, window = CASES[case]
-    rng, shapes = torch.Generator().manual_seed(0), [(sum(q_lens), heads)] + [(sum(k_lens), kv_heads)] * 2
-    q, k, v = (torch.randn(*shape, head_dim, generator=rng).to(dtype) for shape in shapes)
-    do = torch.randn(q.shape, generator=rng).to(dtype)
-    if backend == "reference":
-        device, (q, k, v, do) = "cpu", (t.double() for t in (q, k, v, do))
-    leaves = [t.to(device).requires_grad_() for t in (q, k, v)]
-    seg = Segments.cached(q_lens, k_lens, device)
-    out = attention(*leaves, seg, causal=causal, window=window, backend=backend)
-    return [out.detach(), *torch.autograd.grad(out, leaves, do.to(device))]
-
-
-def attention_error(backend: str, device, dtype: torch.dtype, head_dim: int) -> float:
-    """Largest deviation from the float64 formula over CASES, outputs and gradients, as a share of TOLERANCE:
-    at most 1 passes, nan does not."""
-    worst = [torch.zeros(())]
-    for case in CASES:
-        results = (run_case(case, name, device, dtype, head_dim) for name in (backend, "reference"))
-        worst += [(a.cpu().double() - b).abs().max() / b.abs().max() for a, b in zip(*results)]
-    return float(torch.stack(worst).max() / TOLERANCE[dtype])
-
-
-def choose_attention(device: torch.device, dtype: torch.dtype, cfg: ModelConfig, agree=lambda f: f()) -> str:
-    """Decide what "auto" means, once at start-up; returns the line to print. On a GPU of sm_80 or newer, in
-    half precision, a packed kernel is taken if it passes on that very device. `agree(f)` calls f, which
-    returns a problem or None, on every rank and returns the first problem of any."""
-    global AUTO
-    AUTO, told, kind = "sdpa", "", str(dtype).removeprefix("torch.")
-    if forced := os.environ.get("EXO2EGO_ATTENTION"):
-        if forced not in BACKENDS[:4]:
-            raise ValueError(f"EXO2EGO_ATTENTION is {forced!r}: choose one of {BACKENDS[:4]}")
-        return f"attention: {forced}, by EXO2EGO_ATTENTION"
-    if device.type != "cuda" or dtype == torch.float32:
-        return f"attention: sdpa, for {kind} on {device.type}"
-
-    def problem():
-        try:
-            if torch.cuda.get_device_capability(device) < (8, 0):
-                return "it needs sm_80 or newer"
-            heads = {cfg.vit_width // cfg.vit_heads, cfg.head_dim or cfg.width // cfg.heads}
-            errors = {d: round(attention_error(backend, device, dtype, d), 2) for d in sorted(heads)}
-            return None if all(e <= 1 for e in errors.values()) else f"error / tolerance by head_dim {errors}"
-        except Exception as error:                              # whatever stops it here, sdpa does run ...
-            torch.cuda.synchronize(device)                      # ... unless the device itself is dead
-            return f"{type(error).__name__}: {str(error)[:90]}"
-    for backend in ("triton", "varlen"):
-        if (found := agree(problem)) is None:
-            AUTO = backend
-            return f"attention: {backend}, for {kind}, after a self-check{told}"
-        told += f"; not {backend}: {found}"
-    return f"attention: sdpa{told}"
-
-
-def attention_speed(device, dtype, backends, shapes):
-    """TFLOP/s of forward and of forward + backward for each backend and (name, lens, heads, kv_heads,
-    head_dim, causal); a backward counts 2.5 forwards."""
-    from torch.utils.benchmark import Timer                     # it costs 0.2 s to import
-    for name, lens, heads, kv_heads, d, causal in shapes:
-        work = 4 * heads * d * sum(n * (n + 1) / 2 if causal else n * n for n in lens)
-        qkv = [torch.randn(sum(lens), h, d, device=device, dtype=dtype, requires_grad=True)
-               for h in (heads, kv_heads, kv_heads)]
-        for backend in backends:
-            run = partial(attention, *qkv, Segments.packed(lens, device), causal=causal, backend=backend)
-            names, train = dict(run=run, qkv=qkv, grad=torch.autograd.grad), "grad(run(), qkv, qkv[0])"
-            speeds = [work * share / Timer(code, globals=names).blocked_autorange().median / 1e12
-                      for code, share in (("run()", 1), (train, 3.5))]
-            print(f"{name:26} {backend:6} forward {speeds[0]:8.3f}, with backward {speeds[1]:8.3f} TFLOP/s")
-
-
-def check_attention() -> int:
-    """`python model.py --check-attention`: correctness, equal reruns and speed of what this machine can run;
-    the number of failed checks."""
-    device, failed, checks = pick_device(), 0, {}
-    gpu = device.type == "cuda"
-    for backend in (("triton", "varlen") if gpu else ()) + ("tiled", "sdpa"):
-        for dtype, d in product(list(TOLERANCE)[:2 if gpu else 3], (32, 64, 128)):
-            checks[f"{backend:6} {dtype} head_dim {d}"] = partial(attention_error, backend, device, dtype, d)
-    for case in CASES if gpu else ():
-        run = partial(run_case, case, "triton", device, torch.bfloat16, 64)
-        checks[f"triton, bit-equal: {case}"] = lambda run=run: 2 * (not all(map(torch.equal, run(), run())))
-    for text, check in checks.items():
-        try:
-            error = check()
-        except Exception as problem:
-            error, text = math.nan, f"{text}: {type(problem).__name__}: {str(problem)[:90]}"
-        failed += not error <= 1
-        print(f"{'ok  ' if error <= 1 else 'FAIL'} {text}: error {error:.2f} of the tolerance", flush=True)
-    if gpu:
-        attention_speed(device, torch.bfloat16, ("sdpa",) if failed else ("sdpa", "triton"), (
-            ("16 frames, bidirectional", (577,) * 16, 16, 16, 64, False),
-            ("4 x 1560 tokens, causal", (1560,) * 4, 32, 8, 128, True),
-            ("4 x 3081 tokens, causal", (3081,) * 4, 32, 8, 128, True),
-            ("ragged, causal", (3081, 1560, 1600, 90, 30, 700), 32, 8, 128, True)))
-    else:
-        print("not run, they need a GPU: triton, varlen, equal reruns, TFLOP/s; pytest runs the kernels in "
-              "Triton's interpreter and compiles them for sm_80 and sm_90")
-    return failed
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--check-attention", action="store_true", required=True, help=check_attention.__doc__)
-    parser.parse_args()
-    if failures := check_attention():
-        raise SystemExit(f"{failures} checks failed")
+if __name__ == "__main__":  # --check-attention and --export-hf live in eval.py, which imports this file
+    os.execv(sys.executable, [sys.executable, str(Path(__file__).with_name("eval.py")), *sys.argv[1:]])

@@ -10,7 +10,7 @@ import hashlib
 import math
 import os
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -19,17 +19,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from data import (DataError, Loader, add_flags, file_lock, manifest_of, read_manifest, scatter_words,
                   shuffle_pairs, toy_tokenizer, toy_world)
-from eval import (Log, agree, describe, git_revision, load_optimizers, random_state, resume_point,
-                  save_checkpoint, start_point, start_process, toy_benchmark, validate)
-from model import (PRESETS, Exo2Ego, Tokenizer, checkpoint_tensors, choose_attention, feature_kl, fingerprint,
-                   load_checkpoint, newest_checkpoint, pick_device, read_state)
-
+from eval import (Log, Run, choose_attention, describe, feature_kl, git_revision, load_optimizers, moments_of,
+                  pick_device, plan, precision, random_state, resume_point, save_checkpoint, start_point,
+                  start_process, toy_benchmark, validate, whole, wrap)
+from model import (PRESETS, Exo2Ego, Tokenizer, fingerprint, load_checkpoint, newest_checkpoint, own_tensors,
+                   read_state)
 
 # ------------------------------------------------------------------------------------------- the stage table
 @dataclass(frozen=True)
@@ -47,7 +45,6 @@ class Phase:
     floor: float = 0.05
     text: str = "text"                  # what is supervised: the narration ("text"), answers ("turns"), "mix"
     copies: tuple = ()                  # parts that start as a copy: (from, to)
-
 
 # The micro-world: rates (on Muon's scale), steps and weights are our choice, from trials.
 TOY = {
@@ -70,7 +67,6 @@ PAPER = {
                     steps=0, floor=0),)
     for stage, lr, batch, epochs in ((1, 1e-4, 256, 2), (2, 1e-4, 256, 2), (3, 2e-5, 64, 1))}
 
-
 @dataclass(frozen=True)
 class TrainConfig:
     """Every flag. None: the stage table's row, or what the comment says. FREE ones may change on resuming."""
@@ -78,7 +74,9 @@ class TrainConfig:
     preset: Literal["toy", "small", "7b"] = "toy"
     data: str = "out/toy"                           # a manifest (.jsonl), or the micro-world's folder
     root: str | None = None                         # where the manifest's paths start (its folder)
-    base: str | None = None                         # untouched weights and tokenizer (stage0 beside --out)
+    base: str | None = None                         # untouched weights: stage0, or a VideoLLaMA2 or Mistral
+    vision: str | None = None                       # directory, with a CLIP directory where it has no eyes
+    tokenizer: str | None = None                    # a tokenizer.model (the one beside the weights)
     init: str | None = None                         # checkpoint to start from (stage{N-1} beside --out)
     out: str | None = None                          # run folder (out/stage{N})
     steps: int | None = None                        # optimiser steps
@@ -93,6 +91,9 @@ class TrainConfig:
     keep: int = 2                                   # checkpoints kept
     val_every: int | None = None                    # steps between validation losses
     workers: int = 1                                # loader processes a rank
+    fsdp: bool = False                              # FSDP2 instead of DDP: a rank holds its share of it all
+    checkpoint_activations: bool = False            # computed again in backward: less memory, more work
+    plan: bool = False                              # print parameters, FLOPs and memory, allocate nothing
     timeout: int = 600                              # seconds until a silent rank ends the run
     max_bad: float = 0.01                           # share of samples that may be unreadable
     allow_outside: bool = False                     # manifest paths may leave their root
@@ -111,9 +112,8 @@ class TrainConfig:
     ccl_weight: float | None = None
     kl_temperature: float = 1.0
 
-
-FREE = {"out", "save_every", "keep", "val_every", "workers", "timeout", "micro_batch", "no_eval", "max_bad"}
-
+FREE = {"out", "save_every", "keep", "val_every", "workers", "timeout", "micro_batch", "no_eval", "max_bad",
+        "fsdp", "checkpoint_activations", "plan"}
 
 def parse(argv: list[str] | None = None) -> TrainConfig:
     """The command line: one flag a field; unknown, abbreviated and misspelt ones are refused by name."""
@@ -125,7 +125,6 @@ def parse(argv: list[str] | None = None) -> TrainConfig:
     return replace(cfg, out=str(out), base=cfg.base or str(out.parent / "stage0"),
                    init=cfg.init or str(out.parent / f"stage{max(cfg.stage - 1, 0)}"),
                    optimizer=cfg.optimizer or ("adamw" if cfg.preset == "7b" else "muon"))
-
 
 def phases(cfg: TrainConfig) -> tuple[Phase, ...]:
     """The rows of this run: the table's, changed by the flags."""
@@ -147,12 +146,10 @@ def phases(cfg: TrainConfig) -> tuple[Phase, ...]:
                        steps=0 if cfg.epochs else cfg.steps or row.steps)
     return tuple(map(change, rows))
 
-
 # ------------------------------------------------------------------------------------------------ the losses
 class Objective(nn.Module):
     """The losses of a phase. Each term is a sum over samples (or tokens) divided by the whole step's count,
     so that micro batches and ranks add up to the plain mean; DDP averages, hence the factor `world`."""
-
     def __init__(self, model: Exo2Ego, tokenizer: Tokenizer, phase: Phase, cfg: TrainConfig, world: int):
         super().__init__()
         self.model, self.tokenizer, self.phase, self.cfg, self.world = model, tokenizer, phase, cfg, world
@@ -175,8 +172,9 @@ class Objective(nn.Module):
         """Vision-grounded text generation: next-token cross-entropy of each supervised token."""
         if not batch.lens:  # no row with text: a zero that DDP can wait for
             return sum(p.flatten()[:1] * 0 for p in self.parameters() if p.requires_grad)
-        logits, targets = self.model.text_logits(visual[batch.text_of], batch.ids, batch.labels, batch.lens)
-        weight = batch.weights[1:][batch.weights[1:] > 0]  # a narration with two exo views is two samples
+        shown = visual[batch.text_of.to(visual.device)]
+        logits, targets = self.model.text_logits(shown, batch.ids, batch.labels, batch.lens)
+        weight = batch.weights[1:][batch.weights[1:] > 0].to(logits.device)   # 2: two exo views
         return F.cross_entropy(logits.float(), targets, reduction="none") * weight
 
     def see(self, batch) -> dict[str, Tensor]:
@@ -192,7 +190,7 @@ class Objective(nn.Module):
         fx = model.F(x)
         estimate = model.exo_connector(fx)
         terms = {"vtg": self.vtg(torch.cat([model.ego_connector(x), estimate], dim=1), batch)}
-        pair = batch.ego_of                                     # the moment that each exo view shows
+        pair = batch.ego_of.to(x.device)                        # the moment that each exo view shows
         if "kl" in losses:
             terms["kl"] = self.kl(y, fx[pair], estimate[pair])
         if "ccl" in losses:
@@ -258,20 +256,16 @@ class Objective(nn.Module):
         both = sum((logits.log_softmax(d) * right / right.sum(d, keepdim=True)).sum(d).mean() for d in (0, 1))
         return {"clip": -both / 2 * len(text)}
 
-
 def schedule(step: int, steps: int, phase: Phase) -> float:
     """Share of the peak rate at a step: linear warm-up, then cosine down to `floor`."""
     warm = max(1, round(phase.warmup * steps))
     cosine = 0.5 + 0.5 * math.cos(math.pi * (step - warm) / max(1, steps - warm))
     return (step + 1) / warm if step < warm else phase.floor + (1 - phase.floor) * cosine
 
-
 # -------------------------------------------------------------------------------------------- the optimisers
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalised: all directions of a matrix learn at one speed, which is what
-    starts the connector from scratch at all; scaled to AdamW's step. torch.optim.Muon's Newton-Schulz runs in
-    bfloat16, 10-40x slower on a CPU without AMX, and takes no convolutions: to us (out, in * kernel)."""
-
+    """Momentum, orthogonalised, scaled to AdamW's step: all directions of a matrix learn at one speed, or the
+    connector never starts. torch's own works in bfloat16 (10-40x slower on a CPU), without convolutions."""
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
@@ -279,7 +273,6 @@ class Muon(torch.optim.Optimizer):
                 momentum = self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 0.05)
                 update = orthogonal(p.grad.lerp(momentum, 0.95).flatten(1)).view_as(p)          # Nesterov
                 p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.flatten(1).shape)))
-
 
 def orthogonal(m: Tensor) -> Tensor:
     """The nearest semi-orthogonal matrix, roughly: five Newton-Schulz steps, Muon's coefficients."""
@@ -289,7 +282,6 @@ def orthogonal(m: Tensor) -> Tensor:
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x.T if m.shape[0] > m.shape[1] else x
-
 
 def make_optimizers(trained: dict[str, nn.Parameter], rates: dict[str, float], kind: str) -> list:
     """Muon for the matrices inside the network, AdamW for the rest (both ends, norms, biases, depthwise
@@ -303,41 +295,22 @@ def make_optimizers(trained: dict[str, nn.Parameter], rates: dict[str, float], k
     return ([Muon(muon, {})] if muon else []) + ([torch.optim.AdamW(
         adamw, betas=(0.9, 0.95), weight_decay=0, fused=True)] if adamw else [])
 
-
 # ----------------------------------------------------------------------------------------------------- a run
-@dataclass
-class Run:
-    """One process of a run: its flags and place, and what its checkpoints will record."""
-    cfg: TrainConfig
-    rank: int
-    world: int
-    device: torch.device
-    bf16: bool
-    attention: str = ""                                         # which backend, and why
-    total: int = 0                                              # steps of all phases
-    record: dict = field(default_factory=lambda: dict(base=None, base_hash=None, init=None))
-    inherited: set = field(default_factory=set)                 # tensors that earlier stages trained
-
-    def sum(self, tensor: Tensor) -> list:
-        if self.world > 1:
-            dist.all_reduce(tensor)
-        return tensor.tolist()
-
-
 def part_of(name: str) -> str:
     """The part of the stage table that a parameter belongs to."""
     return "lora" if ".lora_" in name else name.removeprefix("model.").split(".")[0]
 
-
-def set_trained(objective: Objective, phase: Phase, fresh: bool) -> dict[str, nn.Parameter]:
-    """Freeze everything but the phase's parts; returns what trains, by name."""
+def set_trained(objective: Objective, phase: Phase, fresh: bool, bf16: bool) -> dict[str, nn.Parameter]:
+    """Freeze everything but the phase's parts; returns what trains, by name. Trained weights are float32;
+    frozen ones are kept as they are computed with, but in stage 0, where the next phase may train them."""
     for source, target in phase.copies if fresh else ():
         getattr(objective.model, target).load_state_dict(getattr(objective.model, source).state_dict())
     for name, p in objective.named_parameters():
         p.requires_grad_(part_of(name) in phase.trains)
+        half = bf16 and not p.requires_grad and objective.cfg.stage > 0
+        p.data = p.data.to(torch.bfloat16 if half else torch.float32)
     objective.train()  # LoRA's dropout is the only thing this switches
     return {name: p for name, p in objective.named_parameters() if p.requires_grad}
-
 
 def make_loader(run: Run, phase: Phase, model: Exo2Ego, tokenizer: Tokenizer, split: str | None = None):
     """The phase's samples, with visual tokens for [x ; F(x)] or one view; `split`: "val", in order."""
@@ -353,47 +326,62 @@ def make_loader(run: Run, phase: Phase, model: Exo2Ego, tokenizer: Tokenizer, sp
                   micro=cfg.micro_batch, seed=cfg.seed, rank=run.rank, world=run.world, train=not split,
                   video_tokens=model.cfg.visual_tokens * (1 + (phase.view != "exo" and model.F is not None)))
 
-
-def build(run: Run) -> tuple[Exo2Ego, Tokenizer]:
-    """The model at the start of the stage: the previous stage's checkpoint plus the parts it adds."""
-    cfg = run.cfg
+def build(run: Run) -> tuple[Exo2Ego, Tokenizer | None]:
+    """The model at the start of the stage: the previous stage's, or published weights, plus what it adds;
+    for a plan without published weights, the preset's."""
+    cfg, tokenizer, base = run.cfg, None, newest_checkpoint(run.cfg.base)
     torch.manual_seed(cfg.seed * 10 + cfg.stage)
-    if cfg.stage == 0:
+    published = base is not None and (base / "config.json").is_file()
+    new = {} if cfg.no_mapping or cfg.stage < 2 else {"mapping": cfg.mapping}
+    lora = {"lora": True} if cfg.stage == 3 and not cfg.no_lora else {}
+    if cfg.plan and not published:
+        model = Exo2Ego(replace(PRESETS[cfg.preset], **new, **lora))
+    elif cfg.stage == 0:
         return Exo2Ego(PRESETS[cfg.preset]), Tokenizer(toy_tokenizer(cfg.data, toy_world(cfg.data)))
-    source, state = start_point(cfg.init, cfg.stage - 1)
-    new = {2: {} if cfg.no_mapping else {"mapping": cfg.mapping}, 3: {} if cfg.no_lora else {"lora": True}}
-    base = newest_checkpoint(cfg.base) or newest_checkpoint(source.parent / (state["base"] or ""))
-    base = base if state["base"] else source
-    model, tokenizer, _ = load_checkpoint(source, base, **new.get(cfg.stage, {}))
-    run.record |= dict(init=fingerprint(source), base=os.path.relpath(base.parent, cfg.out),
-                       base_hash=fingerprint(base))
-    earlier = load_file(source / "model.safetensors") if state["base"] else {}
-    run.inherited = {n for n in [*earlier, *model.state_dict()] if n in earlier or part_of(n) in ("F", "G")}
+    else:
+        source, state = start_point(cfg.base if published and cfg.stage == 1 else cfg.init, cfg.stage - 1)
+        base = source if state["base"] is None else base or newest_checkpoint(source.parent / state["base"])
+        added = new if cfg.stage == 2 else lora
+        model, tokenizer, state = load_checkpoint(source, base, cfg.vision, **added)
+        tokenizer = Tokenizer(cfg.tokenizer) if cfg.tokenizer else tokenizer
+        if tokenizer.size > model.cfg.vocab:
+            raise DataError(f"{tokenizer.path} has {tokenizer.size} pieces, the decoder {model.cfg.vocab}: "
+                            f"pass the decoder's own as --tokenizer")
+        run.record |= dict(init=fingerprint(source), base_hash=fingerprint(base),
+                           vision=os.path.abspath(cfg.vision) if cfg.vision else state.get("vision"),
+                           base=os.path.relpath(base if published else base.parent, cfg.out))
+        earlier = own_tensors(source) if state["base"] else {}
+        run.inherited = {*earlier, *(n for n in model.state_dict() if part_of(n) in ("F", "G"))}
+    if cfg.preset == "7b" and cfg.stage == 1:                   # never looked through: the memory is dear
+        model.ego_vit = model.ego_connector = None
     return model, tokenizer
-
 
 def save(run: Run, objective: Objective, optimizers: list, step: int, trained: dict, skipped: int):
     """What differs from the base (in stage 0 everything), and what resuming exactly needs."""
     rng = [random_state(run.device).to(run.device) for _ in range(run.world)]
     if run.world > 1:
         dist.all_gather(rng, rng[0].clone())
-    if run.rank:
-        return
     keep = run.inherited | {n.removeprefix("model.") for n in trained}
     tensors = {n: t for n, t in objective.model.state_dict().items() if n in keep or run.cfg.stage == 0}
     tensors |= {n: t for n, t in objective.state_dict().items() if part_of(n) == "loss"}
-    state = dict(stage=run.cfg.stage, step=step, steps=run.total, model=asdict(objective.model.cfg),
-                 config=asdict(run.cfg), skipped=skipped, git=git_revision()) | run.record
-    save_checkpoint(Path(run.cfg.out) / f"step_{step:06d}", tensors, optimizers, rng, state,
-                    objective.tokenizer.path, run.cfg.keep)
-
+    tensors, moments = {n: whole(t) for n, t in tensors.items()}, moments_of(optimizers)
+    if run.rank == 0:
+        state = dict(stage=run.cfg.stage, step=step, steps=run.total, model=asdict(objective.model.cfg),
+                     config=asdict(run.cfg), skipped=skipped, git=git_revision()) | run.record
+        moments |= {f"rng.{rank}": s.cpu() for rank, s in enumerate(rng)}
+        save_checkpoint(Path(run.cfg.out) / f"step_{step:06d}", tensors, moments, state,
+                        objective.tokenizer.path, run.cfg.keep)
 
 def train(cfg: TrainConfig, rank: int = 0, world: int = 1):
     """Run a stage to its end, then score it."""
     bf16 = cfg.dtype == "bfloat16" or cfg.dtype is None and torch.cuda.is_available()
     run, rows = Run(cfg, rank, world, pick_device(), bf16), phases(cfg)
+    if cfg.plan or cfg.preset == "7b":
+        fit_or_refuse(run, rows[0])
+    if cfg.plan:
+        return
     model, tokenizer = build(run)
-    run.attention = choose_attention(run.device, torch.bfloat16 if bf16 else torch.float32, model.cfg, agree)
+    run.attention = choose_attention(run.device, torch.bfloat16 if bf16 else torch.float32, model.cfg)
     loaders = [make_loader(run, row, model, tokenizer) for row in rows]
     lengths = [row.steps or max(1, row.epochs * ld.samples // row.batch) for row, ld in zip(rows, loaders)]
     run.total, start = sum(lengths), 0
@@ -408,9 +396,10 @@ def train(cfg: TrainConfig, rank: int = 0, world: int = 1):
             run_phase(run, model, tokenizer, row, loader, start, length, folder, log)
             folder = None
         start += length
+    if cfg.fsdp and not cfg.no_eval and done < run.total and rank == 0:     # whole again, for one process
+        model = load_checkpoint(cfg.out, Path(cfg.out) / run.record["base"], cfg.vision)[0].to(run.device)
     if rank == 0 and not cfg.no_eval and (done < run.total or not (Path(cfg.out) / "eval.json").is_file()):
         toy_benchmark(model, tokenizer, cfg.data, cfg.stage, Path(cfg.out), Path(cfg.init))
-
 
 def run_phase(run: Run, model: Exo2Ego, tokenizer: Tokenizer, phase: Phase, loader: Loader, start: int,
               length: int, folder: Path | None, log):
@@ -420,14 +409,16 @@ def run_phase(run: Run, model: Exo2Ego, tokenizer: Tokenizer, phase: Phase, load
     objective = Objective(model, tokenizer, phase, cfg, world).to(run.device)
     step = max(start, read_state(folder)["step"]) if folder else start
     if folder:
-        saved = checkpoint_tensors(folder)
+        saved = own_tensors(folder)
         saved |= {f"model.{name}": t for name, t in saved.items()}
         objective.load_state_dict({n: saved[n] for n in objective.state_dict() if n in saved}, strict=False)
-    trained = set_trained(objective, phase, fresh=step == start)
-    optimizers = make_optimizers(trained, {n: phase.trains[part_of(n)] for n in trained}, cfg.optimizer)
+    trained = set_trained(objective, phase, step == start, run.bf16)
     if "ccl" in phase.losses and step == start:
-        objective.measure(loader)
-    wrapped = DistributedDataParallel(objective, forward_sync_buffers=False) if world > 1 else objective
+        with precision(run.device, run.bf16):
+            objective.measure(loader)
+    wrapped = wrap(run, objective)
+    trained = {n: p for n, p in objective.named_parameters() if n in trained}           # FSDP made new ones
+    optimizers = make_optimizers(trained, {n: phase.trains[part_of(n)] for n in trained}, cfg.optimizer)
     if run.rank == 0:
         describe(run, phase, objective, loader, length)
     val = make_loader(run, phase, model, tokenizer, "val") if cfg.val_every else None
@@ -444,13 +435,16 @@ def run_phase(run: Run, model: Exo2Ego, tokenizer: Tokenizer, phase: Phase, load
         supervised, samples, skipped, tokens = run.sum(counts.sum(0).to(run.device))    # over the whole step
         sums = {}
         for i, batch in enumerate(micro):
-            if world > 1:                                       # set before the forward: one meeting a step
-                wrapped.require_backward_grad_sync = i == len(micro) - 1
-            with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
+            meet = i == len(micro) - 1                          # set before the forward: one meeting a step
+            if cfg.fsdp:
+                wrapped.set_requires_gradient_sync(meet)
+            elif world > 1:
+                wrapped.require_backward_grad_sync = meet
+            with precision(run.device, run.bf16):
                 terms = wrapped(batch, supervised, samples)
-            terms["loss"].backward()
+                torch.autograd.backward(terms["loss"])           # Tensor.backward would leave `precision`
             sums = {name: sums.get(name, 0) + value.detach() for name, value in terms.items()}
-        norm = float(nn.utils.clip_grad_norm_(trained.values(), 1.0))
+        norm = float(whole(nn.utils.clip_grad_norm_(trained.values(), 1.0)))
         losses = dict(zip(sums, (total / world for total in run.sum(torch.stack(list(sums.values()))))))
         if not math.isfinite(losses["loss"] + norm):
             names = sum((b.names for b in micro), [])
@@ -467,10 +461,19 @@ def run_phase(run: Run, model: Exo2Ego, tokenizer: Tokenizer, phase: Phase, load
         if step + 1 == start + length or cfg.save_every and (step + 1) % cfg.save_every == 0:
             save(run, objective, optimizers, step + 1, trained, log.skipped)
 
+def fit_or_refuse(run: Run, phase: Phase):
+    """Print the plan of a stage, made on the meta device; refuse what cannot fit by the flag that helps."""
+    with torch.device("meta"):
+        model, _ = build(replace(run, record={}, cfg=replace(run.cfg, plan=True)))
+        objective = Objective(model, None, phase, run.cfg, run.world).to("meta")
+    set_trained(objective, phase, False, run.bf16)
+    if (problem := plan(run, phase, objective)) and not run.cfg.plan:
+        raise DataError(problem)
 
 def prepare(cfg: TrainConfig):
     """Make a missing stage 0, by whichever process gets the lock first; the others wait and find it done."""
-    if cfg.stage == 0 or Path(cfg.data).suffix == ".jsonl" or cfg.init != cfg.base and cfg.stage == 1:
+    if (cfg.stage == 0 or cfg.plan or cfg.preset == "7b" or Path(cfg.data).suffix == ".jsonl"
+            or cfg.stage == 1 and cfg.init != cfg.base):
         return
     with file_lock(Path(cfg.base).parent / ".stage0.lock", wait=True):
         newest = newest_checkpoint(cfg.base)
@@ -478,10 +481,8 @@ def prepare(cfg: TrainConfig):
             train(parse(["--stage", "0", "--preset", cfg.preset, "--data", cfg.data, "--seed", str(cfg.seed),
                          "--out", cfg.base, "--workers", str(cfg.workers)]))
 
-
 def main(argv: list[str] | None = None):
-    cfg = parse(argv)
-    rank, world = start_process()
+    cfg, (rank, world) = parse(argv), start_process()
     try:
         prepare(cfg)
         if world > 1:
@@ -494,7 +495,6 @@ def main(argv: list[str] | None = None):
         os._exit(2) if world > 1 else sys.exit(2)  # the others must not wait for a rank that gave up
     if world > 1:
         dist.destroy_process_group()
-
 
 if __name__ == "__main__":
     main()

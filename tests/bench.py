@@ -1,6 +1,8 @@
 """Measurements side by side: ratios within one run count, times on a busy machine do not.
 
     python tests/bench.py attention             # naive, padded with a dense mask, tiled, ours: time and memory
+    OMP_NUM_THREADS=2 python tests/bench.py full    # a step of the 7b preset for real: seconds, memory against the plan
+    python tests/bench.py tflops                # the same on a GPU: TFLOP/s, ours beside torch's
 
 Every side of a comparison is a process of its own with one thread; the sides take turns, round by round.
 """
@@ -12,6 +14,7 @@ import os
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.benchmark import Timer
 
 from model import Segments, attention
 
@@ -135,11 +139,75 @@ def bench_attention(args):
     return rows
 
 
+def attention_speed(device, dtype, backends, shapes):
+    """TFLOP/s of forward and of forward + backward for each backend and (name, lens, heads, kv_heads,
+    head_dim, causal); a backward counts 2.5 forwards."""
+    for name, lens, heads, kv_heads, d, causal in shapes:
+        work = 4 * heads * d * sum(n * (n + 1) / 2 if causal else n * n for n in lens)
+        qkv = [torch.randn(sum(lens), h, d, device=device, dtype=dtype, requires_grad=True)
+               for h in (heads, kv_heads, kv_heads)]
+        for backend in backends:
+            run = partial(attention, *qkv, Segments.packed(lens, device), causal=causal, backend=backend)
+            names, train = dict(run=run, qkv=qkv, grad=torch.autograd.grad), "grad(run(), qkv, qkv[0])"
+            speeds = [work * share / Timer(code, globals=names).blocked_autorange().median / 1e12
+                      for code, share in (("run()", 1), (train, 3.5))]
+            print(f"{name:26} {backend:6} forward {speeds[0]:8.3f}, with backward {speeds[1]:8.3f} TFLOP/s")
+
+
+def bench_tflops(args):
+    """TFLOP/s of attention on this machine's GPU, ours beside torch's."""
+    if not torch.cuda.is_available():
+        sys.exit("bench.py tflops needs a GPU; on a CPU: bench.py attention")
+    attention_speed("cuda", torch.bfloat16, ("sdpa", "triton"), (
+        ("16 frames, bidirectional", (577,) * 16, 16, 16, 64, False),
+        ("4 x 1560 tokens, causal", (1560,) * 4, 32, 8, 128, True),
+        ("4 x 3081 tokens, causal", (3081,) * 4, 32, 8, 128, True),
+        ("ragged, causal", (3081, 1560, 1600, 90, 30, 700), 32, 8, 128, True)))
+    return []
+
+
+def bench_full(args):
+    """One forward and backward of a stage of the 7b preset with random weights, in this machine's memory: frozen
+    weights in bfloat16, activations checkpointed, a clip of 16 frames; seconds, peak, and what the plan had said."""
+    import eval
+    import train
+    cfg = train.parse(["--stage", str(args.stage), "--preset", "7b", "--micro-batch", "1", "--checkpoint-activations",
+                       "--dtype", "bfloat16"])
+    run, phase = train.Run(cfg, 0, 1, torch.device("cpu"), True), train.phases(cfg)[0]
+    from dataclasses import replace
+    model, _ = train.build(replace(run, cfg=replace(cfg, plan=True)))
+    objective = train.Objective(model, None, phase, cfg, 1)
+    train.set_trained(objective.to("meta"), phase, False, True)
+    most, flops = eval.measure_step(run, phase, objective, True)
+    stored = sum(p.numel() * p.element_size() for p in objective.parameters())
+    print(f"plan: weights {stored / 1e9:.2f} + step {most / 1e9:.2f} = {(stored + most) / 1e9:.2f} GB, "
+          f"{flops / 1e12:.1f} TFLOP", flush=True)
+    for module in objective.modules():
+        for name, p in module.named_parameters(recurse=False):
+            value = torch.empty(p.shape, dtype=p.dtype).normal_(std=0.02) if p.ndim > 1 else torch.ones(p.shape, dtype=p.dtype)
+            setattr(module, name, torch.nn.Parameter(value, requires_grad=p.requires_grad))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.ones(buffer.shape))
+    print(f"weights are there: {status('VmRSS') / 1e9:.2f} GB", flush=True)
+    eval.wrap(run, objective)
+    batch, began = eval.blank_batch(run, phase, model, "cpu"), time.time()
+    with eval.precision(run.device, True):
+        loss = objective(batch, float(batch.weights.sum()), 1)["loss"]
+        print(f"forward: {time.time() - began:.0f} s, loss {float(loss):.2f}, {status('VmHWM') / 1e9:.2f} GB at most", flush=True)
+        torch.autograd.backward(loss)
+    seconds, peak = time.time() - began, status("VmHWM")
+    norm = sum(float(p.grad.square().sum()) for p in objective.parameters() if p.requires_grad) ** 0.5
+    print(f"stage {args.stage}, forward and backward: {seconds:.0f} s, {flops / seconds / 1e9:.0f} GFLOP/s on {torch.get_num_threads()} "
+          f"threads, gradient norm {norm:.3g}, peak {peak / 1e9:.2f} GB; the plan over the peak: {(stored + most) / peak:.3f}")
+    return [dict(bench="full", stage=args.stage, seconds=seconds, bytes=peak, planned=stored + most, flops=flops)]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    benches = {"attention": bench_attention}
+    benches = {"attention": bench_attention, "tflops": bench_tflops, "full": bench_full}
     parser.add_argument("bench", choices=benches)
+    parser.add_argument("--stage", type=int, default=1, choices=(1, 2, 3), help="of `full`")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", metavar="FILE", help="append one JSON line a measurement")
     args = parser.parse_args()

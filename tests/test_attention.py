@@ -7,8 +7,10 @@ import pytest
 import torch
 from conftest import REPO, run
 
+import eval
 import model
-from model import PRESETS, Segments, attention, choose_attention
+from eval import choose_attention
+from model import PRESETS, Segments, attention
 
 CASES = {"self": ((5, 1, 0, 9), (5, 1, 0, 9)), "cached": ((1, 3, 2), (6, 3, 7)), "one": ((1, 1), (4, 9)),
          "one, equal": ((1, 1), (7, 7)), "more queries": ((4, 2, 3), (2, 2, 0)), "uniform": ((7, 7), (7, 7)),
@@ -73,9 +75,9 @@ def test_gradcheck(mask, backend, monkeypatch):
 
 
 @pytest.mark.parametrize("backend, dtype, head_dim", list(itertools.product(
-    ("tiled", "sdpa"), model.TOLERANCE, (32, 64, 128))))
+    ("tiled", "sdpa"), eval.TOLERANCE, (32, 64, 128))))
 def test_self_check_passes_here(backend, dtype, head_dim):
-    assert model.attention_error(backend, "cpu", dtype, head_dim) <= 1
+    assert eval.attention_error(backend, "cpu", dtype, head_dim) <= 1
 
 
 @pytest.mark.parametrize("backend", ("reference", "tiled", "sdpa"))
@@ -192,7 +194,7 @@ def test_auto_is_what_passes_its_self_check(found, capability, backend, words, m
         if isinstance(found[name], Exception):
             raise found[name]
         return found[name]
-    monkeypatch.setattr(model, "attention_error", error)
+    monkeypatch.setattr(eval, "attention_error", error)
     monkeypatch.setattr(model, "AUTO", "sdpa")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
@@ -216,7 +218,7 @@ def test_auto_without_a_choice_is_sdpa(monkeypatch):
 def test_a_dead_gpu_is_not_papered_over(monkeypatch):
     def dead(*_):
         raise RuntimeError("an illegal memory access was encountered")
-    monkeypatch.setattr(model, "attention_error", dead)
+    monkeypatch.setattr(eval, "attention_error", dead)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "synchronize", dead)
     with pytest.raises(RuntimeError, match="illegal memory access"):
@@ -233,9 +235,9 @@ def error(backend, *_):
     calls.append((backend, time.monotonic()))
     time.sleep(0.3 if rank == 0 else 0)
     return 9.0 if (backend, rank) == ("triton", 1) else 0.1     # one GPU of the world fails
-model.attention_error = error
+eval.attention_error = error
 torch.cuda.get_device_capability = lambda device: (9, 0)
-line = model.choose_attention(torch.device("cuda"), torch.bfloat16, model.PRESETS["toy"], eval.agree)
+line = eval.choose_attention(torch.device("cuda"), torch.bfloat16, model.PRESETS["toy"])
 starts = [None, None]
 dist.all_gather_object(starts, calls[0][1])
 assert starts[1] >= starts[0] + 0.3, "local rank 0 goes first"
@@ -319,27 +321,28 @@ def test_importing_the_model_does_not_import_triton():
 def test_check_attention_command(monkeypatch, capsys):
     _, out, _ = run(REPO / "model.py", "--check-attention")
     assert out.count("ok  ") == 18 and "FAIL" not in out and "they need a GPU: triton" in out
-    monkeypatch.setattr(model, "attention_error", lambda *_: float("nan"))
-    assert model.check_attention() == 18 and "FAIL" in capsys.readouterr().out
+    monkeypatch.setattr(eval, "attention_error", lambda *_: float("nan"))
+    assert eval.check_attention() == 18 and "FAIL" in capsys.readouterr().out
 
 
 def test_check_attention_on_a_gpu_up_to_the_gpu(monkeypatch, capsys):
-    """The branch that only a GPU takes, with the GPU's part replaced: order, counting, the speed table."""
+    """The branch that only a GPU takes, with the GPU's part replaced: order and counting."""
     draws = iter(range(100))
-    monkeypatch.setattr(model, "pick_device", lambda: torch.device("cuda"))
-    monkeypatch.setattr(model, "attention_error", lambda backend, *_: 0.5 if backend != "varlen" else 3.0)
-    monkeypatch.setattr(model, "run_case", lambda *_: [torch.tensor(float(next(draws)))])      # reruns that differ
-    monkeypatch.setattr(model, "attention_speed", lambda *_: print("table"))
-    assert model.check_attention() == 6 + 6 and "table" in capsys.readouterr().out
+    monkeypatch.setattr(eval, "pick_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(eval, "attention_error", lambda backend, *_: 0.5 if backend != "varlen" else 3.0)
+    monkeypatch.setattr(eval, "run_case", lambda *_: [torch.tensor(float(next(draws)))])      # reruns that differ
+    assert eval.check_attention() == 6 + 6
     draw = lambda *_: [torch.ones(())]                          # reruns that agree; a backend that cannot run
-    monkeypatch.setattr(model, "run_case", draw)
-    monkeypatch.setattr(model, "attention_error", lambda backend, *_: 1 / (backend != "varlen"))
-    assert model.check_attention() == 6
+    monkeypatch.setattr(eval, "run_case", draw)
+    monkeypatch.setattr(eval, "attention_error", lambda backend, *_: 1 / (backend != "varlen"))
+    assert eval.check_attention() == 6
     assert "FAIL varlen torch.bfloat16 head_dim 32: ZeroDivisionError" in capsys.readouterr().out
 
 
-def test_speed_table_counts_the_work(capsys):
-    model.attention_speed("cpu", torch.float32, ("sdpa", "tiled"), (("two", (400, 240), 4, 2, 64, True),))
+def test_speed_table_counts_the_work(capsys, monkeypatch):
+    sys.path.insert(0, str(REPO / "tests"))
+    import bench
+    bench.attention_speed("cpu", torch.float32, ("sdpa", "tiled"), (("two", (400, 240), 4, 2, 64, True),))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines] == ["sdpa", "tiled"]
     assert all(0.001 < float(line.split()[at].rstrip(",")) < 10 for line in lines for at in (3, 6))
