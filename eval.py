@@ -500,7 +500,6 @@ class Arithmetic(TorchFunctionMode):
             return y if len(args) < 3 or args[2] is None else y + args[2]
         wide = {F.layer_norm: torch.float32, F.rms_norm: torch.float32}
         wide |= dict.fromkeys((F.linear, F.conv2d, F.conv_transpose2d), self.dtype)
-        wide |= {torch.conv2d: self.dtype, torch.conv_transpose2d: self.dtype}
         if func in wide:
             args, kwargs = tree_map_only(Tensor, lambda t: t.to(wide[func]), (args, kwargs))
         out = func(*args, **kwargs)
@@ -522,6 +521,8 @@ def wrap(run, objective, maths=None):
         if run.cfg.checkpoint_activations:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False,
                                     context_fn=lambda: (contextlib.nullcontext(), again))
+    if run.cfg.fsdp and run.cfg.optimizer == "muon":
+        raise DataError("--fsdp needs --optimizer adamw: Muon orthogonalises whole matrices")
     if run.cfg.fsdp:
         for block in blocks + [objective]:
             fully_shard(block)
@@ -561,8 +562,7 @@ class Meter(TorchDispatchMode):
         self.now -= size
 
 def blank_batch(run, phase, model, device, text: int = 64) -> Batch:
-    """A micro batch of the shapes that a stage reads, black frames and one word: for measuring, not training.
-    `text`: tokens beside the video's, half of them the answer (our assumption)."""
+    """A micro batch of a stage's shapes, for measuring; `text` tokens, half of them the answer (assumed)."""
     cfg, micro = model.cfg, run.cfg.micro_batch or max(1, phase.batch // run.world)
     visual = cfg.visual_tokens * (1 + (phase.view != "exo" and model.F is not None))
     ids = torch.cat([torch.full((micro, visual), VIDEO), torch.ones(micro, text, dtype=torch.long)], 1)
@@ -613,8 +613,8 @@ def plan(run, phase, objective) -> str | None:
                      f"{optim / shards:.2f}" + f" + two whole blocks {2 * block:.2f}" * (shards > 1))
             lines.append(f"      {kind:4} {parts}"
                          f": {once:.2f} GB a rank, {once - optim / shards:.2f} before the first update")
-    tokens = model.cfg.visual_tokens * (1 + (phase.view != "exo" and model.F is not None))
-    lines.append(f"   a sample reads {tokens} visual tokens and text, at most {model.cfg.max_length}; "
+    tokens = blank_batch(run, phase, model, "meta").lens[0]
+    lines.append(f"   a sample: {tokens} tokens, 64 of them text, of at most {model.cfg.max_length}; "
                  f"{run.device} has {room:.1f} GB")
     print("\n".join(lines) if run.rank == 0 else "", end="\n" * (run.rank == 0), flush=True)
     need = needs[cfg.checkpoint_activations, "FSDP" if cfg.fsdp else "DDP"]
@@ -626,8 +626,8 @@ def memory_of(device: torch.device) -> int:
     """Bytes of a GPU, or of this machine's memory divided by the processes on it."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    share = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // share
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return memory // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 @torch.no_grad()
 def validate(run, objective, loader: Loader, step: int, log: Log, batches: int = 8):

@@ -396,7 +396,7 @@ def train(cfg: TrainConfig, rank: int = 0, world: int = 1):
             run_phase(run, model, tokenizer, row, loader, start, length, folder, log)
             folder = None
         start += length
-    if cfg.fsdp and not cfg.no_eval and done < run.total and rank == 0:     # whole again, for one process
+    if cfg.fsdp and not cfg.no_eval and done < run.total and rank == 0:  # whole again, for one process
         model = load_checkpoint(cfg.out, Path(cfg.out) / run.record["base"], cfg.vision)[0].to(run.device)
     if rank == 0 and not cfg.no_eval and (done < run.total or not (Path(cfg.out) / "eval.json").is_file()):
         toy_benchmark(model, tokenizer, cfg.data, cfg.stage, Path(cfg.out), Path(cfg.init))
@@ -489,7 +489,7 @@ def main(argv: list[str] | None = None):
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo",
                                     timeout=timedelta(seconds=cfg.timeout))
         with file_lock(Path(cfg.out) / (".lock" if rank == 0 else f".lock{rank}"), wait=False):
-            train(cfg, rank, world)
+            train(cfg if world > 1 else replace(cfg, fsdp=False), rank, world)
     except (DataError, ValueError, FileNotFoundError) as error:
         print(f"train.py: {error}", file=sys.stderr, flush=True)
         os._exit(2) if world > 1 else sys.exit(2)  # the others must not wait for a rank that gave up

@@ -14,6 +14,7 @@ import os
 import statistics
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +26,8 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.benchmark import Timer
 
+import eval
+import train
 from model import Segments, attention
 
 # name: lengths, heads, kv_heads, head_dim, causal
@@ -169,15 +172,14 @@ def bench_tflops(args):
 def bench_full(args):
     """One forward and backward of a stage of the 7b preset with random weights, in this machine's memory: frozen
     weights in bfloat16, activations checkpointed, a clip of 16 frames; seconds, peak, and what the plan had said."""
-    import eval
-    import train
+    ctypes.CDLL("libc.so.6").mallopt(-3, 4 << 20)               # glibc's own mmap threshold rises to 32 MB: holes in the heap
     cfg = train.parse(["--stage", str(args.stage), "--preset", "7b", "--micro-batch", "1", "--checkpoint-activations",
                        "--dtype", "bfloat16"])
     run, phase = train.Run(cfg, 0, 1, torch.device("cpu"), True), train.phases(cfg)[0]
-    from dataclasses import replace
-    model, _ = train.build(replace(run, cfg=replace(cfg, plan=True)))
-    objective = train.Objective(model, None, phase, cfg, 1)
-    train.set_trained(objective.to("meta"), phase, False, True)
+    with torch.device("meta"):
+        model, _ = train.build(replace(run, cfg=replace(cfg, plan=True)))
+        objective = train.Objective(model, None, phase, cfg, 1).to("meta")
+    train.set_trained(objective, phase, False, True)
     most, flops = eval.measure_step(run, phase, objective, True)
     stored = sum(p.numel() * p.element_size() for p in objective.parameters())
     print(f"plan: weights {stored / 1e9:.2f} + step {most / 1e9:.2f} = {(stored + most) / 1e9:.2f} GB, "
@@ -193,7 +195,7 @@ def bench_full(args):
     batch, began = eval.blank_batch(run, phase, model, "cpu"), time.time()
     with eval.precision(run.device, True):
         loss = objective(batch, float(batch.weights.sum()), 1)["loss"]
-        print(f"forward: {time.time() - began:.0f} s, loss {float(loss):.2f}, {status('VmHWM') / 1e9:.2f} GB at most", flush=True)
+        print(f"forward: {time.time() - began:.0f} s, loss {float(loss.detach()):.2f}, {status('VmHWM') / 1e9:.2f} GB at most", flush=True)
         torch.autograd.backward(loss)
     seconds, peak = time.time() - began, status("VmHWM")
     norm = sum(float(p.grad.square().sum()) for p in objective.parameters() if p.requires_grad) ** 0.5

@@ -96,6 +96,11 @@ def test_published_weights_through_the_stages(videollama2, toy, tmp_path):      
         load_checkpoint(tmp_path / "stage3", base=tmp_path / "other")
 
 
+def test_fsdp_with_muon_is_refused(toy, tmp_path):
+    code, _, err = run(*RANKS, REPO / "train.py", *flags(toy, 1, "o"), "--steps", 1, "--batch", 8, "--fsdp", "--no-eval", check=False)
+    assert code != 0 and "--fsdp needs --optimizer adamw" in err
+
+
 def plan_of(*more):
     return run(REPO / "train.py", "--preset", "7b", "--plan", "--micro-batch", 1, *more)[1]
 
@@ -106,7 +111,7 @@ def test_plan_of_the_7b_counts_what_is_published():
              for name, on, off in re.findall(r"^   (\w+) +([\d,]+) trained +([\d,]+) frozen", out, re.M)}
     assert parts["decoder"] == (335_544_320, 7_241_732_096) and parts["exo_connector"] == (0, 489_188_608)
     assert parts["ego_vit"] == (290_909_184, 0) and sum(parts["all"]) == sum(map(sum, parts.values())) - sum(parts["all"])
-    assert "3042 visual tokens" in out and "at most 4096" in out
+    assert "3106 tokens, 64 of them text, of at most 4096" in out
     needs = {kind: float(gb) for kind, gb in re.findall(r"(DDP|FSDP) .*: ([\d.]+) GB a rank", out)}
     assert 25 < needs["DDP"] < 120
 
