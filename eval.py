@@ -1,4 +1,4 @@
-"""Score a checkpoint, and ask it about a video; what a run leaves on disk: log, checkpoints.
+"""Score a checkpoint, ask it about a video; around the training loop: log, checkpoints, precision, the plan.
 
     python eval.py  # the toy benchmark of the newest stage, with pictures
     python eval.py --video my.mp4 --ask "What am I doing?"      # one question; a chat without --ask
@@ -313,8 +313,7 @@ class Log:
     def step(self, done: int, length: int, samples: int, tokens: int, losses: dict, row: dict):
         """The `done`-th step of the phase is over."""
         took, self.clock = time.time() - self.clock, time.time()
-        unit = 1 if sys.platform == "darwin" else 1024
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 ** (sys.platform != "darwin")
         if torch.cuda.is_available():
             memory = torch.cuda.max_memory_allocated()
         each, text = (time.time() - self.began) / (done - self.first), ""
@@ -481,20 +480,20 @@ class WideLinear(torch.autograd.Function):
     def backward(ctx, dy):
         return dy @ ctx.saved_tensors[0].to(dy.dtype), None
 
+FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
 class Arithmetic(TorchFunctionMode):
-    """Matrices are multiplied in one dtype whatever their weights are stored in; norms run in float32. With
-    tensors on the meta device it also counts attention: no scores in memory, FLOPs in `flops`."""
+    """Matrices are multiplied in one dtype whatever their weights are stored in; norms run in float32. On the
+    meta device attention is the fused one, which holds no scores."""
     def __init__(self, dtype: torch.dtype):
         super().__init__()
-        self.dtype, self.flops = dtype, 0
+        self.dtype = dtype
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and args[0].is_meta:
-            q, k = args[:2]
-            self.flops += 4 * q.numel() * k.shape[2] * (3.5 if q.requires_grad else 1)
-            flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-            return flash(*args[:3], 0.0, kwargs["is_causal"], scale=kwargs["scale"])[0]
+            return FLASH(*args[:3], 0.0, kwargs["is_causal"], scale=kwargs["scale"])[0]
         if func is F.linear and not args[1].requires_grad and args[1].dtype != torch.float32 == self.dtype:
             y = WideLinear.apply(args[0].float(), args[1])
             return y if len(args) < 3 or args[2] is None else y + args[2]
@@ -549,6 +548,9 @@ class Meter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if count := flop_registry.get(func.overloadpacket):
             self.flops += count(*args, **(kwargs or {}), out_val=out)
+        elif func.overloadpacket in (FLASH, FLASH_BACKWARD):    # causal counts whole
+            q, k = args[:2] if func.overloadpacket is FLASH else args[1:3]
+            self.flops += (4 if func.overloadpacket is FLASH else 10) * q.numel() * k.shape[2]
         for tensor in (t for t in tree_leaves(out) if isinstance(t, Tensor)):
             storage = tensor.untyped_storage()
             if storage not in self.seen:
@@ -575,8 +577,7 @@ def blank_batch(run, phase, model, device, text: int = 64) -> Batch:
                  [visual + text] * micro, each, micro, names, names, [])
 
 def measure_step(run, phase, objective, checkpointed: bool) -> tuple[int, float]:
-    """Bytes beyond weights that a micro batch's forward and backward hold at most, a sample's FLOPs: the real
-    step on the meta device, so nothing is allocated."""
+    """The most bytes beyond weights that a step, run on the meta device, would hold; FLOPs a sample."""
     batch = blank_batch(run, phase, objective.model, "meta")
     half = run.bf16 and not isinstance(precision(run.device, True), Arithmetic)
     maths = Arithmetic(torch.bfloat16 if half else torch.float32)
@@ -586,7 +587,7 @@ def measure_step(run, phase, objective, checkpointed: bool) -> tuple[int, float]
     with Meter([*objective.parameters(), *objective.buffers(), *clips]) as meter, maths:
         torch.autograd.backward(objective(batch, float(batch.weights.sum()), batch.samples)["loss"])
     objective.zero_grad(set_to_none=True)
-    return meter.most, (meter.flops + maths.flops) / batch.samples
+    return meter.most, meter.flops / batch.samples
 
 def plan(run, phase, objective) -> str | None:
     """Print what a stage needs, a rank, in every way to run it; nothing is allocated. Returns the sentence
@@ -613,9 +614,8 @@ def plan(run, phase, objective) -> str | None:
                      f"{optim / shards:.2f}" + f" + two whole blocks {2 * block:.2f}" * (shards > 1))
             lines.append(f"      {kind:4} {parts}"
                          f": {once:.2f} GB a rank, {once - optim / shards:.2f} before the first update")
-    tokens = blank_batch(run, phase, model, "meta").lens[0]
-    lines.append(f"   a sample: {tokens} tokens, 64 of them text, of at most {model.cfg.max_length}; "
-                 f"{run.device} has {room:.1f} GB")
+    lines.append(f"   a sample: {blank_batch(run, phase, model, 'meta').lens[0]} tokens, 64 of them text, "
+                 f"of at most {model.cfg.max_length}; {run.device} has {room:.1f} GB")
     print("\n".join(lines) if run.rank == 0 else "", end="\n" * (run.rank == 0), flush=True)
     need = needs[cfg.checkpoint_activations, "FSDP" if cfg.fsdp else "DDP"]
     flag = ("--checkpoint-activations" if not cfg.checkpoint_activations else "--micro-batch 1"
@@ -721,8 +721,7 @@ def check_attention() -> int:
         failed += not error <= 1
         print(f"{'ok  ' if error <= 1 else 'FAIL'} {text}: error {error:.2f} of the tolerance", flush=True)
     if not gpu:
-        print("not run, they need a GPU: triton, varlen, equal reruns; pytest runs the kernels in Triton's "
-              "interpreter and compiles them for sm_80 and sm_90")
+        print("not run, they need a GPU: triton, varlen, equal reruns; pytest interprets, compiles triton")
     return failed
 
 # ----------------------------------------------------------------------------------------------- the commands
@@ -785,14 +784,15 @@ def main(argv: list[str] | None = None):
         stages = [f"out/stage{n}" for n in (3, 2, 1, 0)]
         ckpt = args.ckpt or next((s for s in stages if newest_checkpoint(s)), stages[1])
         model, tokenizer, state = load_checkpoint(ckpt, args.base)
-        device = pick_device()
-        print(choose_attention(device, torch.float32, model.to(device).cfg))
-        if args.video:
-            converse(model, tokenizer, args.video, args.ask, args.start, args.end)
-            return
-        folder = newest_checkpoint(ckpt)
-        print(f"{folder}: stage {state['stage']}, step {state['step']}")
-        toy_benchmark(model, tokenizer, args.data, state["stage"], folder.parent)
+        device, half = pick_device(), any(p.dtype != torch.float32 for p in model.parameters())
+        print(choose_attention(device, torch.bfloat16 if half else torch.float32, model.to(device).cfg))
+        with precision(device, half):
+            if args.video:
+                converse(model, tokenizer, args.video, args.ask, args.start, args.end)
+                return
+            folder = newest_checkpoint(ckpt)
+            print(f"{folder}: stage {state['stage']}, step {state['step']}")
+            toy_benchmark(model, tokenizer, args.data, state["stage"], folder.parent)
     except (DataError, ValueError, FileNotFoundError) as error:
         sys.exit(f"eval.py: {error}")
 

@@ -376,9 +376,7 @@ def train(cfg: TrainConfig, rank: int = 0, world: int = 1):
     """Run a stage to its end, then score it."""
     bf16 = cfg.dtype == "bfloat16" or cfg.dtype is None and torch.cuda.is_available()
     run, rows = Run(cfg, rank, world, pick_device(), bf16), phases(cfg)
-    if cfg.plan or cfg.preset == "7b":
-        fit_or_refuse(run, rows[0])
-    if cfg.plan:
+    if (cfg.plan or cfg.preset == "7b") and fit_or_refuse(run, rows[0]):
         return
     model, tokenizer = build(run)
     run.attention = choose_attention(run.device, torch.bfloat16 if bf16 else torch.float32, model.cfg)
@@ -399,7 +397,8 @@ def train(cfg: TrainConfig, rank: int = 0, world: int = 1):
     if cfg.fsdp and not cfg.no_eval and done < run.total and rank == 0:  # whole again, for one process
         model = load_checkpoint(cfg.out, Path(cfg.out) / run.record["base"], cfg.vision)[0].to(run.device)
     if rank == 0 and not cfg.no_eval and (done < run.total or not (Path(cfg.out) / "eval.json").is_file()):
-        toy_benchmark(model, tokenizer, cfg.data, cfg.stage, Path(cfg.out), Path(cfg.init))
+        with precision(run.device, bf16):
+            toy_benchmark(model, tokenizer, cfg.data, cfg.stage, Path(cfg.out), Path(cfg.init))
 
 def run_phase(run: Run, model: Exo2Ego, tokenizer: Tokenizer, phase: Phase, loader: Loader, start: int,
               length: int, folder: Path | None, log):
@@ -461,14 +460,15 @@ def run_phase(run: Run, model: Exo2Ego, tokenizer: Tokenizer, phase: Phase, load
         if step + 1 == start + length or cfg.save_every and (step + 1) % cfg.save_every == 0:
             save(run, objective, optimizers, step + 1, trained, log.skipped)
 
-def fit_or_refuse(run: Run, phase: Phase):
-    """Print the plan of a stage, made on the meta device; refuse what cannot fit by the flag that helps."""
+def fit_or_refuse(run: Run, phase: Phase) -> bool:
+    """Print a stage's plan; refuse what cannot fit, by the flag that helps. True: no more was asked for."""
     with torch.device("meta"):
         model, _ = build(replace(run, record={}, cfg=replace(run.cfg, plan=True)))
         objective = Objective(model, None, phase, run.cfg, run.world).to("meta")
     set_trained(objective, phase, False, run.bf16)
     if (problem := plan(run, phase, objective)) and not run.cfg.plan:
         raise DataError(problem)
+    return run.cfg.plan
 
 def prepare(cfg: TrainConfig):
     """Make a missing stage 0, by whichever process gets the lock first; the others wait and find it done."""

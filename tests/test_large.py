@@ -50,9 +50,10 @@ def test_checkpointed_activations_change_nothing(toy, tmp_path):
 
 def test_bfloat16_weights_on_any_cpu(toy, tmp_path):
     """Frozen weights are stored in bfloat16, trained ones in float32; the loss is float32's to 2 %."""
-    args = [*flags(toy, 2), "--steps", 3, "--batch", 8, "--no-eval"]
-    run(REPO / "train.py", *args, "--out", tmp_path / "a")
-    run(REPO / "train.py", *args, "--out", tmp_path / "b", "--dtype", "bfloat16", "--checkpoint-activations")
+    args = [*flags(toy, 2), "--steps", 3, "--batch", 8]
+    run(REPO / "train.py", *args, "--out", tmp_path / "a", "--no-eval")
+    _, out, _ = run(REPO / "train.py", *args, "--out", tmp_path / "b", "--dtype", "bfloat16", "--checkpoint-activations")
+    assert "ego_em:" in out and "ego_em:" in run(REPO / "eval.py", "--ckpt", tmp_path / "b", "--data", toy / "toy")[1]
     for a, b in zip(log(tmp_path / "a"), log(tmp_path / "b")):
         assert abs(a["loss"] - b["loss"]) < 0.02 * a["loss"]
     kinds = {n.split(".")[0]: t.dtype for n, t in weights(tmp_path / "b").items()}
