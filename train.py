@@ -407,11 +407,11 @@ def run_phase(run: Run, model: Exo2Ego, tokenizer: Tokenizer, phase: Phase, load
     torch.manual_seed(hash((cfg.seed, start, run.rank)) % 2 ** 31)
     objective = Objective(model, tokenizer, phase, cfg, world).to(run.device)
     step = max(start, read_state(folder)["step"]) if folder else start
-    if folder:
+    trained = set_trained(objective, phase, step == start, run.bf16)
+    if folder:                                                  # now that what trains is float32 again
         saved = own_tensors(folder)
         saved |= {f"model.{name}": t for name, t in saved.items()}
         objective.load_state_dict({n: saved[n] for n in objective.state_dict() if n in saved}, strict=False)
-    trained = set_trained(objective, phase, step == start, run.bf16)
     if "ccl" in phase.losses and step == start:
         with precision(run.device, run.bf16):
             objective.measure(loader)

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import REPO, flags, run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_train import close, log, weights
 from test_weights import videollama2            # noqa: F401 (a fixture)
 
@@ -91,10 +91,26 @@ def test_published_weights_through_the_stages(videollama2, toy, tmp_path):      
         assert "load_checkpoint" in card and "licence" in card and f"stage {stage}" in card
     shutil.copytree(base, tmp_path / "other")
     shard = next((tmp_path / "other").glob("*-00002-*"))
-    from safetensors.torch import save_file
     save_file({n: t + 1 for n, t in load_file(shard).items()}, shard)
     with pytest.raises(ValueError, match="is not the base of"):
         load_checkpoint(tmp_path / "stage3", base=tmp_path / "other")
+
+
+def test_resuming_on_a_half_precision_base_is_exact(videollama2, toy, tmp_path):    # noqa: F811
+    base = tmp_path / "base"
+    shutil.copytree(videollama2[0], base)
+    for shard in base.glob("*.safetensors"):
+        save_file({n: t.bfloat16() for n, t in load_file(shard).items()}, shard)
+    shutil.copy(toy / "toy/tokenizer.model", base)
+    args = ["--stage", 1, "--preset", "7b", "--base", base, "--data", toy / "toy/pairs.jsonl", "--batch", 2, "--steps", 3,
+            "--lr", 1e-3, "--save-every", 1, "--keep", 9, "--no-eval"]
+    run(REPO / "train.py", *args, "--out", tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut/step_000002")
+    shutil.rmtree(tmp_path / "cut/step_000003")
+    run(REPO / "train.py", *args, "--out", tmp_path / "cut")
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(a[n], b[n]) and t.dtype == torch.float32 for n, t in a.items())
 
 
 def test_fsdp_with_muon_is_refused(toy, tmp_path):
