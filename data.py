@@ -17,6 +17,7 @@ import json
 import math
 import multiprocessing
 import os
+import subprocess
 import sys
 import textwrap
 import threading
@@ -389,6 +390,35 @@ def die_with_parent():
             time.sleep(1)
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
+
+def pick_device() -> torch.device:
+    """This process's GPU, else Apple's, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+def start_process() -> tuple[int, int]:
+    """Rank and world size, as torchrun tells. The process takes its share of the cores and its GPU."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
+    rank, world, local_world = (int(os.environ.get(key, default)) for key, default in (
+        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, os.cpu_count() // local_world))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(pick_device())
+    return rank, world
+
+def git_revision() -> str | None:
+    """Commit of this code, with + when files differ from it; None outside a checkout."""
+    def git(*args):
+        here = Path(__file__).parent
+        return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True).stdout.strip()
+    try:
+        revision = git("rev-parse", "--short=12", "HEAD")
+        return revision + "+" * bool(git("status", "--porcelain")) if revision else None
+    except OSError:
+        return None
 
 def shuffle_pairs(rows: list[dict], seed: int) -> list[dict]:
     """The control: every ego clip gets another row's exo clips (a cyclic shift in random order)."""

@@ -17,7 +17,6 @@ import os
 import re
 import resource
 import shutil
-import subprocess
 import sys
 import time
 import weakref
@@ -43,7 +42,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
-from data import (COLOURS, NARRATE, PATTERNS, VERBS, Batch, DataError, Loader, contact_sheet, die_with_parent,
+from data import (COLOURS, NARRATE, PATTERNS, VERBS, Batch, DataError, Loader, contact_sheet, pick_device,
                   read_clip, read_manifest, show_prompt, toy_split, toy_world, write_jsonl)
 import model as network
 from model import (BACKENDS, BLOCKS, CLIP_NAMES, IGNORE, MISTRAL_NAMES, VIDEO, Exo2Ego, Segments, Tokenizer,
@@ -326,8 +325,15 @@ class Log:
 
 def moments_of(optimizers: list) -> dict[str, Tensor]:
     """The optimisers' state by name, in one piece; every rank must call it."""
-    return {f"{i}.{j}.{key}": whole(value.detach()).contiguous() for i, optimizer in enumerate(optimizers)
+    return {f"{i}.{j}.{key}": whole(value.detach()).contiguous().cpu()
+            for i, optimizer in enumerate(optimizers)
             for j, values in optimizer.state_dict()["state"].items() for key, value in values.items()}
+
+def schedule(step: int, steps: int, phase) -> float:
+    """Share of the peak rate at a step: linear warm-up, then cosine down to `floor`."""
+    warm = max(1, round(phase.warmup * steps))
+    cosine = 0.5 + 0.5 * math.cos(math.pi * (step - warm) / max(1, steps - warm))
+    return (step + 1) / warm if step < warm else phase.floor + (1 - phase.floor) * cosine
 
 def save_checkpoint(folder: Path, tensors: dict[str, Tensor], moments: dict[str, Tensor], state: dict,
                     tokenizer: Path, keep: int):
@@ -416,35 +422,6 @@ def start_point(init: str, stage: int) -> tuple[Path, dict]:
                         f"{state['steps']}; stage {stage + 1} starts from a finished stage {stage}")
     return folder, state
 
-def git_revision() -> str | None:
-    """Commit of this code, with + when files differ from it; None outside a checkout."""
-    def git(*args):
-        here = Path(__file__).parent
-        return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True).stdout.strip()
-    try:
-        revision = git("rev-parse", "--short=12", "HEAD")
-        return revision + "+" * bool(git("status", "--porcelain")) if revision else None
-    except OSError:
-        return None
-
-def pick_device() -> torch.device:
-    """This process's GPU, else Apple's, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-def start_process() -> tuple[int, int]:
-    """Rank and world size, as torchrun tells. The process takes its share of the cores and its GPU."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with_parent()
-    rank, world, local_world = (int(os.environ.get(key, default)) for key, default in (
-        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, os.cpu_count() // local_world))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(pick_device())
-    return rank, world
-
 def agree(check):
     """Call a check that returns a problem or None, first in local rank 0 (it fills the caches of compiled
     kernels), then in the others; returns the first problem of any rank."""
@@ -511,6 +488,13 @@ def precision(device: torch.device, bf16: bool):
         return Arithmetic(torch.float32)
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
+def ready(model: Exo2Ego, device: torch.device, bf16: bool) -> Exo2Ego:
+    """The model on a device, stored in dtypes that `precision` computes with."""
+    for p in model.parameters():
+        half = torch.bfloat16 if p.dtype == torch.float16 else p.dtype
+        p.data = p.data.to(device, half if bf16 else torch.float32)
+    return model
+
 def wrap(run, objective, maths=None):
     """The objective as the ranks share it: checkpointed blocks, then DDP, or FSDP2 block by block."""
     blocks = [m for m in objective.modules() if isinstance(m, BLOCKS)]
@@ -520,8 +504,8 @@ def wrap(run, objective, maths=None):
         if run.cfg.checkpoint_activations:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False,
                                     context_fn=lambda: (contextlib.nullcontext(), again))
-    if run.cfg.fsdp and run.cfg.optimizer == "muon":
-        raise DataError("--fsdp needs --optimizer adamw: Muon orthogonalises whole matrices")
+    if run.cfg.fsdp and (run.cfg.optimizer == "muon" or run.cfg.stage == 0):
+        raise DataError("--fsdp needs --optimizer adamw (Muon wants whole matrices) and stage 1, 2 or 3")
     if run.cfg.fsdp:
         for block in blocks + [objective]:
             fully_shard(block)
@@ -634,13 +618,15 @@ def validate(run, objective, loader: Loader, step: int, log: Log, batches: int =
     """Narration loss per token on the first validation clips, shared by the ranks."""
     sums = torch.zeros(2, device=run.device)
     objective.eval()
-    for batch in (b.to(run.device) for i in range(batches) for b in loader.batch(i)):
+    whole_ones = loader.samples // loader.batch_size if run.world > 1 else batches      # ranks in step
+    for batch in (b.to(run.device) for i in range(min(batches, whole_ones)) for b in loader.batch(i)):
         with precision(run.device, run.bf16):
             vtg = objective(batch, run.world, run.world)["vtg"]             # a plain sum: both counts cancel
         sums += torch.stack([vtg, batch.weights.sum()])
     objective.train()
     total, tokens = run.sum(sums)
-    log.write(dict(step=step, val_loss=total / tokens), f"step {step} | val_loss {total / tokens:.4f}")
+    loss = total / tokens if tokens else math.nan
+    log.write(dict(step=step, val_loss=loss), f"step {step} | val_loss {loss:.4f}")
 
 # --------------------------------------------------------------------------- attention, checked where it runs
 CASES = {                       # queries and keys of each segment, heads, kv_heads, causal, window
@@ -725,11 +711,11 @@ def check_attention() -> int:
     return failed
 
 # ----------------------------------------------------------------------------------------------- the commands
-def export_hf(ckpt: str | os.PathLike, out: str | os.PathLike):
+def export_hf(ckpt: str | os.PathLike, out: str | os.PathLike, base=None, vision=None):
     """`python model.py --export-hf CKPT DIR`: DIR/decoder (LoRA merged), DIR/exo_vision and DIR/ego_vision as
     transformers loads them. CLIP's last layer, never run here, is written as zeros, which pass their input
     on: hidden state -2 and the last one are both our features."""
-    model, tokenizer, _ = load_checkpoint(ckpt)
+    model, tokenizer, _ = load_checkpoint(ckpt, base, vision)
     cfg, decoder, parts = model.cfg, model.decoder, {}
     if cfg.lora:
         decoder.merge_lora()
@@ -765,6 +751,7 @@ def main(argv: list[str] | None = None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", help="run folder or step_* (the newest of out/stage3 ... out/stage0)")
     parser.add_argument("--base", help="where the untouched weights are, if they have moved")
+    parser.add_argument("--vision", help="where the CLIP directory is, if it has moved")
     parser.add_argument("--data", default="out/toy", help="the micro-world's folder")
     parser.add_argument("--video", help="ask about this file")
     parser.add_argument("--ask", help="the question; without it, a chat")
@@ -779,13 +766,15 @@ def main(argv: list[str] | None = None):
                 sys.exit(f"{failures} checks failed")
             return
         if args.export_hf:
-            export_hf(*args.export_hf)
+            export_hf(*args.export_hf, args.base, args.vision)
             return
         stages = [f"out/stage{n}" for n in (3, 2, 1, 0)]
         ckpt = args.ckpt or next((s for s in stages if newest_checkpoint(s)), stages[1])
-        model, tokenizer, state = load_checkpoint(ckpt, args.base)
-        device, half = pick_device(), any(p.dtype != torch.float32 for p in model.parameters())
-        print(choose_attention(device, torch.bfloat16 if half else torch.float32, model.to(device).cfg))
+        model, tokenizer, state = load_checkpoint(ckpt, args.base, args.vision)
+        half = state.get("bf16", any(p.dtype != torch.float32 for p in model.parameters()))
+        device = pick_device()
+        print(choose_attention(device, torch.bfloat16 if half else torch.float32, model.cfg))
+        model = ready(model, device, half)
         with precision(device, half):
             if args.video:
                 converse(model, tokenizer, args.video, args.ask, args.start, args.end)

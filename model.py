@@ -635,7 +635,8 @@ class Decoder(nn.Module):
         """A MistralForCausalLM directory of Hugging Face, or an open one; what config.json leaves out has
         transformers' default, dtype None keeps the file's. A head tied to the embedding becomes a copy."""
         files = path if isinstance(path, Published) else Published(path)
-        c = {"num_key_value_heads": 8, "rms_norm_eps": 1e-6, "sliding_window": 4096} | files.config
+        c = {"num_attention_heads": 32, "intermediate_size": 14336, "rms_norm_eps": 1e-6, "rope_theta": 1e4}
+        c |= {key: value for key, value in files.config.items() if value is not None}
         rope = (c.get("rope_parameters") or {}) | (c.get("rope_scaling") or {})
         (vocab, width), layers = files.shape("model.embed_tokens.weight"), files.count("model.layers.")
         files.expect(c, hidden_act="silu", attention_bias=False, mlp_bias=False, vocab_size=vocab,
@@ -643,8 +644,9 @@ class Decoder(nn.Module):
         files.expect(c | rope, rope_type="default", type="default", partial_rotary_factor=1)
         cfg = replace(PRESETS["7b"], width=width, layers=layers, vocab=vocab, norm_eps=c["rms_norm_eps"],
                       heads=c["num_attention_heads"], ff=c["intermediate_size"], head_dim=c.get("head_dim"),
-                      kv_heads=c["num_key_value_heads"] or c["num_attention_heads"],
-                      window=c["sliding_window"], rope_theta=float((c | rope).get("rope_theta", 1e4)))
+                      kv_heads=files.config.get("num_key_value_heads", 8) or c["num_attention_heads"],
+                      window=files.config.get("sliding_window", 4096),
+                      rope_theta=float((c | rope)["rope_theta"]))
         with torch.device("meta"):
             decoder = cls(cfg)
         if c.get("tie_word_embeddings"):
@@ -692,8 +694,8 @@ class Exo2Ego(nn.Module):
     @classmethod
     def from_videollama2(cls, path, dtype: torch.dtype | None = None, vision=None) -> Exo2Ego:
         """The published VideoLLaMA2-7B-16F layout: its ViT and connector become both visual encoders. Where
-        the files hold no ViT, `vision` (a CLIP directory) supplies it; so it does for a plain Mistral
-        directory, whose connectors start fresh. ValueError names what does not fit."""
+        the files hold no ViT, `vision`, a CLIP directory, supplies it, as for plain Mistral, whose connectors
+        start fresh."""
         files, tower = Published(path), "model.vision_tower.vision_tower."
         if (kind := files.config.get("model_type")) not in ("videollama2_mistral", "mistral"):
             raise ValueError(f"{path}/config.json: model_type is {kind!r}, videollama2_mistral fits here")
@@ -867,20 +869,19 @@ def rename(name: str, table) -> str:
     return name
 
 def read_json(path: Path):
-    """A JSON file, or ValueError with its name."""
+    """A JSON file that holds an object, or ValueError with its name."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
 
 class Published:
-    """An open directory in Hugging Face's layout: config.json and safetensors, one file or sharded. Tensors
-    are mapped and read one at a time, so a 7B is never in memory twice."""
+    """A directory in Hugging Face's layout. Tensors are mapped, read one at a time: no 7B in memory twice."""
     def __init__(self, path: str | os.PathLike):
         self.path, self.where, self.used = Path(path), {}, set()        # name -> its file and its name there
         self.config, index = read_json(self.path / "config.json"), self.path / "model.safetensors.index.json"
-        shards = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
-        for shard in sorted(shards):
+        names = read_json(index).get("weight_map", {}) if index.is_file() else {"": "model.safetensors"}
+        for shard in sorted(set(names.values())):
             file, pickles = self.path / shard, sorted(p.name for p in self.path.glob("*.bin"))
             if file.parent != self.path or shard == "..":
                 raise ValueError(f"{index} names {shard!r}: a shard is a plain file name in that directory")
@@ -916,10 +917,11 @@ class Published:
         """Give every tensor of a module that was built on the meta device its value."""
         for name, blank in module.state_dict().items():
             theirs = prefix + rename(name, table)
-            if (shape := self.shape(theirs)) != blank.shape:
-                raise ValueError(f"{self.path}: {theirs} is {shape}, expected {tuple(blank.shape)}")
-            (handle, there), (owner, _, leaf) = self.where[theirs], name.rpartition(".")
-            value = handle.get_tensor(there).to(torch.get_default_device(), dtype, copy=True)
+            shape, (handle, there) = self.shape(theirs), self.where[theirs]
+            value, (owner, _, leaf) = handle.get_tensor(there), name.rpartition(".")
+            if shape != blank.shape or not value.is_floating_point():
+                raise ValueError(f"{self.path}: {theirs} is {shape} {value.dtype}, not {(*blank.shape,)}")
+            value = value.to(torch.get_default_device(), dtype, copy=True)
             setattr(module.get_submodule(owner), leaf, nn.Parameter(value))
             self.used.add(theirs)
 
@@ -938,8 +940,7 @@ def newest_checkpoint(run: str | os.PathLike) -> Path | None:
     return max([run] if is_one else run.glob("step_[0-9]*"), default=None, key=lambda p: p.name)
 
 def fingerprint(path: str | os.PathLike) -> str:
-    """A short hash that tells two checkpoints apart without reading gigabytes: each file's header, its first
-    and its last MiB."""
+    """A short hash of each file's first (its header) and last MiB: gigabytes would take too long."""
     digest = hashlib.sha256()
     for file in sorted(Path(path).glob("model*.safetensors")):
         with open(file, "rb") as f:
@@ -980,10 +981,9 @@ def checkpoint_tensors(path: Path, base: str | os.PathLike | None = None) -> dic
     return (own_tensors(root) if root else {}) | own_tensors(path)
 
 def load_checkpoint(path: str | os.PathLike, base: str | os.PathLike | None = None,
-                    vision: str | os.PathLike | None = None, **added):
-    """-> Exo2Ego (eval mode), Tokenizer, state.json. `path`, a run folder, `step_*` or published weights, has
-    what was trained, `base` (default: as recorded) the rest. `added` (mapping="resnet", lora=True): parts
-    that start fresh."""
+                    vision: str | os.PathLike | None = None, tokenizer=None, **added):
+    """-> Exo2Ego (eval mode), Tokenizer, state.json. `path` (run folder, `step_*`, published weights) has
+    what was trained, `base` (as recorded) the rest; `added` (mapping="resnet", lora=True) starts fresh."""
     folder = newest_checkpoint(path)
     if folder is None:
         raise FileNotFoundError(f"no checkpoint in {path}: train it first (torchrun train.py --stage N)")
@@ -1007,7 +1007,7 @@ def load_checkpoint(path: str | os.PathLike, base: str | os.PathLike | None = No
     missing = [n for n in missing if not any(word in n for word in optional)]
     if missing or extra:
         raise ValueError(f"{folder} does not fit the model: missing {missing[:3]}, unknown {extra[:3]}")
-    return model.eval(), Tokenizer(folder / "tokenizer.model"), state
+    return model.eval(), Tokenizer(tokenizer or folder / "tokenizer.model"), state
 
 # ------------------------------------------------------------------- appendix: the tiles of Tiled, on a GPU
 # tile (queries, keys), warps, stages by kernel and head_dim: a test compiles all, no spills on sm_80, sm_90

@@ -21,13 +21,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from data import (DataError, Loader, add_flags, file_lock, manifest_of, read_manifest, scatter_words,
-                  shuffle_pairs, toy_tokenizer, toy_world)
-from eval import (Log, Run, choose_attention, describe, feature_kl, git_revision, load_optimizers, moments_of,
-                  pick_device, plan, precision, random_state, resume_point, save_checkpoint, start_point,
-                  start_process, toy_benchmark, validate, whole, wrap)
-from model import (PRESETS, Exo2Ego, Tokenizer, fingerprint, load_checkpoint, newest_checkpoint, own_tensors,
-                   read_state)
+from data import (DataError, Loader, add_flags, file_lock, git_revision, manifest_of, pick_device,
+                  read_manifest, scatter_words, shuffle_pairs, start_process, toy_tokenizer, toy_world)
+from eval import (Log, Run, choose_attention, describe, feature_kl, load_optimizers, moments_of, plan,
+                  precision, random_state, ready, resume_point, save_checkpoint, schedule, start_point,
+                  toy_benchmark, validate, whole, wrap)
+from model import (IGNORE, PRESETS, VIDEO, Exo2Ego, Tokenizer, fingerprint, load_checkpoint,
+                   newest_checkpoint, own_tensors, read_state)
 
 # ------------------------------------------------------------------------------------------- the stage table
 @dataclass(frozen=True)
@@ -170,8 +170,10 @@ class Objective(nn.Module):
 
     def vtg(self, visual: Tensor, batch) -> Tensor:
         """Vision-grounded text generation: next-token cross-entropy of each supervised token."""
-        if not batch.lens:  # no row with text: a zero that DDP can wait for
-            return sum(p.flatten()[:1] * 0 for p in self.parameters() if p.requires_grad)
+        if not batch.lens:  # no row with text: a stand-in of weight 0, so that all ranks run the same blocks
+            ids = torch.tensor([VIDEO] * visual.shape[1] + [1], device=batch.ids.device)
+            batch = replace(batch, ids=ids, labels=ids.where(ids > 0, IGNORE), weights=ids * 0,
+                            lens=[len(ids)], text_of=torch.zeros_like(ids[:1]))
         shown = visual[batch.text_of.to(visual.device)]
         logits, targets = self.model.text_logits(shown, batch.ids, batch.labels, batch.lens)
         weight = batch.weights[1:][batch.weights[1:] > 0].to(logits.device)   # 2: two exo views
@@ -256,12 +258,6 @@ class Objective(nn.Module):
         both = sum((logits.log_softmax(d) * right / right.sum(d, keepdim=True)).sum(d).mean() for d in (0, 1))
         return {"clip": -both / 2 * len(text)}
 
-def schedule(step: int, steps: int, phase: Phase) -> float:
-    """Share of the peak rate at a step: linear warm-up, then cosine down to `floor`."""
-    warm = max(1, round(phase.warmup * steps))
-    cosine = 0.5 + 0.5 * math.cos(math.pi * (step - warm) / max(1, steps - warm))
-    return (step + 1) / warm if step < warm else phase.floor + (1 - phase.floor) * cosine
-
 # -------------------------------------------------------------------------------------------- the optimisers
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised, scaled to AdamW's step: all directions of a matrix learn at one speed, or the
@@ -329,7 +325,9 @@ def make_loader(run: Run, phase: Phase, model: Exo2Ego, tokenizer: Tokenizer, sp
 def build(run: Run) -> tuple[Exo2Ego, Tokenizer | None]:
     """The model at the start of the stage: the previous stage's, or published weights, plus what it adds;
     for a plan without published weights, the preset's."""
-    cfg, tokenizer, base = run.cfg, None, newest_checkpoint(run.cfg.base)
+    cfg, tokenizer, init = run.cfg, None, newest_checkpoint(run.cfg.init)
+    recorded = init and newest_checkpoint(init.parent / (read_state(init)["base"] or ""))
+    base = newest_checkpoint(cfg.base) or recorded
     torch.manual_seed(cfg.seed * 10 + cfg.stage)
     published = base is not None and (base / "config.json").is_file()
     new = {} if cfg.no_mapping or cfg.stage < 2 else {"mapping": cfg.mapping}
@@ -339,11 +337,11 @@ def build(run: Run) -> tuple[Exo2Ego, Tokenizer | None]:
     elif cfg.stage == 0:
         return Exo2Ego(PRESETS[cfg.preset]), Tokenizer(toy_tokenizer(cfg.data, toy_world(cfg.data)))
     else:
-        source, state = start_point(cfg.base if published and cfg.stage == 1 else cfg.init, cfg.stage - 1)
-        base = source if state["base"] is None else base or newest_checkpoint(source.parent / state["base"])
-        added = new if cfg.stage == 2 else lora
-        model, tokenizer, state = load_checkpoint(source, base, cfg.vision, **added)
-        tokenizer = Tokenizer(cfg.tokenizer) if cfg.tokenizer else tokenizer
+        first = cfg.stage == 1 or cfg.plan                      # a plan adds all parts to the base itself
+        source, state = start_point(base if published and first else cfg.init, 0 if first else cfg.stage - 1)
+        base = source if state["base"] is None else base
+        added = new | lora if cfg.plan else new if cfg.stage == 2 else lora
+        model, tokenizer, state = load_checkpoint(source, base, cfg.vision, cfg.tokenizer, **added)
         if tokenizer.size > model.cfg.vocab:
             raise DataError(f"{tokenizer.path} has {tokenizer.size} pieces, the decoder {model.cfg.vocab}: "
                             f"pass the decoder's own as --tokenizer")
@@ -364,10 +362,10 @@ def save(run: Run, objective: Objective, optimizers: list, step: int, trained: d
     keep = run.inherited | {n.removeprefix("model.") for n in trained}
     tensors = {n: t for n, t in objective.model.state_dict().items() if n in keep or run.cfg.stage == 0}
     tensors |= {n: t for n, t in objective.state_dict().items() if part_of(n) == "loss"}
-    tensors, moments = {n: whole(t) for n, t in tensors.items()}, moments_of(optimizers)
+    tensors, moments = {n: whole(t).cpu() for n, t in tensors.items()}, moments_of(optimizers)
     if run.rank == 0:
         state = dict(stage=run.cfg.stage, step=step, steps=run.total, model=asdict(objective.model.cfg),
-                     config=asdict(run.cfg), skipped=skipped, git=git_revision()) | run.record
+                     config=asdict(run.cfg), skipped=skipped, bf16=run.bf16, git=git_revision()) | run.record
         moments |= {f"rng.{rank}": s.cpu() for rank, s in enumerate(rng)}
         save_checkpoint(Path(run.cfg.out) / f"step_{step:06d}", tensors, moments, state,
                         objective.tokenizer.path, run.cfg.keep)
@@ -387,18 +385,19 @@ def train(cfg: TrainConfig, rank: int = 0, world: int = 1):
     done, skipped = (read_state(folder)[key] if folder else 0 for key in ("step", "skipped"))
     if done == run.total:
         print(f"{folder} is finished: nothing to train")
-        model, _, _ = load_checkpoint(folder, folder.parent / (read_state(folder)["base"] or ""))
     log = Log(Path(cfg.out) / "log.jsonl" if rank == 0 else None, done, skipped)
     for row, loader, length in zip(rows, loaders, lengths):
         if done < start + length:
             run_phase(run, model, tokenizer, row, loader, start, length, folder, log)
             folder = None
         start += length
-    if cfg.fsdp and not cfg.no_eval and done < run.total and rank == 0:  # whole again, for one process
-        model = load_checkpoint(cfg.out, Path(cfg.out) / run.record["base"], cfg.vision)[0].to(run.device)
-    if rank == 0 and not cfg.no_eval and (done < run.total or not (Path(cfg.out) / "eval.json").is_file()):
+    wanted = rank == 0 and not cfg.no_eval and Path(cfg.data).suffix != ".jsonl"
+    if wanted and (done < run.total or not (Path(cfg.out) / "eval.json").is_file()):
+        if cfg.fsdp or done == run.total:                       # whole again, for one process
+            model = load_checkpoint(cfg.out, vision=cfg.vision)[0]
         with precision(run.device, bf16):
-            toy_benchmark(model, tokenizer, cfg.data, cfg.stage, Path(cfg.out), Path(cfg.init))
+            toy_benchmark(ready(model, run.device, bf16), tokenizer, cfg.data, cfg.stage, Path(cfg.out),
+                          Path(cfg.init))
 
 def run_phase(run: Run, model: Exo2Ego, tokenizer: Tokenizer, phase: Phase, loader: Loader, start: int,
               length: int, folder: Path | None, log):
@@ -407,11 +406,11 @@ def run_phase(run: Run, model: Exo2Ego, tokenizer: Tokenizer, phase: Phase, load
     torch.manual_seed(hash((cfg.seed, start, run.rank)) % 2 ** 31)
     objective = Objective(model, tokenizer, phase, cfg, world).to(run.device)
     step = max(start, read_state(folder)["step"]) if folder else start
+    if folder:                                                  # assigned: the base may be half precision
+        own = {n: t.to(run.device, copy=True) for n, t in own_tensors(folder).items()}
+        saved = own | {f"model.{n}": t for n, t in own.items()}
+        objective.load_state_dict(saved, strict=False, assign=True)
     trained = set_trained(objective, phase, step == start, run.bf16)
-    if folder:                                                  # now that what trains is float32 again
-        saved = own_tensors(folder)
-        saved |= {f"model.{name}": t for name, t in saved.items()}
-        objective.load_state_dict({n: saved[n] for n in objective.state_dict() if n in saved}, strict=False)
     if "ccl" in phase.losses and step == start:
         with precision(run.device, run.bf16):
             objective.measure(loader)

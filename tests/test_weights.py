@@ -222,7 +222,7 @@ REFUSED = [
     (lambda f: edit_config(f, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}), "rope_type is 'yarn'"),
     (lambda f: edit_config(f, rope_parameters="absent", rope_scaling={"type": "linear", "factor": 2}), "type is 'linear'"),
     (lambda f: edit_config(f, vocab_size=97), "vocab_size is 97"),
-    (lambda f: edit_config(f, intermediate_size=80), "mlp.gate_proj.weight is (96, 64), expected (80, 64)"),
+    (lambda f: edit_config(f, intermediate_size=80), "mlp.gate_proj.weight is (96, 64) torch.float32, not (80, 64)"),
     (lambda f: rename_tensors(f, lambda n: n.replace("layers.1.mlp.up", "layers.1.mlp.upp")), "model.layers.1.mlp.up_proj"),
     (lambda f: save_file(load_file(f / "model.safetensors") | {"extra.weight": torch.ones(2)}, f / "model.safetensors"), "extra.weight"),
     (lambda f: break_index(f, "../other.safetensors"), "plain file name"),
