@@ -12,23 +12,33 @@ One row of a manifest (JSON lines) is one narrated moment; training reads nothin
 from __future__ import annotations
 
 import argparse
+import ast
+import contextlib
+import csv
 import fcntl
+import hashlib
+import io
 import json
 import math
 import multiprocessing
 import os
+import re
+import signal
 import subprocess
 import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from types import UnionType
-from typing import Union, get_args, get_origin, get_type_hints
+from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 import av
 import numpy as np
@@ -46,41 +56,71 @@ MAX_SIDE, MAX_PIXELS = 16384, 64 << 20  # refused before a frame of such a size 
 OPEN_OPTIONS = {  # FFmpeg opens more than files: playlists, URLs, concat scripts. We do not.
     "protocol_whitelist": "file",
     "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"}
+TICK = Fraction(1, 90_000)      # of a cached file's clock
+IMAGES = {".png": "png_pipe", ".jpg": "jpeg_pipe", ".jpeg": "jpeg_pipe"}
 
 class DataError(ValueError):
-    """Bad input: the message names the file, line or field, and the way out."""
+    """Bad input: the message names the file, line or field, and the way out; `reason` is its kind, in a
+    word."""
+    def __init__(self, message: str, reason: str = "unreadable"):
+        super().__init__(message)
+        self.reason = reason
 
 # ----------------------------------------------------------------------------------------------------- video
 def read_clip(video: str | os.PathLike, start: float | None, end: float | None, num_frames: int, size: int,
-              rng: np.random.Generator | None = None) -> np.ndarray:
+              rng: np.random.Generator | None = None, fps: float | None = None, fit: str = "pad"):
     """`num_frames` RGB frames of [start, end) seconds -> uint8 (T, 3, S, S).
 
     The clip is cut into T equal spans; a frame is what a viewer would see at one moment of each span: its
     centre, or with `rng` (training) a random moment. By timestamp, never by index times fps; a clip with
-    fewer frames repeats real ones. One decoding thread (slice threads deadlock in loader workers). DataError
-    if it cannot be read.
+    fewer frames repeats real ones. `fps` is for folders of images; `fit` "pad" is VideoLLaMA2's square with
+    CLIP's mean colour, "crop" the centre. DataError if it cannot be read.
     """
+    with open_video(video, fps) as (length, frames_at):
+        begin, stop = clip_span(video, start, end, length)
+        at = (np.arange(num_frames) + (0.5 if rng is None else rng.random(num_frames))) / num_frames
+        out, last = np.empty((num_frames, 3, size, size), np.uint8), None
+        for i, frame in enumerate(frames_at(begin + (stop - begin) * at)):
+            out[i] = out[i - 1] if frame is last else _pixels(frame, size, fit)
+            last = frame
+        return out
+
+def clip_span(video, start: float | None, end: float | None, length: float) -> tuple[float, float]:
+    """The clip in seconds, cut at the video's end; one without length is refused."""
+    begin, stop = 0.0 if start is None else max(start, 0.0), length if end is None else min(end, length)
+    if begin >= length:
+        raise DataError(f"{video}: clip starts at {begin} s, the video ends at {length:.2f} s", "too short")
+    if not begin < stop:
+        raise DataError(f"{video}: clip [{begin}, {stop}) s has no length", "too short")
+    return begin, stop
+
+@contextmanager
+def open_video(video: str | os.PathLike, fps: float | None = None) -> Iterator[tuple[float, Callable]]:
+    """-> its length in seconds, and a function from ascending moments (seconds from its first frame) to the
+    frames on display then. A folder of images is a video too (`*-rgb.png` if there are any, at `fps`, or
+    VideoLLaMA2's 3). One decoding thread: slice threads deadlock in loader workers."""
     try:
+        if os.path.isdir(video):
+            files = image_files(video)
+            rate = fps or 3.0
+            last = len(files) - 1
+            yield len(files) / rate, lambda moments: (_image(files[min(int(t * rate + 1e-3), last)])
+                                                      for t in moments)
+            return
         with av.open(str(video), options=OPEN_OPTIONS, metadata_errors="replace") as container:
-            if not container.streams.video:
-                raise DataError(f"{video} has no video stream")
-            stream = container.streams.video[0]
-            context = stream.codec_context
+            stream = next(iter(container.streams.video), None)
+            context = stream and stream.codec_context           # none: an unknown codec
+            if context is None:
+                raise DataError(f"{video} has no video stream that can be decoded")
             if max(context.width, context.height) > MAX_SIDE or context.width * context.height > MAX_PIXELS:
                 raise DataError(f"{video} claims {context.width} x {context.height} pixels: refused")
             context.thread_type, context.thread_count = "NONE", 1
-            zero = float(stream.start_time * stream.time_base) if stream.start_time is not None else 0.0
-            length = _seconds(container, stream)
-            begin, stop = 0.0 if start is None else start, length if end is None else end
-            if not begin < stop:
-                raise DataError(f"{video}: clip [{begin}, {stop}) s has no length")
-            if begin >= length:
-                raise DataError(f"{video}: clip starts at {begin} s, the video ends at {length:.2f} s")
-            at = (np.arange(num_frames) + (0.5 if rng is None else rng.random(num_frames))) / num_frames
-            moments = zero + begin + (min(stop, length) - begin) * at
-            return _frames_at(container, stream, moments, size, str(video))
-    except (av.FFmpegError, OSError, OverflowError) as error:
-        raise DataError(f"{video} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+            context.options = {"max_pixels": str(MAX_PIXELS)}   # sizes may change inside a stream
+            yield _seconds(container, stream), partial(_frames_at, container, stream)
+    except (av.FFmpegError, OSError, OverflowError, MemoryError) as error:
+        missing = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"{video} cannot be read: {why}", missing) from None
 
 def _seconds(container, stream) -> float:
     """Length of the video, as its header says."""
@@ -90,42 +130,69 @@ def _seconds(container, stream) -> float:
         return container.duration / av.time_base
     raise DataError(f"{container.name} has no duration: re-encode it")
 
-def _frames_at(container, stream, moments: np.ndarray, size: int, name: str) -> np.ndarray:
-    """The frame on display at each of these (ascending) moments, in seconds of the stream's own clock."""
-    slack = 1e-4                                                # timestamps are rounded to the time base
-    container.seek(max(int(moments[0] / stream.time_base), 0), stream=stream)     # to the key frame before
-    out = np.empty((len(moments), 3, size, size), np.uint8)
-    done, shown = 0, None
-    for frame in container.decode(stream):
-        if frame.pts is None:
-            continue
-        while shown is not None and done < len(moments) and frame.time > moments[done] + slack:
-            out[done] = _pixels(shown, size)
-            done += 1
-        shown = frame
-        if done == len(moments):
-            return out
+def _frames_at(container, stream, moments: Sequence[float]) -> Iterator:
+    """The frame on display at each of these ascending moments."""
+    slack, back = 1e-4, 0.0                                     # timestamps are rounded to the time base
+    first = stream.start_time or 0
+    zero = float(first * stream.time_base)
+    while True:                                                 # to the key frame before
+        at = max(int((zero + moments[0] - back) / stream.time_base), first)
+        container.seek(at, stream=stream)
+        frames = (frame for frame in container.decode(stream) if frame.pts is not None)
+        shown = next(frames, None)
+        if at == first or shown is not None and shown.time <= zero + moments[0] + slack:
+            break
+        back = 2 * back + 1             # an open group of pictures: its first frames need the group before
     if shown is None:
-        raise DataError(f"{name} holds no frame at {moments[0]:.2f} s: truncated?")
-    if shown.time + max(1.0, float((shown.duration or 0) * stream.time_base)) < moments[-1]:
-        raise DataError(f"{name} ends at {shown.time:.2f} s, {moments[-1]:.2f} s was asked for: truncated?")
-    out[done:] = _pixels(shown, size)              # the last frame stays on display
-    return out
+        raise DataError(f"{container.name} holds no frame at {moments[0]:.2f} s: truncated?", "truncated")
+    ahead = next(frames, None)
+    for moment in moments:
+        while ahead is not None and ahead.time <= zero + moment + slack:
+            shown, ahead = ahead, next(frames, None)
+        if ahead is None and shown.time + max(1.0, float((shown.duration or 0) * stream.time_base)) < (
+                zero + moment):
+            raise DataError(f"{container.name} ends at {shown.time - zero:.2f} s, {moment:.2f} s was asked "
+                            f"for: truncated?", "truncated")
+        if shown.is_corrupt:
+            raise DataError(f"{container.name} is damaged at {shown.time - zero:.2f} s")
+        yield shown
+
+def image_files(folder: str | os.PathLike) -> list[Path]:
+    """The images of a folder in order of their names; none may be a link out of it."""
+    files = sorted(Path(folder).glob("*-rgb.png")) or sorted(
+        f for f in Path(folder).iterdir() if f.suffix.lower() in IMAGES)
+    if not files:
+        raise DataError(f"{folder} has no images (.png or .jpg)", "missing")
+    if outside := [f for f in files if f.is_symlink() and f.resolve().parent != Path(folder).resolve()]:
+        raise DataError(f"{outside[0]} is a link out of its folder: refused")
+    return files
+
+def _image(path: Path):
+    """A PNG or JPEG file as one frame."""
+    with av.open(str(path), format=IMAGES[path.suffix.lower()],
+                 options={"protocol_whitelist": "file"}) as container:
+        context = container.streams.video[0].codec_context
+        context.thread_type, context.options = "NONE", {"max_pixels": str(MAX_PIXELS)}
+        frame = next(container.decode(video=0), None)
+    if frame is None:
+        raise DataError(f"{path} holds no image")
+    return frame
 
 # one a process: it keeps its tables, and making them costs more than using them
 _reformatter = VideoReformatter()
 
-def _pixels(frame, size: int) -> np.ndarray:
-    """One frame as RGB (3, S, S): scaled to fit, padded to a square with CLIP's mean colour (VideoLLaMA2's
-    way)."""
-    scale = size / max(frame.width, frame.height)
+def _pixels(frame, size: int, fit: str = "pad") -> np.ndarray:
+    """One frame as RGB (3, S, S), upright: scaled to fit inside the square, or to cover it (crop)."""
+    scale = size / (min if fit == "crop" else max)(frame.width, frame.height)
     w, h = max(1, round(frame.width * scale)), max(1, round(frame.height * scale))
     rgb = _reformatter.reformat(frame, w, h, "rgb24", interpolation="BICUBIC", threads=1).to_ndarray()
-    if (w, h) == (size, size):
-        return rgb.transpose(2, 0, 1)
-    out = np.empty((3, size, size), np.uint8)
+    rgb = np.rot90(rgb, frame.rotation // 90) if frame.rotation else rgb        # counter-clockwise
+    (h, w), out = rgb.shape[:2], np.empty((3, size, size), np.uint8)
+    top, left = abs(size - h) // 2, abs(size - w) // 2
+    if h >= size and w >= size:
+        out[:] = rgb[top:top + size, left:left + size].transpose(2, 0, 1)
+        return out
     out[:] = np.array([122, 116, 104], np.uint8)[:, None, None]
-    top, left = (size - h) // 2, (size - w) // 2
     out[:, top:top + h, left:left + w] = rgb.transpose(2, 0, 1)
     return out
 
@@ -150,9 +217,10 @@ def write_video(path: str | os.PathLike, frames: np.ndarray, fps: int, gop: int 
 
 # ------------------------------------------------------------------------------------------------- manifests
 def read_manifest(path: str | os.PathLike, root: str | os.PathLike | None = None,
-                  allow_outside: bool = False) -> list[dict]:
+                  allow_outside: bool = False, skip: bool = True) -> list[dict]:
     """Rows of a JSON-lines manifest, checked, with every video path made absolute. Paths count from `root`
-    (default: the manifest's folder) and must stay inside it, links resolved, unless allow_outside."""
+    (default: the manifest's folder) and must stay inside it, links resolved, unless allow_outside. Rows on
+    the skip list that `data.py check` left beside it are left out, and counted."""
     path = Path(path)
     base = Path(os.path.realpath(root or path.parent))
     rows = []
@@ -167,9 +235,20 @@ def read_manifest(path: str | os.PathLike, root: str | os.PathLike | None = None
         except ValueError as error:
             raise DataError(f"{where} is not JSON ({error}): one object a line") from None
         rows.append(_check_row(row, where, base, allow_outside))
+    bad = path.with_suffix(".bad.jsonl")
+    if skip and bad.is_file():
+        named = {json.loads(line)["id"] for line in bad.read_text().splitlines()}
+        kept = [row for row in rows if row["id"] not in named]
+        if named:
+            print(f"{len(rows) - len(kept)} of {len(rows)} rows are on the skip list {bad}: left out")
+        rows = kept
     if not rows:
         raise DataError(f"{path} is empty: it needs one JSON object a line")
     return rows
+
+def clips_of(row: dict) -> list[dict]:
+    """A row's clips, ego before exo."""
+    return ([row["ego"]] if "ego" in row else []) + row.get("exo", [])
 
 def _check_row(row, where: str, base: Path, allow_outside: bool) -> dict:
     if not isinstance(row, dict) or not isinstance(row.get("id"), str):
@@ -178,7 +257,7 @@ def _check_row(row, where: str, base: Path, allow_outside: bool) -> dict:
         raise DataError(f'{where}: "exo" must be a list of clips')
     if not isinstance(row.get("text", ""), str):
         raise DataError(f'{where}: "text" must be a string')
-    for clip in ([row["ego"]] if "ego" in row else []) + row.get("exo", []):
+    for clip in clips_of(row):
         if not isinstance(clip, dict) or not isinstance(clip.get("video"), str):
             raise DataError(f'{where}: a clip lacks "video" (a path)')
         times = [clip.get(key) for key in ("start", "end")]
@@ -186,7 +265,9 @@ def _check_row(row, where: str, base: Path, allow_outside: bool) -> dict:
             raise DataError(f'{where}: "start" and "end" are seconds, got {times}')
         if None not in times and not times[0] < times[1]:
             raise DataError(f"{where}: {clip['video']} from {times[0]} to {times[1]} s has zero length")
-        real = os.path.realpath(base / clip["video"])
+        if not isinstance(fps := clip.get("fps", 1), (int, float)) or not 0 < fps < 1000:
+            raise DataError(f'{where}: "fps" is {fps!r}: images a second, more than 0')
+        real = os.path.realpath(base / clip["video"].replace("\0", "?"))
         if not allow_outside and not real.startswith(f"{base}{os.sep}"):
             raise DataError(f"{where}: {clip['video']} is outside {base}: pass --root or --allow-outside")
         clip["video"] = real
@@ -239,6 +320,11 @@ class Batch:
     def to(self, device) -> Batch:
         parts = (getattr(self, f.name) for f in fields(self))
         return Batch(*(p.to(device, non_blocking=True) if isinstance(p, Tensor) else p for p in parts))
+
+    def pin_memory(self) -> Batch:
+        """For a copy to the GPU that runs beside its work; torch's DataLoader calls this."""
+        parts = (getattr(self, f.name) for f in fields(self))
+        return Batch(*(p.pin_memory() if isinstance(p, Tensor) else p for p in parts))
 
 class Loader:
     """Samples in an order that is a pure function of (seed, step, rank): resuming needs no state, and the
@@ -334,7 +420,8 @@ class Loader:
             try:                            # one draw of moments for all views: they are synchronized
                 return key, row, {name: read_clip(
                     clip["video"], clip.get("start"), clip.get("end"), self.cfg.frames, self.cfg.image_size,
-                    np.random.default_rng(draw) if self.train else None) for name, clip in clips.items()}
+                    np.random.default_rng(draw) if self.train else None, clip.get("fps"))
+                    for name, clip in clips.items()}
             except DataError as error:
                 skipped.append(f"{row['id']}: {error}")
         raise DataError(f"ten samples in a row cannot be read, the last: {skipped[-1]}")
@@ -358,6 +445,7 @@ class Loader:
         loader = torch.utils.data.DataLoader(
             _Steps(self), sampler=steps, batch_size=None, num_workers=workers,
             worker_init_fn=_start_worker, prefetch_factor=2 if workers else None,
+            pin_memory=torch.cuda.is_available(),
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None)
         return map(_or_raise, iter(loader))
 
@@ -390,6 +478,21 @@ def die_with_parent():
             time.sleep(1)
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
+
+def worker_pool():
+    """A process a core; none outlives its parent."""
+    method = "fork" if sys.platform == "linux" else "spawn"
+    return multiprocessing.get_context(method).Pool(os.cpu_count(), initializer=die_with_parent)
+
+def progress(items: Iterator, total: int, what: str) -> Iterator:
+    """Pass items on, with a line that says how many, how fast, and how long it will take."""
+    began = shown = time.time()
+    for done, item in enumerate(items, 1):
+        yield item
+        if time.time() - shown > 0.5 or done == total:
+            shown, rate = time.time(), done / max(time.time() - began, 1e-9)
+            print(f"\r{done}/{total} {what}, {rate:.1f} a second, {(total - done) / rate:.0f} s left   ",
+                  end="" if done < total else "\n", flush=True)
 
 def pick_device() -> torch.device:
     """This process's GPU, else Apple's, else the CPU."""
@@ -636,12 +739,9 @@ class Canvas:
         index = which[f], rows[f, r], cols[f, c]
         self.rgb[index] += cover * (paint - self.rgb[index])
 
-    def frames(self, gain=1.0, noise: float = 0.0, rng=None) -> np.ndarray:
+    def frames(self, gain=1.0) -> np.ndarray:
         """uint8 (F, 48, 48, 3)."""
-        rgb = self.rgb * gain
-        if noise:
-            rgb = rgb + rng.normal(0, noise, rgb.shape).astype(np.float32)
-        return np.clip(rgb, 0, 255).astype(np.uint8)
+        return np.clip(self.rgb * gain, 0, 255).astype(np.uint8)
 
     def hold(self):
         """Everything drawn so far (in frame 0) stays: the still background of a fixed camera."""
@@ -716,7 +816,7 @@ def act(plan: dict, rng: np.random.Generator) -> dict:
         tools.append((verb, target, side, f, beat))
     return {"hands": hands, "lift": lift, "blocks": blocks, "height": height, "gap": gap, "tools": tools}
 
-def render(plan: dict, motion: dict, camera: Camera, ego: bool, wall, gain=1.0, noise: float = 0.0, rng=None):
+def render(plan: dict, motion: dict, camera: Camera, ego: bool, wall, gain=1.0) -> np.ndarray:
     """The scene through one camera, painter's order -> uint8 (40, 48, 48, 3)."""
     frames = CLIPS * CLIP_FRAMES
     every = np.arange(frames)
@@ -743,7 +843,7 @@ def render(plan: dict, motion: dict, camera: Camera, ego: bool, wall, gain=1.0, 
         for verb, target, who, f, beat in motion["tools"]:
             if who == side:
                 _draw_tool(canvas, camera, verb, hand, up, f, beat, motion["blocks"][target])
-    return canvas.frames(gain, noise, rng)
+    return canvas.frames(gain)
 
 def _draw_block(canvas, camera, look, place, height, gap):
     every, (w, h) = np.arange(len(place)), BLOCK
@@ -826,16 +926,11 @@ def toy_split(out: str | os.PathLike, split: str, world: World = World()) -> Pat
         scale = 1 if split in ("val", "test", "exo_test") else world.scale
         scenes = max(1, round(getattr(world, split) * scale / CLIPS))
         jobs = [(world, split, scene, out) for scene in range(scenes)]
-        rows, began = [], time.time()
-        with multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn").Pool(
-                os.cpu_count(), initializer=die_with_parent) as pool:
-            for done, scene_rows in enumerate(pool.imap(_scene_job, jobs, chunksize=4), 1):
+        rows = []
+        with worker_pool() as pool:
+            made = pool.imap(_scene_job, jobs, chunksize=4)
+            for scene_rows in progress(made, scenes, f"scenes of {split}"):
                 rows += scene_rows
-                if done % 50 == 0 or done == scenes:
-                    rate = done / (time.time() - began)
-                    print(f"\rmicro-world {split}: {done * CLIPS}/{scenes * CLIPS} clips, {rate * CLIPS:.0f} "
-                          f"clips/s, {(scenes - done) / rate:.0f} s left ", end="", flush=True)
-        print(flush=True)
         write_jsonl(manifest, rows)
     return manifest
 
@@ -873,6 +968,480 @@ def toy_tokenizer(out: str | os.PathLike, world: World) -> Path:
                 normalization_rule_name="identity", remove_extra_whitespaces=False)
     return path
 
+# --------------------------------------------------------------------------------------- real data, converted
+# Each builder reads the files that a licence holder downloads and yields rows; sources and known traps are in
+# its docstring. "Our choice" is what neither the paper nor the files settle: a flag of Build says it.
+@dataclass(frozen=True)
+class Build:
+    """Flags of the builders; each builder takes the ones that concern it (BUILDERS)."""
+    root: str                                       # where the data set was downloaded to; paths start here
+    out: str                                        # the manifest to write
+    split: str = "train"
+    alpha: str = "4.9"                              # EgoClip's scale in seconds, or "mean": of these takes
+    beta: Literal["annotator", "take"] = "annotator"        # whose narrations set the mean gap
+    views: Literal["all", "best"] = "all"           # every exo camera, or the annotator's choice
+    subject: Literal["C", "any"] = "C"              # whose actions: the camera wearer's
+    keep_unsure: bool = False
+    keep_hidden: bool = False                       # narrations of what the ego camera does not see
+    video_size: Literal["448", "full"] = "448"      # downscaled files where there are any
+    prompt: Literal["base", "task", "cue"] = "cue"  # the paper's variants: + task details, + first-person cue
+    chunk: float = 600                              # seconds of EgoVLP's video pieces; 0: whole videos
+    file: str = ""                                  # of the conversations
+    view: Literal["ego", "exo"] = "ego"             # what the videos of the conversations are
+
+CUE = "This is my own view: I wear the camera."
+EGOIT = {       # the instructions of EgoIT, our wording: task details, then ten for each source
+    "egtea": ("Name one kitchen action, a verb and its object.", (
+        "What am I doing?", "Which action do my hands perform?", "What am I doing in the kitchen right now?",
+        "Name the action in this clip.", "Which step of cooking is this?", "Tell me what I just did.",
+        "What do I do with the object in my hands?", "Label this clip with its action.",
+        "What is happening at my hands?", "Describe my action in a few words.")),
+    "ssv2": ("Say in one phrase what is done to which object.", (
+        "What is being done here?", "What do the hands do with the object?", "Caption this short clip.",
+        "Which action does this clip show?", "What happens to the object?", "Describe the motion.",
+        "Name the interaction of hand and object.", "What did I just do?", "How is the object handled?",
+        "Summarise the movement in a few words.")),
+    "egotimeqa": ("Answer in at most five words.", (
+        "Watch my video and answer: {}", "Think back to what I did. {}", "{}", "Here is what I recorded. {}",
+        "Help me remember: {}", "Look at the whole clip before you answer. {}", "Question about my day: {}",
+        "From what you saw: {}", "I forgot something. {}", "Use the video to answer. {}")),
+    "openeqa": ("Answer with a short phrase about this place.", (
+        "I walked through these rooms. {}", "{}", "Look around and answer: {}", "From this tour: {}",
+        "You have seen what I saw. {}", "About the place in the video: {}", "Use what the walk shows. {}",
+        "For someone who lives here: {}", "Remember the rooms. {}", "On my surroundings: {}")),
+    "egoexolearn": ("Describe hands and objects in one sentence.", (
+        "Describe what I am doing.", "What do my two hands do?", "Narrate this step.", "Caption this moment.",
+        "Give a detailed account of this action.", "What am I working on, and how?", "How do I do this step?",
+        "Tell me what you see me do.", "Explain my current step.", "Describe my actions precisely."))}
+
+def instruction(source: str, key: str, prompt: str, question: str = "") -> str:
+    """The user's turn: one of the source's ten, picked by the row's id, below what `prompt` puts first."""
+    details, ten = EGOIT[source]
+    ask = ten[zlib.crc32(key.encode()) % len(ten)].format(question)
+    return "\n".join([CUE] * (prompt == "cue") + [details] * (prompt != "base") + [ask])
+
+def taught(source: str, key: str, video: str, answer: str, o: Build, question: str = "", **clip) -> dict:
+    """A row of EgoIT."""
+    turn = {"user": instruction(source, key, o.prompt, question), "assistant": answer}
+    return {"id": f"{source}/{key}", "ego": {"video": video, **clip}, "turns": [turn], "source": source}
+
+class Files:
+    """The files of a data set, which always know the record they are at: errors name it."""
+    def __init__(self, root: str):
+        self.root, self.where, self.count = Path(root), root, Counter()
+
+    def text(self, *names: str) -> str:
+        """Of the first of these files that exists."""
+        path = next((self.root / n for n in names if (self.root / n).is_file()), self.root / names[0])
+        self.where = str(path)
+        if not path.is_file():
+            raise DataError(f"{path} is missing: download it, or point --root at the folder that has it")
+        return path.read_text(encoding="utf-8-sig")
+
+    def each(self, items: Iterable) -> Iterator:
+        """Items of the file read last, one by one."""
+        file = self.where
+        for number, item in enumerate(items, 1):
+            self.where = f"{file} record {number}"
+            yield item
+
+    def json(self, *names: str):
+        """A JSON file."""
+        return json.loads(self.text(*names))
+
+    def lines(self, *names: str) -> Iterator[list[str]]:
+        """The words of each line that has any."""
+        return self.each(filter(None, map(str.split, self.text(*names).splitlines())))
+
+    def table(self, *names: str, delimiter: str = ",") -> Iterator[dict]:
+        """The rows of a CSV file, by the names in its first line; those with other lengths are counted."""
+        quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
+        rows = csv.DictReader(io.StringIO(self.text(*names)), delimiter=delimiter, quoting=quoting)
+        for row in self.each(rows):
+            if None in row or None in row.values():
+                self.count["malformed line"] += 1
+            else:
+                yield row
+
+    def video(self, name: str) -> str:
+        """A video's path from the root: in `videos/` if that folder is there."""
+        return f"videos/{name}" if (self.root / "videos").is_dir() else name
+
+def is_true(flag) -> bool:
+    """Ego-Exo4D's flags are booleans from one annotator, "1" and "0" from another: bool("0") is True."""
+    if flag not in (True, False, "1", "0"):
+        raise ValueError(f"a flag is {flag!r}, not true, false, 1 or 0")
+    return flag in (True, "1")
+
+def wearer(text: str) -> str:
+    """The narrators' C is verbalised (the paper's one published example)."""
+    return re.sub(r"\bC\b", "Camera-wearer", text).strip()
+
+def ego_exo4d(files: Files, o: Build) -> Iterator[dict]:
+    """Ego-ExoClip from Ego-Exo4D v2: takes.json, annotations/{splits,atomic_descriptions_*}.json, takes/.
+
+    A row is one narration at t with all its exo views (a published "pair" is narration x view), clip t +-
+    beta / (2 alpha): EgoClip's rule, beta the mean gap of one annotator's narrations in the take, sorted,
+    before any filter. Cut at the take's ends, two frames at least. takes.json is the list of what exists; the
+    ego camera is the one with an `rgb` stream, exo views are the capture's cameras that are not `is_ego`.
+    """
+    captures = {c["capture_uid"]: c for c in files.json("captures.json")} if (
+        files.root / "captures.json").is_file() else {}
+    takes = {take["take_uid"]: take for take in files.each(files.json("takes.json"))}
+    split_of = files.json("annotations/splits.json")["take_uid_to_split"]
+    names = ("train", "val") if o.split == "all" else (o.split,)
+    told = [pair for name in names
+            for pair in files.json(f"annotations/atomic_descriptions_{name}.json")["annotations"].items()]
+
+    def gap(annotations, alpha):
+        times = sorted(float(d["timestamp"]) for a in annotations for d in a["descriptions"])
+        return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else alpha
+    groups = [([a] if o.beta == "annotator" else all_) for _, all_ in told for a in all_]
+    alpha = 4.9 if o.alpha == "mean" else float(o.alpha)
+    if o.alpha == "mean":
+        alpha = float(np.mean([gap(group, alpha) for group in groups]))
+        print(f"alpha: the mean gap is {alpha:.3f} s")
+    for uid, annotations in files.each(told):
+        take = takes.get(uid)
+        if take is None or split_of.get(uid) not in names:
+            files.count["take not in takes.json" if take is None else "take of another split"] += 1
+            continue
+        ego, exo = take_videos(files, take, captures, o)
+        if not ego or not exo:
+            files.count["take without an ego or exo video"] += 1
+            continue
+        files.count["takes"] += 1
+        for annotation in annotations:
+            half = gap([annotation] if o.beta == "annotator" else annotations, alpha) / (2 * alpha)
+            for i, said in enumerate(annotation["descriptions"]):
+                subject, best = said.get("subject", said.get("narration_subject")), said.get("best_exo") or {}
+                cameras = exo if o.views == "all" else {
+                    name: video for name, video in exo.items() if name == best.get("cam_id")}
+                why = ("rejected annotation" if is_true(annotation.get("rejected", False)) else
+                       "unsure" if is_true(said["unsure"]) and not o.keep_unsure else
+                       "not the wearer" if subject != "C" and o.subject == "C" else
+                       "not seen by the ego camera" if not is_true(said["ego_visible"]) and not o.keep_hidden
+                       else "no best exo view" if not cameras else "")
+                if why:
+                    files.count[why] += 1
+                    continue
+                t, length = float(said["timestamp"]), float(take["duration_sec"])
+                reach = max(half, 1 / 30)
+                span = {"start": max(0.0, min(t - reach, length - 2 / 30)),
+                        "end": min(length, max(t + reach, 2 / 30))}
+                yield {"id": f"{take['take_name']}/{annotation['annotator_id']}/{i}",
+                       "ego": {"video": ego, **span}, "exo": [{"video": v, **span} for v in cameras.values()],
+                       "text": wearer(said["text"]), "source": "ego-exo4d"}
+
+def take_videos(files: Files, take: dict, captures: dict, o: Build) -> tuple[str | None, dict[str, str]]:
+    """-> the ego video, and {camera: exo video} of an Ego-Exo4D take; rates other than 30 are counted."""
+    capture = take.get("capture") or captures.get(take.get("capture_uid"), {})
+    outside = {c["cam_id"] for c in capture.get("cameras", []) if not c["is_ego"]}
+
+    def path(stream):
+        full = Path(take["root_dir"]) / stream["relative_path"]
+        small = full.parent / "downscaled/448" / full.name
+        there = [p for p in (small, full)[o.video_size == "full":] if (files.root / p).is_file()]
+        chosen = (there + [full if o.video_size == "full" else small])[0]
+        if not (files.root / chosen).is_file():
+            files.count["video not downloaded"] += 1
+        else:
+            with av.open(str(files.root / chosen), options=OPEN_OPTIONS) as container:
+                files.count["video not at 30 fps"] += abs(container.streams.video[0].average_rate - 30) > 0.1
+        return str(chosen)
+    streams = take["frame_aligned_videos"]
+    ego = [path(s["rgb"]) for s in streams.values() if "rgb" in s and s["rgb"].get("relative_path")]
+    exo = {cam: path(s["0"]) for cam, s in sorted(streams.items())
+           if cam in outside and "0" in s and s["0"].get("relative_path")}
+    return (ego[0] if len(ego) == 1 else None), exo
+
+def egoclip(files: Files, o: Build) -> Iterator[dict]:
+    """EgoClip (EgoVLP's egoclip.csv, tab-separated, 3.8M rows): the Init stage's ego data. The released clip
+    times are used, negative ones cut to 0; `--chunk` seconds a file as EgoVLP's script cuts them, a clip that
+    spans two stays in that of its middle. Dropped (our reading of its appendix): #unsure, under 3 words."""
+    for row in files.table("egoclip.csv", delimiter="\t"):
+        text = re.sub(r"^#\w+\s+", "", row["clip_text"].strip())
+        start, end = max(0.0, float(row["clip_start"])), float(row["clip_end"])
+        if "#unsure" in row["clip_text"].lower() or len(text.split()) < 3 or not start < end:
+            files.count["unsure, short or without length"] += 1
+            continue
+        piece, name = int((start + end) / 2 // o.chunk) if o.chunk else 0, row["video_uid"]
+        if o.chunk:
+            start, end = (min(max(t - piece * o.chunk, 0), o.chunk) for t in (start, end))
+            name += f"/{piece}"
+        yield {"id": f"egoclip/{row['clip_idx']}", "text": wearer(text), "source": "egoclip",
+               "ego": {"video": files.video(f"{name}.mp4"), "start": round(start, 6), "end": round(end, 6)},
+               "verbs": ast.literal_eval(row["tag_verb"]), "nouns": ast.literal_eval(row["tag_noun"])}
+
+def egtea(files: Files, o: Build) -> Iterator[dict]:
+    """EGTEA Gaze+ (`--split train` or `test`, of split 1): `<clip> <action> <verb> <noun>` with ids from 1;
+    the trimmed file is the clip, a little longer than its label. The answer is the action's cleaned name."""
+    actions = {int(number): " ".join(label) for *label, number in files.lines("action_idx.txt")}
+    for clip, action, *_ in files.lines(f"{o.split}_split1.txt"):
+        *session, start, end, first, last = clip.split("-")
+        label = re.sub("[_:]", " ", actions[int(action)]).lower()
+        row = taught("egtea", clip, f"cropped_clips/{'-'.join(session[:3])}/{clip}.mp4", label, o)
+        yield row | {"seconds": [int(start) / 1000, int(end) / 1000],
+                     "frames": [int(first[1:]), int(last[1:])]}
+
+def ssv2(files: Files, o: Build) -> Iterator[dict]:
+    """Something-Something V2 (`--split train` or `validation`): the answer is the label; the class is the
+    template without its brackets. The whole webm is the clip."""
+    names = [[f"{prefix}{name}.json" for prefix in ("", "something-something-v2-", "labels/")]
+             for name in ("labels", o.split)]
+    classes = files.json(*names[0])
+    for record in files.each(files.json(*names[1])):
+        if "template" not in record:
+            raise DataError(f"{files.where} has no label: the test split has none, use --split train")
+        number = classes[record["template"].translate({ord("["): None, ord("]"): None})]
+        video = files.video(f"{record['id']}.webm")
+        yield taught("ssv2", record["id"], video, record["label"], o) | {"class": int(number)}
+
+def egotimeqa(files: Files, o: Build) -> Iterator[dict]:
+    """EgoTimeQA (GroundVQA's annotations.EgoTimeQA.json): `video_id` is an Ego4D *clip*; the whole clip is
+    shown, because the released windows were rescaled (our choice). ' l ' is the generator's typo for I."""
+    for i, record in enumerate(files.each(files.json("annotations.EgoTimeQA.json",
+                                                     "data/unified/annotations.EgoTimeQA.json"))):
+        if len(record["wrong_answers"]) != 3:
+            raise ValueError(f"{len(record['wrong_answers'])} wrong answers, not 3")
+        question, answer = (record[key].replace(" l ", " I ").strip() for key in ("question", "answer"))
+        video = files.video(f"{record['video_id']}.mp4")
+        yield taught("egotimeqa", f"{record['video_id']}/{i}", video, answer, o, question)
+
+def openeqa(files: Files, o: Build) -> Iterator[dict]:
+    """OpenEQA (open-eqa-v0.json): episodes are folders of `*-rgb.png`, at no rate that matters (the whole
+    walk is sampled evenly)."""
+    for record in files.each(files.json("open-eqa-v0.json", "data/open-eqa-v0.json")):
+        folder = f"frames/{record['episode_history']}"
+        folder = folder if (files.root / "frames").is_dir() else f"data/{folder}"
+        yield taught("openeqa", record["question_id"], folder, record["answer"], o, record["question"], fps=3)
+
+def egoexolearn(files: Files, o: Build) -> Iterator[dict]:
+    """EgoExoLearn (annotations/fine_annotation_trainval_en.csv): ego rows of the split, columns by name; the
+    second person becomes the first. Segments beyond the video's end are cut or dropped where it is there."""
+    lengths: dict[str, float] = {}
+    person = {"your": "my", "you": "I", "yourself": "myself"}
+    for row in files.table("annotations/fine_annotation_trainval_en.csv", "fine_annotation_trainval_en.csv"):
+        if row["view"] != "ego" or row["subset"] != o.split:
+            files.count["exo or another split"] += 1
+            continue
+        video = files.video(f"{row['video_uid']}.mp4")
+        start, end = float(row["start_sec"]), float(row["end_sec"])
+        if video not in lengths:
+            lengths[video] = math.inf
+            if (files.root / video).is_file():
+                with open_video(files.root / video) as (lengths[video], _):
+                    pass
+        if not start < min(end, lengths[video]):
+            files.count["beyond the video's end"] += 1
+            continue
+        files.count["cut at the video's end"] += end > lengths[video]
+        text = re.sub(r"\b(your|you|yourself)\b", lambda m: person[m[0].lower()], row["narration_en"].strip(),
+                      flags=re.IGNORECASE)
+        key = row.get("annotation_id") or row["annotation_uid"]
+        yield taught("egoexolearn", key, video, text, o, start=start, end=min(end, lengths[video]))
+
+def conversations(files: Files, o: Build) -> Iterator[dict]:
+    """LLaVA's and VideoLLaMA2's JSON array (`--file`, below --root), with our optional "start" and "end" in
+    seconds. `image` wins over `video`, as in their loader; marks of the video are put back by ours."""
+    roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+    for i, record in enumerate(files.each(files.json(o.file))):
+        video = record.get("image", record.get("video"))
+        video = video["video"] if isinstance(video, dict) else video
+        said = [(roles[m["from"]], re.sub(r"<(video|image)>\n?", "", m["value"]).strip())
+                for m in record["conversations"]]
+        said = said[1:] if said and said[0][0] == "assistant" else said
+        if [role for role, _ in said] != ["user", "assistant"] * (len(said) // 2) or not said:
+            raise ValueError("human and gpt must take turns, human first")
+        if video is None:
+            files.count["text only"] += 1
+            continue
+        clip = {"video": video} | {key: record[key] for key in ("start", "end", "fps") if key in record}
+        turns = [{"user": q, "assistant": a} for (_, q), (_, a) in zip(said[::2], said[1::2])]
+        yield {"id": f"{record.get('id', i)}", o.view: clip if o.view == "ego" else [clip], "turns": turns,
+               "text": turns[0]["assistant"], "source": "conversations"}
+
+BUILDERS = {    # command: the builder, and the flags of Build that it takes besides --root and --out
+    "ego-exo4d": (ego_exo4d, ("split", "alpha", "beta", "views", "subject", "keep_unsure", "keep_hidden",
+                              "video_size")),
+    "egoclip": (egoclip, ("chunk",)), "egtea": (egtea, ("split", "prompt")),
+    "ssv2": (ssv2, ("split", "prompt")),
+    "egotimeqa": (egotimeqa, ("prompt",)), "openeqa": (openeqa, ("prompt",)),
+    "egoexolearn": (egoexolearn, ("split", "prompt")), "conversations": (conversations, ("file", "view"))}
+
+def convert(make: Callable, o) -> Iterator:
+    """What `make(files, o)` yields; whatever is wrong with a file is one sentence that names the place."""
+    files = Files(o.root)
+    try:
+        yield from make(files, o)
+    except KeyError as error:
+        raise DataError(f"{files.where} lacks {error}") from None
+    except (TypeError, ValueError, AttributeError, IndexError, SyntaxError, csv.Error, RecursionError,
+            MemoryError, OSError, av.FFmpegError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{files.where} is not as expected ({type(error).__name__}: {str(error)[:200]}); see "
+                        f"the docstring of {make.__name__} for the format") from None
+    finally:
+        for reason, number in files.count.items():
+            print(f"   {reason}: {number:,}" if number else "", end="\n" if number else "")
+
+def command_build(args):
+    """Convert a data set to a manifest, and say what was kept and what was dropped, by reason."""
+    o = Build(**{f.name: getattr(args, f.name) for f in fields(Build) if hasattr(args, f.name)})
+    rows, views, spans, seen = [], 0, [], set()
+    base = Path(os.path.realpath(o.root))
+    for row in convert(BUILDERS[args.command][0], o):
+        _check_row(json.loads(json.dumps(row)), f"row {row['id']!r}", base, False)
+        if row["id"] in seen:
+            raise DataError(f"row {row['id']!r} is there twice: ids must differ")
+        seen.add(row["id"])
+        rows.append(row)
+        views += len(row.get("exo", []))
+        spans += [c["end"] - c["start"] for c in clips_of(row)[:1] if "end" in c]
+    if not rows:
+        raise DataError(f"{o.root}: no row was left, see the reasons above")
+    write_jsonl(o.out, rows)
+    print(f"{o.out}: {len(rows):,} rows, {views:,} ego-exo pairs" + (
+        f", mean clip {np.mean(spans):.2f} s, {100 * np.mean(np.array(spans) < 1):.0f} % under 1 s" if spans
+        else ""))
+    if args.command == "ego-exo4d":
+        print("   the paper: 2,925 takes, 261.3K narrations, 1.1M pairs, mean clip 0.68 s, 82 % under 1 s")
+    if Path(os.path.realpath(o.out)).parent != base:
+        print(f"   its paths start at {o.root}: pass --root {o.root} to whatever reads it")
+
+# ------------------------------------------------------------------------------------------ checking, caching
+def _check_job(job) -> tuple[dict, list[tuple[str, str]]]:
+    """Read a row's clips once -> the row, and [(kind, sentence), ...] of what is wrong."""
+    row, limit = job
+    signal.setitimer(signal.ITIMER_REAL, limit)     # the kernel ends a decoder that hangs: Python could not
+    found, lengths, spans = [], [], set()
+    for clip in clips_of(row):
+        video, start, end, fps = (clip.get(key) for key in ("video", "start", "end", "fps"))
+        try:
+            with open_video(video, fps) as (length, _):
+                begin, stop = clip_span(video, start, end, length)
+            frames = read_clip(video, start, end, 8, 64, None, fps)
+            lengths.append(length)
+            spans.add((start, end))
+            if stop < (end or 0) - 0.1:
+                found.append(("too short", f"{video} ends at {length:.2f} s, the clip at {end} s"))
+            if (frames.reshape(len(frames), -1).std(1) == 0).any():
+                found.append(("blank", f"{video} has frames of one colour at {begin:.2f} - {stop:.2f} s"))
+        except DataError as error:
+            found.append((error.reason, str(error)))
+    if len(spans) == 1 and max(lengths) - min(lengths) > 0.1:   # one clock: synchronized files end together
+        found.append(("ego and exo differ", f"the videos of this moment last {lengths} s"))
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    return row, found
+
+def command_check(args):
+    """Read every clip once, in all cores; report what is wrong by kind and file, write the skip list."""
+    rows = read_manifest(args.manifest, args.root, args.allow_outside, skip=False)
+    bad, kinds, seen = {}, Counter(), set()
+
+    def results(pool):
+        replies = pool.imap_unordered(_check_job, [(row, args.limit) for row in rows])
+        with contextlib.suppress(StopIteration, multiprocessing.TimeoutError):
+            while True:
+                yield replies.next(timeout=2 * args.limit + 5)  # none for so long: what is left was killed
+    with worker_pool() as pool:
+        for row, found in progress(results(pool), len(rows), "rows"):
+            seen.add(row["id"])
+            bad |= {row["id"]: found} if found else {}
+    bad |= {row["id"]: [("hangs or crashes", f"a decoder crashed or took over {args.limit} s on one of "
+                         f"{[clip['video'] for clip in clips_of(row)]}")]
+            for row in rows if row["id"] not in seen}
+    for name, found in bad.items():
+        for kind, sentence in found:
+            kinds[kind] += 1
+            print(f"{name}: {kind}: {sentence}")
+    write_jsonl(Path(args.manifest).with_suffix(".bad.jsonl"),
+                [{"id": name, "reasons": found} for name, found in bad.items()])
+    share = len(bad) / len(rows)
+    print(f"{len(rows) - len(bad)} of {len(rows)} rows are good; " +
+          (", ".join(f"{kind}: {number}" for kind, number in kinds.most_common()) or "nothing is wrong"))
+    if share > args.max_bad:
+        raise DataError(f"{share:.1%} of the rows are bad, more than --max-bad {args.max_bad:.1%}")
+
+def _cache_job(job) -> tuple[str, float, str]:
+    """One video's sampled frames -> one all-intra file (JPEG frames in mp4): its name, length, the error."""
+    (video, fps), clips, target, frames, size, fit = job
+    try:
+        with open_video(video, fps) as (length, frames_at), whole_file(target) as part:
+            moments = {0.0}                                     # the file starts when its source does
+            for start, end in clips:
+                begin, stop = clip_span(video, start, end, length)
+                at = (np.arange(frames) + 0.5) / frames
+                moments |= {begin, *(begin + (stop - begin) * at)}      # begin: no frame of an earlier clip
+            last, stream = None, None
+            with av.open(str(part), "w", format="mp4") as out:
+                for moment, frame in zip(ordered := sorted(moments), frames_at(ordered)):
+                    if frame is last and moment < ordered[-1]:
+                        continue
+                    last, image = frame, _pixels(frame, size, fit)
+                    if stream is None:
+                        stream = out.add_stream("mjpeg", rate=30)
+                        stream.width, stream.height, stream.pix_fmt = size, size, "yuvj420p"
+                        stream.codec_context.time_base = stream.time_base = TICK
+                        stream.codec_context.qmin = stream.codec_context.qmax = 2
+                    picture = av.VideoFrame.from_ndarray(rearrange(image, "c h w -> h w c"), format="rgb24")
+                    picture.pts, picture.time_base = round(moment / TICK), TICK
+                    for packet in stream.encode(picture):
+                        packet.duration = max(1, round((length - moment) / TICK))   # the last one's counts
+                        out.mux(packet)
+                out.mux(stream.encode())
+        return target, length, ""
+    except DataError as error:
+        return target, 0.0, str(error)
+
+def command_cache(args):
+    """Decode each video once, front to back, and keep only the frames that its clips show, in one file whose
+    frames are all key frames: a clip then costs one small read. Clips keep their times; the frames kept are
+    the --frames centres, so training draws its random moments among those."""
+    rows, out = read_manifest(args.manifest, args.root, args.allow_outside), Path(args.out)
+    wanted: dict[tuple, set] = {}
+    for clip in (clip for row in rows for clip in clips_of(row)):
+        wanted.setdefault((clip["video"], clip.get("fps")), set()).add((clip.get("start"), clip.get("end")))
+    target = {key: f"{hashlib.sha256(repr(key).encode()).hexdigest()[:20]}.mp4" for key in wanted}
+    jobs = [(key, sorted(clips, key=str), str(out / target[key]), args.frames, args.size, args.fit)
+            for key, clips in wanted.items()]
+    errors = {}
+    with worker_pool() as pool:
+        for name, _, error in progress(pool.imap_unordered(_cache_job, jobs), len(jobs), "videos"):
+            errors |= {Path(name).name: error} if error else {}
+    kept = []
+    for row in rows:
+        for clip in clips_of(row):
+            clip["video"] = target[clip["video"], clip.pop("fps", None)]
+        kept += [row] if not any(clip["video"] in errors for clip in clips_of(row)) else []
+    print("".join(f"left out: {error}\n" for error in errors.values()), end="")
+    if (lost := len(rows) - len(kept)) > args.max_bad * len(rows):
+        raise DataError(f"{lost} of {len(rows)} rows are bad, more than --max-bad {args.max_bad}")
+    write_jsonl(out / "manifest.jsonl", kept)
+    size = sum(f.stat().st_size for f in out.glob("*.mp4")) / 1e6
+    print(f"{out}/manifest.jsonl: {len(kept)} of {len(rows)} rows, {len(jobs)} videos, {size:.1f} MB")
+
+def command_mix(args):
+    """One manifest from several: a.jsonl:0.3 b.jsonl:0.7 are shares of the mixture (as large as it gets with
+    no row twice), a.jsonl alone gives all its rows. The choice is a function of the seed."""
+    parts, root = [], Path(os.path.realpath(args.root or Path(args.out).parent))
+    for name in args.manifests:
+        path, _, share = name.partition(":")
+        parts.append((read_manifest(path, allow_outside=True), float(share or 0), path))
+    total = min((len(rows) / share for rows, share, _ in parts if share), default=0)
+    mixed = []
+    for k, (rows, share, path) in enumerate(parts):
+        take = round(share * total) if share else len(rows)
+        chosen = sorted(np.random.default_rng([args.seed, k]).permutation(len(rows))[:take])
+        print(f"{path}: {take} of {len(rows)} rows")
+        for row in (rows[i] for i in chosen):
+            for clip in clips_of(row):
+                clip["video"] = os.path.relpath(clip["video"], root)
+            mixed.append(row | {"id": f"{Path(path).stem}:{row['id']}"})
+    write_jsonl(args.out, mixed)
+    print(f"{args.out}: {len(mixed)} rows" + (f"; pass --root {args.root}" if args.root else ""))
+
 # -------------------------------------------------------------------------------------------------- commands
 def command_toy(args):
     """Render the micro-world (every split, or those named)."""
@@ -885,17 +1454,18 @@ def command_show(args):
     """Contact sheet of a manifest: ego above exo, text below."""
     rows, items = read_manifest(args.manifest, args.root), []
     for row in rows[::max(1, len(rows) // args.n)][:args.n]:
-        clips = ([row["ego"]] if "ego" in row else []) + row.get("exo", [])
-        frames = [read_clip(c["video"], c.get("start"), c.get("end"), 4, 96) for c in clips]
+        frames = [read_clip(c["video"], c.get("start"), c.get("end"), 4, 96, None, c.get("fps"))
+                  for c in clips_of(row)]
         lines = [(row.get("text", ""), (0, 0, 0))]
         lines += [(f"q: {t['user']}  a: {t['assistant']}", (90, 90, 90)) for t in row.get("turns", [])[:2]]
         items.append((frames, lines))
     contact_sheet(args.out, items)
     print(f"{args.out}: {len(items)} rows of {args.manifest}")
 
-def add_flags(parser: argparse.ArgumentParser, config: type):
-    """One flag a field of a dataclass: a bool is a switch, a Literal has choices, no default is required."""
-    for f in fields(config):
+def add_flags(parser: argparse.ArgumentParser, config: type, names: Sequence[str] | None = None):
+    """One flag a field of a dataclass (or of `names`): a bool is a switch, a Literal has choices, no default
+    is required."""
+    for f in (f for f in fields(config) if names is None or f.name in names):
         flag, hint = "--" + f.name.replace("_", "-"), get_type_hints(config)[f.name]
         kind = get_args(hint)[0] if isinstance(hint, UnionType) or get_origin(hint) is Union else hint
         choices = get_args(kind) or None                        # of a Literal
@@ -910,18 +1480,40 @@ def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    toy = commands.add_parser("toy", help=command_toy.__doc__, allow_abbrev=False)
+
+    def add(name, function, *places):
+        own = commands.add_parser(name, help=function.__doc__.split("\n")[0], description=function.__doc__,
+                                  allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+        own.set_defaults(run=command_build if name in BUILDERS else function)
+        for place in places:
+            own.add_argument(place)
+        return own
+    toy = add("toy", command_toy)
     toy.add_argument("splits", nargs="*", help=f"of {', '.join(SPLITS)} (all)")
     toy.add_argument("--out", default="out/toy")
     add_flags(toy, World)
-    show = commands.add_parser("show", help=command_show.__doc__, allow_abbrev=False)
-    show.add_argument("manifest")
-    show.add_argument("--root")
+    for name, (builder, flags) in BUILDERS.items():
+        add_flags(add(name, builder), Build, ("root", "out") + flags)
+    check, cache, show = (add(name, function, "manifest") for name, function in (
+        ("check", command_check), ("cache", command_cache), ("show", command_show)))
+    mix = add("mix", command_mix)
+    mix.add_argument("manifests", nargs="+", help="a.jsonl:0.3 b.jsonl:0.7")
+    for own in (check, cache, show, mix):
+        own.add_argument("--root", help="where the paths of the manifest start (its folder)")
+    for own in (check, cache):
+        own.add_argument("--max-bad", type=float, default=0.01, help="share of rows that may be bad")
+        own.add_argument("--allow-outside", action="store_true", help="paths may leave their root")
+    check.add_argument("--limit", type=float, default=60, help="seconds that one row may take")
+    for own, default in ((cache, None), (show, "sheet.png"), (mix, None)):
+        own.add_argument("--out", default=default, required=default is None)
+    cache.add_argument("--size", type=int, default=336, help="pixels a side")
+    cache.add_argument("--frames", type=int, default=16, help="frames of a clip")
+    cache.add_argument("--fit", choices=("pad", "crop"), default="pad", help="to a square")
     show.add_argument("--n", type=int, default=8)
-    show.add_argument("--out", default="sheet.png")
+    mix.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     try:
-        {"toy": command_toy, "show": command_show}[args.command](args)
+        args.run(args)
     except DataError as error:
         sys.exit(f"data.py: {error}")
 

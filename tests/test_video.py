@@ -1,0 +1,209 @@
+"""Video reading never lies: whatever the container does, every returned frame is the one on display then."""
+import itertools
+import os
+import resource
+import subprocess
+import sys
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+from conftest import REPO
+from test_data import FPS, number, numbered
+
+import data
+from data import DataError, open_video, read_clip, write_png
+
+SIDE = 48
+
+
+def picture(i, width=SIDE, height=SIDE):
+    """Frame i: its number as six bits in six fields, (H, W, 3)."""
+    bits = np.array([235 if i >> bit & 1 else 20 for bit in range(6)], np.uint8)
+    return np.broadcast_to(bits.repeat(width // 6)[None, :, None], (height, width // 6 * 6, 3)).copy()
+
+
+def encode(path, codec="libx264", times=None, width=SIDE, height=SIDE, pix_fmt="yuv420p", gop=12, options=None, offset=0):
+    """60 numbered frames at these times (seconds; 10 a second), in any codec."""
+    times = np.arange(60) / FPS if times is None else times
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream(codec, rate=FPS, options=options or {})
+        stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
+        stream.codec_context.gop_size, stream.codec_context.time_base = gop, Fraction(1, 1000)
+        for i, t in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(np.pad(picture(i, width, height), ((0, 0), (0, width % 6), (0, 0)), "edge"), format="rgb24")
+            frame.pts, frame.time_base = round((t + offset) * 1000), Fraction(1, 1000)
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    return path
+
+
+def shown(path, times, clips=((0, 6), (2.3, 3.1), (5.0, 5.9), (None, None), (4.05, 4.12))):
+    """Every frame of some clips against the frame on display at its moment."""
+    with open_video(path) as (length, _):
+        pass
+    for (start, end), frames in itertools.product(clips, (4, 9)):
+        begin, stop = start or 0, min(length, 99 if end is None else end)
+        moments = begin + (stop - begin) * (np.arange(frames) + 0.5) / frames
+        expected = [np.searchsorted(times, t + 1e-4, side="right") - 1 for t in moments]
+        assert [number(f) for f in read_clip(path, start, end, frames, SIDE)] == expected, (start, end)
+
+
+EVEN = np.arange(60) / FPS
+UNEVEN = np.cumsum(np.random.default_rng(0).choice([0.04, 0.1, 0.25], 60)) - 0.04
+
+
+@pytest.mark.parametrize("what", (
+    dict(name="v.mp4", options={"bf": "3"}), dict(name="v.mp4", options={"bf": "3", "x264-params": "open-gop=1:keyint=12:bframes=3"}),
+    dict(name="v.webm", codec="libvpx-vp9", options={"deadline": "realtime"}), dict(name="v.mkv", options={"bf": "2"}),
+    dict(name="v.mp4", pix_fmt="yuv420p10le"), dict(name="v.mp4", width=54, height=38), dict(name="v.mov", codec="mpeg4", gop=1)),
+    ids=lambda w: f"{w.get('codec', 'h264')}-{w['name']}-{'-'.join(map(str, list(w.values())[1:]))[:30]}")
+def test_codecs_and_orders(tmp_path, what):
+    path = encode(tmp_path / what.pop("name"), **what)
+    shown(path, EVEN)
+
+
+@pytest.mark.parametrize("name, codec", (("v.mp4", "libx264"), ("v.webm", "libvpx-vp9"), ("v.mkv", "libx264")))
+def test_variable_frame_rate(tmp_path, name, codec):
+    path = encode(tmp_path / name, codec, UNEVEN - UNEVEN[0])
+    shown(path, UNEVEN - UNEVEN[0], ((0, 6), (1.2, 2.0), (3.33, 4.9)))
+
+
+@pytest.mark.parametrize("bframes", (0, 3))
+def test_time_starts_at_the_first_frame(tmp_path, bframes):
+    """A stream that starts at 2.5 s (cut from a longer one), and a container with an edit list."""
+    path = encode(tmp_path / "v.mp4", offset=2.5, options={"bf": str(bframes)})
+    shown(path, EVEN, ((0, 5.9), (2.0, 3.0)))
+
+
+def test_odd_sizes_ten_bits_and_webm_have_all_their_pixels(tmp_path):
+    path = encode(tmp_path / "v.mkv", "ffv1", width=54, height=37, pix_fmt="yuv444p10le")
+    clip = read_clip(path, 0, 6, 2, 54)
+    assert clip.shape == (2, 3, 54, 54) and (clip[:, 0, :8] == 122).all()
+
+
+def test_rotation_is_applied(tmp_path):
+    """A phone's portrait video: the track header's matrix turns it by a quarter."""
+    upright = np.zeros((SIDE, 2 * SIDE, 3), np.uint8)
+    upright[:, :SIDE, 0] = 230                                              # left half red, as stored
+    data.write_video(tmp_path / "v.mp4", np.stack([upright] * 10), FPS)
+    content = (tmp_path / "v.mp4").read_bytes()
+    one, minus = (1 << 16).to_bytes(4, "big"), (2 ** 32 - (1 << 16)).to_bytes(4, "big")
+    zero, last = bytes(4), (1 << 30).to_bytes(4, "big")
+    identity = one + zero * 3 + one + zero * 3 + last
+    at = content.index(identity, content.index(b"tkhd"))
+    for matrix, red in ((zero + one + zero + minus + zero * 4 + last, "top"), (zero + minus + zero + one + zero * 4 + last, "bottom"),
+                        (minus + zero * 3 + minus + zero * 3 + last, "right")):
+        (tmp_path / "r.mp4").write_bytes(content[:at] + matrix + content[at + 36:])
+        frame = read_clip(tmp_path / "r.mp4", 0, 1, 1, 64)[0, 0].astype(int)    # (64, 64) red channel
+        halves = {"top": frame[:30, 20:44], "bottom": frame[34:, 20:44], "right": frame[20:44, 34:], "left": frame[20:44, :30]}
+        assert halves[red].mean() > 200 and min(h.mean() for h in halves.values()) < 120, red
+
+
+def test_crop_fills_the_square(tmp_path):
+    frames = np.zeros((10, SIDE, 3 * SIDE, 3), np.uint8)
+    frames[:, :, SIDE:2 * SIDE] = 200
+    data.write_video(tmp_path / "v.mp4", frames, FPS)
+    clip = read_clip(tmp_path / "v.mp4", 0, 1, 2, 32, fit="crop")
+    assert clip[..., 2:-2].mean() > 190
+    assert read_clip(tmp_path / "v.mp4", 0, 1, 2, 32, fit="pad")[:, 0, 0].max() == 122
+
+
+def test_a_folder_of_images_is_a_video(tmp_path):
+    folder = tmp_path / "walk"
+    folder.mkdir()
+    for i in range(60):
+        write_png(folder / f"{i:05d}-rgb.png", picture(i))
+        write_png(folder / f"{i:05d}-depth.png", np.zeros((SIDE, SIDE, 3), np.uint8))
+    assert [number(f) for f in read_clip(folder, 1.0, 2.0, 5, SIDE, fps=10)] == [11, 13, 15, 17, 19]
+    assert [number(f) for f in read_clip(folder, None, None, 6, SIDE)] == [5, 15, 25, 35, 45, 55]       # 3 a second
+    (folder / "00060-rgb.png").symlink_to(tmp_path / "elsewhere.png")
+    with pytest.raises(DataError, match="link out of its folder"):
+        read_clip(folder, 0, 1, 2, SIDE)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no images"):
+        read_clip(tmp_path / "empty", 0, 1, 2, SIDE)
+
+
+def test_ffmpeg_opens_nothing_but_files(tmp_path):
+    numbered(tmp_path / "v.mp4")
+    hls = "#EXTM3U\n#EXTINF:6\n" + str(tmp_path / "v.mp4") + "\n#EXT-X-ENDLIST\n"
+    (tmp_path / "hls.mp4").write_text(hls)
+    (tmp_path / "concat.mp4").write_text(f"ffconcat version 1.0\nfile '{tmp_path}/v.mp4'\n")
+    for video in (tmp_path / "hls.mp4", tmp_path / "concat.mp4", f"concat:{tmp_path}/v.mp4", f"subfile,,start,0,end,0,,:{tmp_path}/v.mp4",
+                  "http://127.0.0.1:9/v.mp4", f"file:{tmp_path}/missing.mp4"):
+        with pytest.raises(DataError):
+            read_clip(video, 0, 1, 2, SIDE)
+
+
+FUZZ = """
+import sys, resource
+sys.path.insert(0, {repo!r})
+import numpy as np
+from data import DataError, read_clip
+resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+good = bad = 0
+for path in sys.argv[1:]:
+    try:
+        clip = read_clip(path, 0.5, 5.5, 8, 48, np.random.default_rng(0))
+        assert clip.shape == (8, 3, 48, 48) and clip.dtype == np.uint8
+        good += 1
+    except DataError as error:
+        assert path in str(error) and "\\n" not in str(error), error
+        bad += 1
+print(good, bad, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def mutants(source: bytes, count: int, seed: int):
+    """Bit flips, cuts at every kind of box, zeros, huge sizes, foreign content."""
+    rng, boxes = np.random.default_rng(seed), [b"ftyp", b"moov", b"mdat", b"trak", b"stbl", b"stsd", b"stts", b"stsz", b"stco", b"stsc",
+                                               b"\x1aE\xdf\xa3", b"\x18S\x80g", b"\x1fC\xb6u"]
+    cuts = [at + k for box in boxes if (at := source.find(box)) >= 0 for k in (0, 4, 12)]
+    yield from (source[:cut] for cut in cuts)
+    yield from (source[:cut - 4] + b"\xff\xff\xff\xff" + source[cut:] for cut in cuts if cut >= 4)
+    yield from (b"", b"\x00" * 5000, b"<html>not a video</html>", b"\x89PNG\r\n\x1a\n" + source, source * 2, source[len(source) // 3:])
+    for _ in range(count):
+        broken = bytearray(source)
+        for at in rng.integers(0, len(source) if rng.random() < 0.5 else 2000, int(rng.integers(1, 30))):
+            broken[min(at, len(source) - 1)] ^= 1 << int(rng.integers(8))
+        yield bytes(broken)
+
+
+def test_two_hundred_broken_videos_give_frames_or_one_sentence(tmp_path):
+    """Never a crash, a hang or 1 GB: in a process of its own, which is watched."""
+    sources = [numbered(tmp_path / "a.mp4"), encode(tmp_path / "b.mp4"), encode(tmp_path / "c.webm", "libvpx-vp9", options={"deadline": "realtime"})]
+    paths = []
+    for k, source in enumerate(sources):
+        for i, content in enumerate(mutants(source.read_bytes(), 60, k)):
+            paths.append(tmp_path / f"{k}_{i}{source.suffix}")
+            paths[-1].write_bytes(content)
+    paths.append(tmp_path / "text.mp4")
+    paths[-1].write_text("just text\n" * 100)
+    assert len(paths) > 250
+    done = subprocess.run([sys.executable, "-c", FUZZ.format(repo=str(REPO)), *map(str, paths)], capture_output=True, text=True,
+                          timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    good, bad, memory = map(int, done.stdout.split()[-3:])
+    assert good + bad == len(paths) and good > 20 and bad > 60 and memory < 1024, done.stdout
+
+
+def test_a_huge_claim_is_refused_before_allocation(tmp_path):
+    content = bytearray(encode(tmp_path / "v.mp4").read_bytes())
+    at = content.index(b"avc1") + 28                    # width and height in the sample entry
+    content[at:at + 4] = (60000).to_bytes(2, "big") * 2
+    (tmp_path / "huge.mp4").write_bytes(content)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        read_clip(tmp_path / "huge.mp4", 0, 1, 2, SIDE)     # the stream's own header says 48 x 48: it may win
+    except DataError as error:
+        assert "60000" in str(error) or "cannot be read" in str(error)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
+
+
+def test_a_cut_file_says_so(tmp_path):
+    content = encode(tmp_path / "v.mkv", "ffv1").read_bytes()
+    (tmp_path / "cut.mkv").write_bytes(content[:len(content) // 2])
+    with pytest.raises(DataError, match="cut.mkv"):
+        read_clip(tmp_path / "cut.mkv", 4.5, 5.5, 4, SIDE)
