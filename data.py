@@ -1427,7 +1427,9 @@ def command_mix(args):
     no row twice), a.jsonl alone gives all its rows. The choice is a function of the seed."""
     parts, root = [], Path(os.path.realpath(args.root or Path(args.out).parent))
     for name in args.manifests:
-        path, _, share = name.partition(":")
+        path, share = re.fullmatch(r"(.*?)(?::([\d.]+))?", name).groups()
+        if share is not None and not 0 < float(share) <= 1:
+            raise DataError(f"{name}: the share after the colon is a number above 0, at most 1")
         parts.append((read_manifest(path, allow_outside=True), float(share or 0), path))
     total = min((len(rows) / share for rows, share, _ in parts if share), default=0)
     mixed = []

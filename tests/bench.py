@@ -3,16 +3,20 @@
     python tests/bench.py attention             # naive, padded with a dense mask, tiled, ours: time and memory
     OMP_NUM_THREADS=2 python tests/bench.py full    # a step of the 7b preset for real: seconds, memory against the plan
     python tests/bench.py tflops                # the same on a GPU: TFLOP/s, ours beside torch's
+    python tests/bench.py data                  # clips of a 3-minute take: from its start, by seeking, cached; decord
 
 Every side of a comparison is a process of its own with one thread; the sides take turns, round by round.
 """
 import argparse
 import ctypes
+import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import statistics
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from functools import partial
@@ -21,11 +25,14 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import av
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.benchmark import Timer
 
+import data
 import eval
 import train
 from model import Segments, attention
@@ -204,10 +211,82 @@ def bench_full(args):
     return [dict(bench="full", stage=args.stage, seconds=seconds, bytes=peak, planned=stored + most, flops=flops)]
 
 
+def make_take(path, seconds=180, fps=30, size=448):
+    """A 3-minute H.264 take with a key frame every 250 frames: a textured scene that a shaking camera pans over."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 255, (60, 60, 3), np.uint8).repeat(20, 0).repeat(20, 1)
+    scene = np.clip(coarse.astype(int) + rng.integers(-20, 20, coarse.shape), 0, 255).astype(np.uint8)
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("libx264", rate=fps, options={"preset": "veryfast", "g": "250", "bf": "2"})
+        stream.width = stream.height = size
+        stream.pix_fmt, stream.codec_context.thread_count = "yuv420p", 1
+        for i in range(seconds * fps):
+            x, y = (int(300 + 250 * math.sin(i / 97 + k) + rng.integers(-2, 3)) for k in (0, 1))
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(scene[y:y + size, x:x + size]), format="rgb24")))
+        out.mux(stream.encode())
+
+
+def from_start(video, start, end, frames, size):
+    """What a loader without seeking does: decode from the first frame, keep those on display at the moments."""
+    wanted, out = start + (end - start) * (np.arange(frames) + 0.5) / frames, []
+    with av.open(str(video)) as container:
+        container.streams.video[0].thread_type, container.streams.video[0].codec_context.thread_count = "NONE", 1
+        shown = None
+        for frame in container.decode(video=0):
+            while len(out) < frames and frame.time > wanted[len(out)] + 1e-4:
+                out.append(data._pixels(shown, size))
+            if len(out) == frames:
+                return np.stack(out)
+            shown = frame
+    return np.stack(out + [data._pixels(shown, size)] * (frames - len(out)))
+
+
+def decord_clip(video, start, end, frames, size):
+    """decord's reader, one thread, frames by index: what many video MLLMs use."""
+    import decord
+    reader = decord.VideoReader(str(video), ctx=decord.cpu(0), num_threads=1, width=size, height=size)
+    moments = start + (end - start) * (np.arange(frames) + 0.5) / frames
+    return reader.get_batch([int(t * reader.get_avg_fps() + 1e-6) for t in moments]).asnumpy().transpose(0, 3, 1, 2)
+
+
+def bench_data(args):
+    """Random 0.7 s clips, 16 frames at 336 pixels, one core: decoded from the file's start, sought, cached."""
+    with tempfile.TemporaryDirectory() as folder:
+        take, rng = Path(folder) / "take.mp4", np.random.default_rng(0)
+        make_take(take)
+        starts = rng.uniform(0, 179, 12)
+        rows = [{"id": str(i), "ego": {"video": "take.mp4", "start": s, "end": s + 0.7}, "text": "x"} for i, s in enumerate(starts)]
+        data.write_jsonl(Path(folder) / "m.jsonl", rows)
+        data.main(["cache", f"{folder}/m.jsonl", "--out", f"{folder}/cache"])
+        cached = data.read_manifest(f"{folder}/cache/manifest.jsonl")[0]["ego"]["video"]
+        sides = {"from the start": partial(from_start, take), "read_clip": partial(data.read_clip, take), "cached": partial(data.read_clip, cached)}
+        if importlib.util.find_spec("decord"):
+            sides["decord"] = partial(decord_clip, take)
+        else:
+            print("decord is not installed: not compared")
+        pictures = {name: read(starts[0], starts[0] + 0.7, 16, 336) for name, read in sides.items()}
+        for name in pictures:
+            apart = np.abs(pictures[name].astype(int) - pictures["read_clip"]).mean()
+            print(f"    {name}: pixels {apart:.2f} of 255 from read_clip's", flush=True)
+        times = {name: [] for name in sides}
+        for start in starts:                                    # the sides take turns, clip by clip
+            for name, read in sides.items():
+                began = time.process_time()
+                read(start, start + 0.7, 16, 336)
+                times[name].append(time.process_time() - began)
+    out = []
+    for name, runs in times.items():
+        ratio = sum(runs) / sum(times["read_clip"])
+        print(f"    {name:15} {1000 * statistics.mean(runs):7.1f} ms a clip, {len(runs) / sum(runs):6.1f} clips/s a core, "
+              f"{ratio:6.2f}x the time of read_clip")
+        out.append(dict(bench="data", side=name, seconds=statistics.mean(runs), ratio=ratio))
+    return out
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    benches = {"attention": bench_attention, "tflops": bench_tflops, "full": bench_full}
+    benches = {"attention": bench_attention, "tflops": bench_tflops, "full": bench_full, "data": bench_data}
     parser.add_argument("bench", choices=benches)
     parser.add_argument("--stage", type=int, default=1, choices=(1, 2, 3), help="of `full`")
     parser.add_argument("--rounds", type=int, default=3)

@@ -1,0 +1,433 @@
+"""Each builder on small hand-written files in the real format, with the values that shared formats prescribe."""
+import json
+import random
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+from test_data import numbered
+
+import data
+from data import BUILDERS, EGOIT, DataError, read_clip, read_manifest, write_jsonl, write_png
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+def build(command, root, *flags):
+    """Run a builder; its rows by id."""
+    data.main([command, "--root", str(root), "--out", str(root / "out.jsonl"), *flags])
+    return {row["id"]: row for row in map(json.loads, (root / "out.jsonl").read_text().splitlines())}
+
+
+# ------------------------------------------------------------------------------------------------- Ego-Exo4D
+def stream(name):
+    return {"relative_path": f"frame_aligned_videos/{name}.mp4"}
+
+
+def take(uid, name, cameras, streams, duration=60.0):
+    return {"take_uid": uid, "take_name": name, "root_dir": f"takes/{name}", "duration_sec": duration, "frame_aligned_videos": streams,
+            "capture": {"cameras": [{"cam_id": cam, "is_ego": ego} for cam, ego in cameras.items()]}}
+
+
+def said(text, timestamp, unsure=False, visible=True, subject="C", best="cam02", key="subject"):
+    return {"text": text, "timestamp": timestamp, key: subject, "ego_visible": visible, "unsure": unsure,
+            "best_exo": {"raw_cam_id": "2", "cam_id": best} if best else None}
+
+
+def ego_exo(root):
+    aria = {"aria02": {"rgb": stream("aria02_214-1"), "slam-left": stream("aria02_1201-1")}, "cam01": {"0": stream("cam01")},
+            "cam02": {"0": stream("cam02")}, "gp05": {"0": stream("gp05")}, "collage": {"0": {"relative_path": None}},
+            "best_exo": {"0": {"relative_path": None}}, "cam03": {"0": {"relative_path": None}}}
+    write(root / "takes.json", [
+        take("u1", "cmu_bike_1", {"aria02": True, "cam01": False, "cam02": False, "cam03": False, "gp05": True, "mobile": False}, aria),
+        take("u2", "no_exo", {"aria01": True}, {"aria01": {"rgb": stream("aria01_214-1")}}),
+        take("u4", "another_split", {"aria01": True}, {"aria01": {"rgb": stream("aria01_214-1")}})])
+    write(root / "annotations/splits.json", {"take_uid_to_split": {"u1": "train", "u2": "train", "u3": "train", "u4": "val"}})
+    first = [said("C touches the screw of the hub with his right hand.", 18.48356), said("C picks C's tool.", 0.03831),
+             said("C looks around.", 9.5, unsure=True)]
+    second = [said("The Man X walks towards C.", 0.76281, "0", "1", "O", key="narration_subject"), said("C sits.", 5.0, "1", "1"),
+              said("C opens a box.", 59.99, "0", "1", best=None), said("C hides it.", 20.0, "0", "0")]
+    write(root / "annotations/atomic_descriptions_train.json", {"ds": "x", "take_cam_id_map": {}, "annotations": {
+        "u1": [{"annotation_uid": "a", "annotator_id": "p1", "rejected": False, "descriptions": first},
+               {"annotation_uid": "b", "annotator_id": "p2", "rejected": False, "descriptions": second},
+               {"annotation_uid": "c", "annotator_id": "p3", "rejected": True, "descriptions": [said("C errs.", 1.0)]}],
+        "u2": [{"annotation_uid": "d", "annotator_id": "p1", "rejected": False, "descriptions": first}],
+        "u3": [{"annotation_uid": "e", "annotator_id": "p1", "rejected": False, "descriptions": first}],
+        "u4": [{"annotation_uid": "f", "annotator_id": "p1", "rejected": False, "descriptions": first}]}})
+    return root
+
+
+def test_ego_exo4d(tmp_path, capsys):
+    rows = build("ego-exo4d", ego_exo(tmp_path))
+    assert list(rows) == ["cmu_bike_1/p1/0", "cmu_bike_1/p1/1", "cmu_bike_1/p2/2"]
+    row = rows["cmu_bike_1/p1/0"]
+    folder = "takes/cmu_bike_1/frame_aligned_videos/downscaled/448"
+    assert row["ego"]["video"] == f"{folder}/aria02_214-1.mp4"
+    assert [clip["video"] for clip in row["exo"]] == [f"{folder}/cam01.mp4", f"{folder}/cam02.mp4"]     # not gp05, collage, best_exo, cam03
+    beta = (18.48356 - 0.03831) / 2                         # three narrations, sorted, before any filter
+    assert beta == pytest.approx(9.222625)
+    assert row["ego"]["end"] - row["ego"]["start"] == pytest.approx(1.882168, abs=1e-6)
+    assert row["ego"]["start"] == pytest.approx(18.48356 - 1.882168 / 2, abs=1e-6) and row["exo"][0]["end"] == row["ego"]["end"]
+    assert rows["cmu_bike_1/p1/1"]["ego"]["start"] == 0     # would begin below 0
+    assert rows["cmu_bike_1/p2/2"]["ego"]["end"] == 60      # cut at the take's end
+    assert row["text"] == "Camera-wearer touches the screw of the hub with his right hand."
+    assert rows["cmu_bike_1/p1/1"]["text"] == "Camera-wearer picks Camera-wearer's tool."
+    out = capsys.readouterr().out
+    for line in ("take not in takes.json: 1", "take without an ego or exo video: 1", "take of another split: 1", "unsure: 2", "not the wearer: 1",
+                 "rejected annotation: 1", "not seen by the ego camera: 1", "takes: 1", "3 rows, 6 ego-exo pairs", "mean clip", "2,925 takes"):
+        assert line in out or line == "take of another split: 1", (line, out)
+
+
+def test_ego_exo4d_options(tmp_path, capsys):
+    root = ego_exo(tmp_path)
+    full = tmp_path / "takes/cmu_bike_1/frame_aligned_videos"
+    assert len(build("ego-exo4d", root, "--keep-unsure")) == 5
+    assert len(build("ego-exo4d", root, "--keep-hidden")) == 4
+    assert "cmu_bike_1/p2/0" in build("ego-exo4d", root, "--subject", "any")
+    best = build("ego-exo4d", root, "--views", "best")
+    assert {len(row["exo"]) for row in best.values()} == {1} and "cmu_bike_1/p2/2" not in best
+    assert best["cmu_bike_1/p1/0"]["exo"][0]["video"].endswith("cam02.mp4")
+    assert "downscaled" not in build("ego-exo4d", root, "--video-size", "full")["cmu_bike_1/p1/0"]["ego"]["video"]
+    times = [18.48356, 0.03831, 9.5, 0.76281, 5.0, 59.99, 20.0, 1.0]
+    pooled = (max(times) - min(times)) / (len(times) - 1)
+    row = build("ego-exo4d", root, "--beta", "take")["cmu_bike_1/p1/0"]
+    assert row["ego"]["end"] - row["ego"]["start"] == pytest.approx(pooled / 4.9)
+    capsys.readouterr()
+    build("ego-exo4d", root, "--alpha", "mean")
+    assert re.search(r"mean gap is \d+\.\d+ s", capsys.readouterr().out)
+    full.mkdir(parents=True)
+    numbered(full / "cam01.mp4")                                    # only the full size is there, and not at 30 a second
+    rows = build("ego-exo4d", root)
+    assert rows["cmu_bike_1/p1/0"]["exo"][0]["video"].endswith("frame_aligned_videos/cam01.mp4")
+    assert "video not at 30 fps: 1" in capsys.readouterr().out
+
+
+def test_a_narration_alone_gets_alpha_for_a_gap_and_two_frames_at_least(tmp_path):
+    root = ego_exo(tmp_path)
+    path = root / "annotations/atomic_descriptions_train.json"
+    content = json.loads(path.read_text())
+    content["annotations"] = {"u1": [
+        {"annotation_uid": "a", "annotator_id": "p1", "rejected": False, "descriptions": [said("C sits down.", 10.0)]},
+        {"annotation_uid": "b", "annotator_id": "p2", "rejected": False, "descriptions": [said("C stands up.", 30.0), said("C goes.", 30.0)]}]}
+    write(path, content)
+    rows = build("ego-exo4d", root)
+    assert rows["cmu_bike_1/p1/0"]["ego"] | {"video": ""} == {"video": "", "start": 9.5, "end": 10.5}
+    assert rows["cmu_bike_1/p2/0"]["ego"]["end"] - rows["cmu_bike_1/p2/0"]["ego"]["start"] == pytest.approx(2 / 30)
+
+
+# ----------------------------------------------------------------------------------------------------- EgoClip
+CLIPS = "\t".join(("clip_idx video_uid video_dur narration_source narration_ind narration_time clip_start clip_end clip_text tag_verb "
+                   "tag_noun").split())
+UID = "001e3e4e-2743-47fc-8564-d5efd11f9e90"
+
+
+def egoclip(root):
+    write(root / "egoclip.csv", "\n".join((
+        CLIPS, f'0\t{UID}\t128.033333\tnarration_pass_1\t0\t3.3445\t2.967651\t3.721266\t#C C picks a bag of clothes from the floor\t[93]\t[192, 115, 12]',
+        "1\tonly\tthree", f'2\t{UID}\t700\tnarration_pass_2\t1\t0.1\t-0.3\t0.4\t#C C walks "to" the door\t[1]\t[]',
+        f"3\t{UID}\t700\tnarration_pass_1\t2\t600.2\t599.5\t601.5\t#C C opens the red door\t[1]\t[2]",
+        f"4\t{UID}\t700\tnarration_pass_1\t3\t5\t4\t6\t#unsure\t[]\t[]", f"5\t{UID}\t700\tnarration_pass_1\t3\t5\t4\t6\t#C C talks\t[]\t[]")))
+    return root
+
+
+def test_egoclip(tmp_path, capsys):
+    rows = build("egoclip", egoclip(tmp_path))
+    row = rows["egoclip/0"]
+    assert row["ego"] == {"video": f"{UID}/0.mp4", "start": 2.967651, "end": 3.721266}
+    assert (row["ego"]["start"] + row["ego"]["end"]) / 2 == pytest.approx(3.3445, abs=1e-3)      # EgoVLP's row 0
+    assert (row["ego"]["end"] - row["ego"]["start"]) * 4.9 == pytest.approx(3.6927, abs=1e-3)    # its beta
+    assert row["verbs"] == [93] and row["nouns"] == [192, 115, 12] and row["text"] == "Camera-wearer picks a bag of clothes from the floor"
+    assert rows["egoclip/2"]["ego"]["start"] == 0 and rows["egoclip/2"]["text"] == 'Camera-wearer walks "to" the door'
+    assert rows["egoclip/3"]["ego"] == {"video": f"{UID}/1.mp4", "start": 0, "end": 1.5}          # of two files the one of its middle
+    assert len(rows) == 3
+    out = capsys.readouterr().out
+    assert "malformed line: 1" in out and "unsure, short or without length: 2" in out
+    assert build("egoclip", tmp_path, "--chunk", "0")["egoclip/3"]["ego"] == {"video": f"{UID}.mp4", "start": 599.5, "end": 601.5}
+
+
+# ------------------------------------------------------------------------------------------------------- EgoIT
+def egtea(root):
+    write(root / "action_idx.txt", "Inspect/Read_recipe 1\nTake_eating:utensil 2\nTurn on_faucet 3\n")
+    write(root / "train_split1.txt", "P21-R04-ContinentalBreakfast-291175-294945-F006979-F007088 1 1 1\n"
+                                     "P04-R06-GreekSalad-682170-683940-F016368-F016419 2 1 1 7\n")
+    return root
+
+
+def test_egtea(tmp_path):
+    rows = list(build("egtea", egtea(tmp_path)).values())
+    assert rows[0]["ego"] == {"video": "cropped_clips/P21-R04-ContinentalBreakfast/P21-R04-ContinentalBreakfast-291175-294945-F006979-F007088.mp4"}
+    assert rows[0]["seconds"] == [291.175, 294.945] and rows[0]["frames"] == [6979, 7088]
+    assert [row["turns"][0]["assistant"] for row in rows] == ["inspect/read recipe", "take eating utensil"]     # ids count from 1
+
+
+def ssv2(root):
+    write(root / "labels.json", {"Holding something next to something": "41", "Something falling like a feather or paper": "136"})
+    write(root / "train.json", [
+        {"id": "78687", "label": "holding potato next to vicks vaporub bottle", "template": "Holding [something] next to [something]",
+         "placeholders": ["potato", "vicks vaporub bottle"]},
+        {"id": "36585", "label": "plastic falling like a feather or paper", "template": "[Something] falling like a feather or paper",
+         "placeholders": ["plastic"]}])
+    write(root / "test.json", [{"id": "1420"}])
+    return root
+
+
+def test_ssv2(tmp_path):
+    rows = build("ssv2", ssv2(tmp_path))
+    row = rows["ssv2/36585"]
+    assert row["class"] == 136 and row["ego"] == {"video": "36585.webm"} and row["turns"][0]["assistant"] == "plastic falling like a feather or paper"
+    with pytest.raises(SystemExit, match="test split has none"):
+        build("ssv2", tmp_path, "--split", "test")
+
+
+def egotimeqa(root):
+    record = {"video_id": "16fc2d81", "sample_id": "16fc2d81", "answer": "gave it to Person B", "question": "What did l do with the coffee?",
+              "moment_start_frame": -3.4, "moment_end_frame": 3857.57, "wrong_answers": ["drank it", "left it", "spilled it"]}
+    write(root / "annotations.EgoTimeQA.json", [record, record | {"question": "Where did I go?"}])
+    return root
+
+
+def test_egotimeqa(tmp_path):
+    rows = build("egotimeqa", egotimeqa(tmp_path))
+    row = rows["egotimeqa/16fc2d81/0"]
+    assert row["ego"] == {"video": "16fc2d81.mp4"} and "What did I do with the coffee?" in row["turns"][0]["user"]
+    assert row["turns"][0]["assistant"] == "gave it to Person B"
+    records = json.loads((tmp_path / "annotations.EgoTimeQA.json").read_text())
+    write(tmp_path / "annotations.EgoTimeQA.json", records + [records[0] | {"wrong_answers": ["one"]}])
+    with pytest.raises(SystemExit, match="record 3.*1 wrong answers, not 3"):
+        build("egotimeqa", tmp_path)
+
+
+def openeqa(root):
+    write(root / "open-eqa-v0.json", [
+        {"question": "What is the white object on the wall above the TV?", "answer": "Air conditioning unit", "category": "object recognition",
+         "question_id": "f2e82760", "episode_history": "hm3d-v0/000-hm3d-BFRyYbPCCPE"},
+        {"question": "Is it warm", "answer": "yes", "category": "x", "question_id": "q2", "episode_history": "hm3d-v0/000-hm3d-BFRyYbPCCPE",
+         "extra_answers": ["sure"]}])
+    return root
+
+
+def test_openeqa(tmp_path):
+    folder = openeqa(tmp_path) / "frames/hm3d-v0/000-hm3d-BFRyYbPCCPE"
+    folder.mkdir(parents=True)
+    for i in range(6):
+        write_png(folder / f"{i}-rgb.png", np.full((16, 16, 3), 40 * i, np.uint8))
+        write_png(folder / f"{i}-depth.png", np.full((16, 16, 3), 255, np.uint8))
+    build("openeqa", tmp_path)
+    row = read_manifest(tmp_path / "out.jsonl")[0]
+    frames = read_clip(row["ego"]["video"], None, None, 6, 16, None, row["ego"]["fps"])
+    assert frames[:, 0, 0, 0].tolist() == [0, 40, 80, 120, 160, 200]        # never a depth file
+    assert row["turns"][0]["assistant"] == "Air conditioning unit"
+
+
+def egoexolearn(root):
+    write(root / "annotations/fine_annotation_trainval_en.csv",
+          "annotation_id,narration_en,start_sec,view,end_sec,subset,scene,video_uid,narration_en_hand_prompt,narration_en_no_hand_prompt\n"
+          'a1,"Use your left hand to hold the meat, and\nuse your right hand to cut.",0.5,ego,70.30000000000001,train,kitchen,vid,x,y\n'
+          "a2,You open it,9.0,ego,9.5,train,kitchen,vid,x,y\na3,You open it,1.0,exo,2.0,train,lab,vid,x,y\n"
+          "a4,You close it,1.0,ego,2.0,val,lab,vid,x,y\n")
+    return root
+
+
+def test_egoexolearn(tmp_path, capsys):
+    numbered(egoexolearn(tmp_path) / "vid.mp4")                             # 6 s
+    rows = build("egoexolearn", tmp_path)
+    assert list(rows) == ["egoexolearn/a1"] and rows["egoexolearn/a1"]["ego"] == {"video": "vid.mp4", "start": 0.5, "end": 6.0}
+    assert rows["egoexolearn/a1"]["turns"][0]["assistant"] == "Use my left hand to hold the meat, and\nuse my right hand to cut."
+    out = capsys.readouterr().out
+    assert "beyond the video's end: 1" in out and "cut at the video's end: 1" in out
+    assert list(build("egoexolearn", tmp_path, "--split", "val")) == ["egoexolearn/a4"]
+
+
+def talk(root):
+    write(root / "talk.json", [
+        {"id": 0, "video": "videos/a.mp4", "image": "wins.mp4", "start": 1.5, "end": 2.5,
+         "conversations": [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "A cup."},
+                           {"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "Yes."}]},
+        {"id": "x_0", "image": {"video": "b.mp4"}, "conversations": [{"from": "gpt", "value": "Hello."}, {"from": "human", "value": "Which?\n<video>"},
+                                                                     {"from": "gpt", "value": "B"}]},
+        {"id": "t", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hi"}]}])
+    return root
+
+
+def test_conversations(tmp_path, capsys):
+    rows = build("conversations", talk(tmp_path), "--file", "talk.json")
+    assert rows["0"]["ego"] == {"video": "wins.mp4", "start": 1.5, "end": 2.5}      # image wins over video
+    assert rows["0"]["turns"] == [{"user": "What?", "assistant": "A cup."}, {"user": "Sure?", "assistant": "Yes."}]
+    assert rows["x_0"]["ego"] == {"video": "b.mp4"} and rows["x_0"]["turns"] == [{"user": "Which?", "assistant": "B"}]
+    assert "text only: 1" in capsys.readouterr().out
+    assert build("conversations", tmp_path, "--file", "talk.json", "--view", "exo")["0"]["exo"][0]["video"] == "wins.mp4"
+    for change, words in (({"conversations": [{"from": "human", "value": "odd"}]}, "take turns"),
+                          ({"conversations": [{"from": "robot", "value": "?"}, {"from": "gpt", "value": "!"}]}, "robot"),
+                          ({"conversations": 7}, "record 2")):
+        records = json.loads((tmp_path / "talk.json").read_text())
+        write(tmp_path / "broken.json", [records[0], records[1] | change])
+        with pytest.raises(SystemExit, match=f"broken.json record 2.*{words}|broken.json {words}"):
+            build("conversations", tmp_path, "--file", "broken.json")
+    write(tmp_path / "broken.json", "[{]")
+    with pytest.raises(SystemExit, match="broken.json is not as expected"):
+        build("conversations", tmp_path, "--file", "broken.json")
+
+
+def test_ten_instructions_a_source_chosen_by_the_row(tmp_path):
+    for source, (details, ten) in EGOIT.items():
+        assert len(set(ten)) == 10 and details
+        assert all(("{}" in t) == (source in ("egotimeqa", "openeqa")) for t in ten)
+        chosen = Counter(data.instruction(source, str(i), "base", "Q?") for i in range(1000))
+        assert len(chosen) == 10 and min(chosen.values()) > 60
+        base, task, cue = (data.instruction(source, "7", prompt, "Q?") for prompt in ("base", "task", "cue"))
+        assert task == f"{details}\n{base}" and cue == f"{data.CUE}\n{task}"
+    first = build("egtea", egtea(tmp_path), "--prompt", "base")
+    assert first == build("egtea", tmp_path, "--prompt", "base") != build("egtea", tmp_path)
+
+
+# ---------------------------------------------------------------------------------------- wrong files, for all
+SOURCES = {"ego-exo4d": (ego_exo, ()), "egoclip": (egoclip, ()), "egtea": (egtea, ()), "ssv2": (ssv2, ()), "egotimeqa": (egotimeqa, ()),
+           "openeqa": (openeqa, ()), "egoexolearn": (egoexolearn, ()), "conversations": (talk, ("--file", "talk.json"))}
+
+
+@pytest.mark.parametrize("command", BUILDERS)
+def test_a_missing_file_is_named(tmp_path, command):
+    flags = SOURCES[command][1]
+    with pytest.raises(SystemExit, match="is missing"):
+        build(command, tmp_path, *flags)
+
+
+def breakings(content: str, rng: random.Random):
+    """One way to damage an annotation file."""
+    kind = rng.randrange(6)
+    at = rng.randrange(len(content))
+    if kind == 0:
+        return content[:at]
+    if kind == 1:                                       # another type where something stood
+        return re.sub(r'"[^"]*"|\d+\.?\d*', lambda m: rng.choice(("null", "[]", '"x"', "-1e999", "{}")) if rng.random() < 0.1 else m[0], content)
+    if kind == 2:
+        return re.sub(r'"(\w+)":', lambda m: f'"{m[1]}_":' if rng.random() < 0.05 else m[0], content)     # a field goes
+    if kind == 3:
+        return content[:at] + rng.choice(("\x00", "\t", '"', "}", "\ud7ff", "[" * 3000)) + content[at:]
+    if kind == 4:
+        return content.replace("1", rng.choice(("9" * 400, "NaN", "Infinity", "-1")))
+    return "".join(rng.sample(content, len(content)))
+
+
+@pytest.mark.parametrize("command", BUILDERS)
+def test_broken_annotations_give_rows_or_one_sentence(tmp_path, command, capsys):
+    """25 damaged files a builder, 200 in all."""
+    make, flags = SOURCES[command]
+    rng, outcomes = random.Random(command), Counter()
+    for trial in range(25):
+        root = make(tmp_path / str(trial))
+        files = sorted(p for p in root.rglob("*") if p.suffix in (".json", ".csv", ".txt") and p.name != "test.json")
+        path = rng.choice(files)
+        path.write_bytes(breakings(path.read_text(), rng).encode(errors="surrogatepass"))
+        try:
+            build(command, root, *flags)
+            outcomes["rows"] += 1
+            read_manifest(root / "out.jsonl")
+        except SystemExit as error:
+            assert str(error).startswith("data.py: ") and str(error).count("\n") <= 1, error
+            outcomes["sentence"] += 1
+    assert outcomes["sentence"] >= 5, outcomes
+
+
+# ------------------------------------------------------------------------------------- check, cache, mix, show
+def small_set(root):
+    """Six rows: four good, one blank, one of a video that is not there."""
+    numbered(root / "a.mp4")
+    data.write_video(root / "short.mp4", np.random.default_rng(0).integers(0, 255, (30, 48, 48, 3), np.uint8), 10)
+    data.write_video(root / "black.mp4", np.zeros((60, 48, 48, 3), np.uint8), 10)
+    rows = [{"id": f"g{i}", "ego": {"video": "a.mp4", "start": i or 0.2, "end": i + 1.0}, "text": "x"} for i in range(4)]
+    rows += [{"id": "black", "ego": {"video": "black.mp4", "start": 0, "end": 1}, "text": "x"},
+             {"id": "gone", "ego": {"video": "gone.mp4"}, "text": "x"},
+             {"id": "over", "ego": {"video": "a.mp4", "start": 5.5, "end": 9.0}, "text": "x"},
+             {"id": "uneven", "ego": {"video": "a.mp4", "start": 1, "end": 2}, "exo": [{"video": "short.mp4", "start": 1, "end": 2}], "text": "x"}]
+    write_jsonl(root / "m.jsonl", rows)
+    return root / "m.jsonl"
+
+
+def test_check_names_what_is_wrong_and_training_skips_it(tmp_path, capsys):
+    manifest = small_set(tmp_path)
+    with pytest.raises(SystemExit, match=r"50.0% of the rows are bad, more than --max-bad 1.0%"):
+        data.main(["check", str(manifest)])
+    out = capsys.readouterr().out
+    for words in ("black: blank", "gone: missing", "over: too short", "uneven: ego and exo differ", "4 of 8 rows are good"):
+        assert words in out
+    kept = read_manifest(manifest)
+    assert [row["id"] for row in kept] == ["g0", "g1", "g2", "g3"] and "4 of 8 rows are on the skip list" in capsys.readouterr().out
+    data.main(["check", str(manifest), "--max-bad", "0.6"])
+
+
+def test_check_outlives_decoders_that_hang_or_crash(tmp_path, monkeypatch, capsys):
+    manifest, read = small_set(tmp_path), data.read_clip
+
+    def trap(video, start, *rest):
+        if start == 1:
+            while True:                                     # hangs: the kernel's alarm ends the worker
+                pass
+        if start == 2:
+            import os
+            os.kill(os.getpid(), 11)                        # a decoder that crashes
+        return read(video, start, *rest)
+    monkeypatch.setattr(data, "read_clip", trap)
+    with pytest.raises(SystemExit, match="more than --max-bad"):
+        data.main(["check", str(manifest), "--limit", "1"])
+    out = capsys.readouterr().out
+    assert "g1: hangs or crashes" in out and "g2: hangs or crashes" in out and "g0: hangs" not in out and "g3: hangs" not in out
+
+
+def test_cache_shows_the_same_frames(tmp_path):
+    from test_data import number
+    numbered(tmp_path / "a.mp4")
+    spans = [(0, 1), (1.3, 1.9), (4.0, 4.2), (5.5, 6.0), (0.2, 3.0)]
+    write_jsonl(tmp_path / "m.jsonl", [{"id": str(i), "ego": {"video": "a.mp4", "start": s, "end": e}, "text": "x"} for i, (s, e) in enumerate(spans)])
+    data.main(["cache", str(tmp_path / "m.jsonl"), "--size", "48", "--frames", "4", "--out", str(tmp_path / "c")])
+    for old, new in zip(read_manifest(tmp_path / "m.jsonl"), read_manifest(tmp_path / "c/manifest.jsonl")):
+        a, b = (read_clip(row["ego"]["video"], row["ego"]["start"], row["ego"]["end"], 4, 48) for row in (old, new))
+        assert [number(f) for f in a] == [number(f) for f in b] and np.abs(a.astype(int) - b).mean() < 4
+        drawn = read_clip(new["ego"]["video"], new["ego"]["start"], new["ego"]["end"], 4, 48, np.random.default_rng(0))
+        first = int(old["ego"]["start"] * 10 + 1e-6)
+        assert all(first <= number(f) < old["ego"]["end"] * 10 for f in drawn)      # never a frame of another clip
+    assert len(list((tmp_path / "c").glob("*.mp4"))) == 1
+
+
+def test_cache_leaves_out_what_cannot_be_read_and_says_so(tmp_path, capsys):
+    manifest = small_set(tmp_path)
+    with pytest.raises(SystemExit, match="1 of 8 rows are bad"):
+        data.main(["cache", str(manifest), "--size", "48", "--out", str(tmp_path / "c")])
+    data.main(["cache", str(manifest), "--size", "48", "--out", str(tmp_path / "c"), "--max-bad", "0.5"])
+    assert "left out" in capsys.readouterr().out and len(read_manifest(tmp_path / "c/manifest.jsonl")) == 7
+
+
+def test_mix_takes_shares_and_never_a_row_twice(tmp_path):
+    for name, count in (("a", 40), ("b", 100)):
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / f"{name}.jsonl", [{"id": str(i), "ego": {"video": f"{i}.mp4"}, "text": "x"} for i in range(count)])
+    a, b = (str(tmp_path / name / f"{name}.jsonl") for name in "ab")
+    data.main(["mix", f"{a}:0.5", f"{b}:0.5", "--out", str(tmp_path / "mix.jsonl")])
+    rows = read_manifest(tmp_path / "mix.jsonl")
+    assert Counter(row["id"][0] for row in rows) == {"a": 40, "b": 40} and len({row["id"] for row in rows}) == 80
+    assert rows[0]["ego"]["video"] == str((tmp_path / "a" / "0.mp4").resolve())
+    data.main(["mix", a, b, "--out", str(tmp_path / "all.jsonl")])
+    assert len(read_manifest(tmp_path / "all.jsonl")) == 140
+    for wrong, words in ((f"{a}:7", "share after the colon"), (f"{a}:half", "cannot be read")):
+        with pytest.raises(SystemExit, match=words):
+            data.main(["mix", wrong, "--out", str(tmp_path / "mix.jsonl")])
+
+
+def test_a_manifest_beside_its_cache_trains(tmp_path, toy):
+    """A batch of 16-frame rows through the loader, from cached files and from an image folder."""
+    from model import PRESETS
+    folder = tmp_path / "walk"
+    folder.mkdir()
+    for i in range(9):
+        write_png(folder / f"{i}-rgb.png", np.full((48, 48, 3), 20 * i, np.uint8))
+    write_jsonl(tmp_path / "m.jsonl", [{"id": "w", "ego": {"video": "walk", "fps": 3}, "text": "Camera-wearer walks."}])
+    loader = data.Loader(read_manifest(tmp_path / "m.jsonl"), PRESETS["toy"], data.Tokenizer(toy / "toy" / "tokenizer.model"), view="ego", batch=1)
+    batch = loader.batch(0)[0]
+    assert batch.ego.shape == (1, 4, 3, 48, 48) and not batch.skipped
+    with pytest.raises(DataError, match='"fps" is -1'):
+        write_jsonl(tmp_path / "bad.jsonl", [{"id": "w", "ego": {"video": "walk", "fps": -1}, "text": "x"}])
+        read_manifest(tmp_path / "bad.jsonl")
