@@ -122,6 +122,11 @@ def open_video(video: str | os.PathLike, fps: float | None = None) -> Iterator[t
         why = getattr(error, "strerror", None) or error
         raise DataError(f"{video} cannot be read: {why}", missing) from None
 
+def frame_rate(video: str | os.PathLike) -> float:
+    """Mean frames a second of a file, as its header says."""
+    with av.open(str(video), options=OPEN_OPTIONS) as container:
+        return float(container.streams.video[0].average_rate or 30)
+
 def _seconds(container, stream) -> float:
     """Length of the video, as its header says."""
     if stream.duration:
@@ -277,10 +282,14 @@ def _check_row(row, where: str, base: Path, allow_outside: bool) -> dict:
         raise DataError(f'{where}: "turns" is a list of {{"user": ..., "assistant": ...}}')
     return row
 
+def write_whole(path: str | os.PathLike, text: str):
+    """A text file that is never seen half written."""
+    with whole_file(path) as part:
+        part.write_text(text)
+
 def write_jsonl(path: str | os.PathLike, rows: list[dict]):
     """Rows as JSON lines."""
-    with whole_file(path) as part:
-        part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 @contextmanager
 def file_lock(path: str | os.PathLike, wait: bool):
@@ -592,12 +601,16 @@ def contact_sheet(path: str | os.PathLike, items: list[tuple[list, list]], colum
     write_png(path, rearrange(np.stack(tiles), "(r c) h w k -> (r h) (c w) k", c=columns))
 
 def write_png(path: str | os.PathLike, image: np.ndarray):
+    """uint8 (H, W, 3) -> a PNG file."""
+    Path(path).write_bytes(encode_png(image))
+
+def encode_png(image: np.ndarray) -> bytes:
     """uint8 (H, W, 3) -> PNG, through FFmpeg's encoder."""
     codec = av.CodecContext.create("png", "w")
     codec.height, codec.width = image.shape[:2]
     codec.pix_fmt, codec.time_base = "rgb24", Fraction(1, 1)
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-    Path(path).write_bytes(b"".join(bytes(packet) for packet in codec.encode(frame) + codec.encode(None)))
+    return b"".join(bytes(packet) for packet in codec.encode(frame) + codec.encode(None))
 
 # ------------------------------------------------------------------------------------------- the micro-world
 # A table, two blocks, two hands, nine actions. A scene is one mp4 of five one-second clips. The exo
@@ -938,8 +951,7 @@ def _claim_world(out: Path, world: World):
     """A folder holds one world: refuse other knobs by name."""
     file = out / "world.json"
     if not file.is_file():
-        with whole_file(file) as part:
-            part.write_text(json.dumps(asdict(world)))
+        write_whole(file, json.dumps(asdict(world)))
     made = asdict(toy_world(out))
     for key, value in asdict(world).items():
         if made[key] != value:
@@ -1093,15 +1105,15 @@ def ego_exo4d(files: Files, o: Build) -> Iterator[dict]:
     told = [pair for name in names
             for pair in files.json(f"annotations/atomic_descriptions_{name}.json")["annotations"].items()]
 
-    def gap(annotations, alpha):
-        times = sorted(float(d["timestamp"]) for a in annotations for d in a["descriptions"])
+    def gap(narrators, alpha):
+        times = sorted(float(d["timestamp"]) for a in narrators for d in a["descriptions"])
         return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else alpha
     groups = [([a] if o.beta == "annotator" else all_) for _, all_ in told for a in all_]
     alpha = 4.9 if o.alpha == "mean" else float(o.alpha)
     if o.alpha == "mean":
         alpha = float(np.mean([gap(group, alpha) for group in groups]))
         print(f"alpha: the mean gap is {alpha:.3f} s")
-    for uid, annotations in files.each(told):
+    for uid, narrators in files.each(told):
         take = takes.get(uid)
         if take is None or split_of.get(uid) not in names:
             files.count["take not in takes.json" if take is None else "take of another split"] += 1
@@ -1111,8 +1123,8 @@ def ego_exo4d(files: Files, o: Build) -> Iterator[dict]:
             files.count["take without an ego or exo video"] += 1
             continue
         files.count["takes"] += 1
-        for annotation in annotations:
-            half = gap([annotation] if o.beta == "annotator" else annotations, alpha) / (2 * alpha)
+        for annotation in narrators:
+            half = gap([annotation] if o.beta == "annotator" else narrators, alpha) / (2 * alpha)
             for i, said in enumerate(annotation["descriptions"]):
                 subject, best = said.get("subject", said.get("narration_subject")), said.get("best_exo") or {}
                 cameras = exo if o.views == "all" else {
@@ -1146,8 +1158,7 @@ def take_videos(files: Files, take: dict, captures: dict, o: Build) -> tuple[str
         if not (files.root / chosen).is_file():
             files.count["video not downloaded"] += 1
         else:
-            with av.open(str(files.root / chosen), options=OPEN_OPTIONS) as container:
-                files.count["video not at 30 fps"] += abs(container.streams.video[0].average_rate - 30) > 0.1
+            files.count["video not at 30 fps"] += abs(frame_rate(files.root / chosen) - 30) > 0.1
         return str(chosen)
     streams = take["frame_aligned_videos"]
     ego = [path(s["rgb"]) for s in streams.values() if "rgb" in s and s["rgb"].get("relative_path")]

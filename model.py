@@ -730,7 +730,6 @@ class Exo2Ego(nn.Module):
         if lora:
             self.decoder.add_lora(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout)
 
-    # -- seeing
     def grid(self, vit: VisionEncoder, frames: Tensor) -> Tensor:
         """uint8 (B, T, 3, S, S) -> the ViT's grid (B, T, h, w, D)."""
         x = rearrange(frames, "b t c h w -> (b t) c h w").float()
@@ -750,7 +749,6 @@ class Exo2Ego(nn.Module):
         """uint8 exo frames (B, T, 3, S, S) -> visual tokens (B, 1521, W)."""
         return self.exo_connector(self.grid(self.exo_vit, frames))
 
-    # -- speaking
     def splice(self, visual: Tensor | None, ids: Tensor) -> Tensor:
         """Embeddings of packed ids (tokens,) in which each VIDEO id stands for one visual token, in order."""
         embeddings = self.decoder.embed(ids.clamp(min=0).to(self.decoder.embedding.weight.device))
@@ -784,14 +782,13 @@ class Exo2Ego(nn.Module):
         return total, wrong == 0
 
     @torch.no_grad()
-    def generate(self, visual: Tensor, prompts: Sequence[Tensor], *, eos: int, max_new: int = 64,
-                 temperature: float = 0.0) -> list[list[int]]:
-        """Answers as token ids, without the closing eos; one prompt (with its VIDEO ids) per row of visual
-        (B, n, W). Temperature 0 is greedy."""
-        device = visual.device
-        ids = [p.to(device) for p in prompts]
-        cache, done, answers = KVCache(len(ids)), [False] * len(ids), [[] for _ in ids]
-        x, new = self.splice(visual, torch.cat(ids)), [len(p) for p in ids]
+    def stream(self, visual: Tensor | None, prompts: Sequence[Tensor], *, eos: int, max_new: int = 64,
+               temperature: float = 0.0, cache: KVCache | None = None):
+        """Answers as they come: a token id a sequence and step, None once it has ended. Prompts (with VIDEO
+        ids for visual (B, n, W)) go on where `cache` stands; temperature 0 is greedy."""
+        device = self.decoder.head.weight.device
+        cache, done = cache or KVCache(len(prompts)), [False] * len(prompts)
+        x, new = self.splice(visual, torch.cat(list(prompts)).to(device)), [*map(len, prompts)]
         for _ in range(max_new):
             total = [past + n for past, n in zip(cache.lens, new)]
             seg = Segments.cached(new, total, device)
@@ -800,14 +797,16 @@ class Exo2Ego(nn.Module):
             logits = self.decoder.logits(last).float()                      # (B, vocab)
             token = logits.argmax(-1) if temperature == 0 else torch.multinomial(
                 (logits / temperature).softmax(-1), 1).squeeze(1)
-            for i, t in enumerate(token.tolist()):
-                done[i] = done[i] or t == eos
-                if not done[i]:
-                    answers[i].append(t)
+            done = [over or t == eos for over, t in zip(done, token.tolist())]
             if all(done):
                 break
-            x, new = self.decoder.embed(token), [1] * len(ids)
-        return answers
+            yield [None if over else t for over, t in zip(done, token.tolist())]
+            x, new = self.decoder.embed(token), [1] * len(prompts)
+
+    def generate(self, visual: Tensor | None, prompts: Sequence[Tensor], **options) -> list[list[int]]:
+        """Whole answers, without the closing eos; `options` as `stream`."""
+        steps = list(self.stream(visual, prompts, **options))
+        return [[t for t in answer if t is not None] for answer in zip(*steps)] or [[] for _ in prompts]
 
 # ------------------------------------------------------------------------------------------------- Tokenizer
 class Tokenizer:

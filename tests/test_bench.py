@@ -1,0 +1,380 @@
+"""EgoBench: metrics against independent oracles, and every benchmark through the whole command on tiny files."""
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections import namedtuple
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPO, run
+
+import eval
+from data import write_jsonl
+from eval import (Seen, charades_map, egomcq_accuracy, judge_scores, mean_nll, parse_letter, retrieval_metrics, rouge_l)
+from model import load_checkpoint
+
+
+# ------------------------------------------------------------------------------------- oracles, written plainly
+def oracle_map(sim, rel):
+    """EK-100's mAP, query by query in plain loops."""
+    total = 0.0
+    for s, r in zip(sim, rel):
+        ranked = [r[j] for j in sorted(range(len(s)), key=lambda j: (-s[j], j))]
+        hits = [k for k, value in enumerate(ranked) if value == 1.0]
+        total += sum(sum(ranked[:k + 1]) / (k + 1) for k in hits) / len(hits)
+    return total / len(sim)
+
+
+def oracle_ndcg(sim, rel):
+    total = 0.0
+    for s, r in zip(sim, rel):
+        order = sorted(range(len(s)), key=lambda j: (s[j], j))[::-1]        # ties the other way round
+        k = sum(value > 0 for value in r)
+        gain = sum(r[j] / math.log2(i + 2) for i, j in enumerate(order[:k]))
+        total += gain / sum(value / math.log2(i + 2) for i, value in enumerate(sorted(r, reverse=True)[:k]))
+    return total / len(sim)
+
+
+def relevancies(rng, videos=40, texts=17):
+    """Like EK-100's: verb equal or not, overlap of noun sets; every row and column has an exact match."""
+    rel = rng.choice([0, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 1], (videos, texts), p=[.6, .05, .1, .05, .1, .05, .05])
+    rel[np.arange(videos), np.arange(videos) % texts] = 1
+    return rel
+
+
+@pytest.mark.parametrize("ties", (False, True))
+def test_retrieval_is_the_official_arithmetic(ties):
+    rng = np.random.default_rng(0)
+    rel = relevancies(rng)
+    sim = rng.normal(size=rel.shape)
+    sim = np.round(sim) if ties else sim
+    got = retrieval_metrics(sim, rel)
+    for name, oracle in (("mAP", oracle_map), ("nDCG", oracle_ndcg)):
+        v2t, t2v = oracle(sim, rel), oracle(sim.T, rel.T)
+        assert abs(got[f"{name}_V2T"] - v2t) < 1e-9 and abs(got[f"{name}_T2V"] - t2v) < 1e-9
+        assert abs(got[f"{name}_avg"] - (v2t + t2v) / 2) < 1e-9
+    assert set(got) == {f"{m}_{d}" for m in ("mAP", "nDCG") for d in ("V2T", "T2V", "avg")}
+
+
+def test_retrieval_extremes():
+    rng = np.random.default_rng(1)
+    rel = relevancies(rng, 60, 30)
+    assert retrieval_metrics(rel, rel)["mAP_avg"] == 1 and abs(retrieval_metrics(rel, rel)["nDCG_avg"] - 1) < 1e-12
+    binary = retrieval_metrics((rel == 1).astype(float), rel)
+    assert binary["mAP_avg"] == 1 and binary["nDCG_avg"] < 1            # ties destroy nDCG
+    noise, constant = (retrieval_metrics(s, rel)["mAP_avg"] for s in (rng.normal(size=rel.shape), np.zeros_like(rel)))
+    assert noise < 0.4 and constant < 0.4                               # chance, not 100
+    s = rng.normal(size=rel.shape)
+    textbook = np.mean([np.mean([(np.cumsum(r == 1) / np.arange(1, len(r) + 1))[k] for k in np.flatnonzero(r == 1)])
+                        for r in np.take_along_axis(rel, np.argsort(-s), 1)])
+    assert retrieval_metrics(s, rel)["mAP_V2T"] > textbook + 0.1        # graded precision is not the textbook's
+
+
+def test_charades_is_the_official_arithmetic():
+    rng = np.random.default_rng(0)
+    scores, labels = rng.normal(size=(50, 12)), (rng.random((50, 12)) < 0.2).astype(int)
+    labels[7] = 0                                           # a row without any label: ranked last whatever its scores
+    scores[7] = 99
+    labels[:, 3] = 0                                        # a class without a positive
+    each = []
+    for c in range(12):
+        order = sorted(range(50), key=lambda i: (-(scores[i, c] if labels[i].any() else -math.inf), i))
+        hits = [k for k, i in enumerate(order) if labels[i, c]]
+        each.append(sum((n + 1) / (k + 1) for n, k in enumerate(hits)) / len(hits) if hits else math.nan)
+    got = charades_map(scores, labels)
+    assert math.isnan(got["mAP"]) and abs(got["nanmAP"] - np.nanmean(each)) < 1e-9
+    kept = [c for c in range(12) if c != 3]
+    assert abs(charades_map(scores[:, kept], labels[:, kept])["mAP"] - np.nanmean(each)) < 1e-9
+
+
+def test_egomcq_types_are_named_rightly_and_the_first_best_wins():
+    scores = np.array([[1, 5, 0, 0, 0], [2, 2, 2, 2, 2], [0, 0, 0, 0, 9], [1, 1, 0, 0, 0]], float)
+    assert egomcq_accuracy(scores, np.array([1, 0, 0, 1]), np.array([1, 1, 2, 2])) == {"inter": 100.0, "intra": 0.0}
+    only = egomcq_accuracy(scores[:2], np.array([1, 4]), np.array([1, 1]))
+    assert only["inter"] == 50 and math.isnan(only["intra"])
+    answers = np.arange(1000) % 5
+    assert egomcq_accuracy(np.zeros((1000, 5)), answers, np.ones(1000))["inter"] == 20
+
+
+def test_mean_nll_counts_what_is_not_zero():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(3, 7, 11), torch.randint(0, 11, (3, 7))
+    labels[0, :4] = labels[1, :2] = -100
+    logits[2, 3] = -1e4
+    logits[2, 3, labels[2, 4]] = 1e4                        # certain: its loss is exactly 0 and does not count
+    want = []
+    for row, told in zip(logits, labels):
+        losses = [float(-row[t].double().log_softmax(-1)[told[t + 1]]) for t in range(6) if told[t + 1] != -100]
+        losses = [loss for loss in losses if loss != 0]
+        want.append(sum(losses) / len(losses))
+    assert torch.allclose(mean_nll(logits, labels).double(), torch.tensor(want, dtype=torch.float64), atol=1e-5)
+
+
+def test_letters_are_parsed_strictly():
+    for reply, letter in (("B", 1), ("(B)", 1), (" B. ", 1), ("B) to the door", 1), ("A: yes", 0), ("(D) Stop", 3), ("C\n", 2)):
+        assert parse_letter(reply, 4) == letter, reply
+    for reply in ("", "A man walks", "Based on the video, B", "b", "E", "(E)", "AB", "the answer is B", "?", "None"):
+        assert parse_letter(reply, 4) is None, reply
+
+
+def test_rouge_and_judges():
+    assert rouge_l("the cat sat", "The cat, sat!") == 1 and rouge_l("", "x") == 0 == rouge_l("a b", "c")
+    assert rouge_l("police killed the gunman", "police kill the gunman") == pytest.approx(0.75)
+    assert rouge_l("the gunman kill police", "police kill the gunman") == pytest.approx(0.5)
+    replies = {"1": {"pred": "yes", "score": 4.8}, "2": [{"pred": "No", "score": 2}, {"q": ""}], "3": {"pred": "Yes, no", "score": 5},
+               "4": {"pred": "unclear", "score": 1}}
+    assert judge_scores(replies) == {"judge_acc": 2 / 3, "judge_score": 3.0, "judge_n": 4}
+
+
+# -------------------------------------------------------------------------------- scoring on a cached video
+@pytest.fixture(scope="module")
+def learner(toy):
+    model, tokenizer, _ = load_checkpoint(toy / "stage3", toy / "stage0")
+    return model, tokenizer
+
+
+def test_cached_prefix_and_packed_options_score_like_each_pair_alone(learner):
+    model, tokenizer = learner
+    visual = model.encode_ego(torch.randint(0, 255, (1, 4, 3, 48, 48), dtype=torch.uint8))
+    pairs = [(q, a) for q in ("What am I doing?", "Which hand am I using?", "Is it red?") for a in ("The left hand.", "Yes.", "I cut it.", "No")]
+    got = Seen(model, tokenizer, visual).score(pairs, batch=5)
+    for (question, text), (total, mean) in zip(pairs, got):
+        ids, labels = tokenizer.chat([{"user": question, "assistant": text}], visual.shape[1])
+        alone = model.score(visual, torch.tensor(ids), torch.tensor(labels), [len(ids)])[0]
+        assert abs(float(alone) - total) < 1e-4 and mean == pytest.approx(total / sum(label != -100 for label in labels), abs=1e-6)
+    order = [7, 2, 11, 0, 5, 3, 9, 1, 10, 4, 8, 6]
+    again = Seen(model, tokenizer, visual).score([pairs[i] for i in order])
+    assert np.abs(again - got[order]).max() < 1e-4                      # the order of options changes nothing
+
+
+def test_replies_from_the_cache_are_the_plain_ones_and_a_chat_goes_on(learner):
+    model, tokenizer = learner
+    visual = model.encode_ego(torch.randint(0, 255, (1, 4, 3, 48, 48), dtype=torch.uint8))
+    questions = ["What am I doing?", "Which hand am I using?"]
+    plain = eval.answer(model, tokenizer, visual.expand(2, -1, -1), questions, max_new=12)
+    seen = Seen(model, tokenizer, visual)
+    assert seen.reply(questions, 12) == plain and seen.reply(questions[::-1], 12) == plain[::-1]
+    chat = Seen(model, tokenizer, visual)
+    first = "".join(chat.speak(questions[0], 12)).strip()
+    assert first == plain[0]
+    length = chat.cache.lens[0]
+    "".join(chat.speak(questions[1], 12))
+    assert chat.cache.lens[0] > length
+
+
+# ----------------------------------------------------------------------------- the whole command, tiny file sets
+QUESTIONS = 6
+Done = namedtuple("Done", "returncode stdout stderr")
+
+
+def file_sets(root, toy):
+    """Every benchmark's files as its publishers name them, on videos of the micro-world's test split."""
+    def put(bench, name, content):
+        path = root / bench / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+    videos = root / "videos"
+    videos.mkdir(parents=True)
+    rows = [json.loads(line) for line in (toy / "toy" / "test.jsonl").read_text().splitlines()]
+    for i, name in enumerate(sorted({row["ego"]["video"] for row in rows})[:4]):
+        for alias in (f"v{i}.mp4", f"left/{i}.mp4", f"27k|P1|{i}|9.mp4"):
+            (videos / alias).parent.mkdir(exist_ok=True)
+            (videos / alias).write_bytes((toy / "toy" / name).read_bytes())
+    put("egoschema", "questions.json", [{"q_uid": f"v{i % 4}", "google_drive_id": "x", "question": f"Why <script>alert({i})</script>?"}
+                                        | {f"option {k}": f"C does {k} {i}" for k in range(5)} for i in range(4)])
+    put("egoschema", "subset_answers.json", {"v0": 3, "v1": 4, "v2": 0})
+    closed = [{"video_id": f"v{i % 4}", "sample_id": f"s{i}_0", "question": "Where is it?", "answer": f"on {i}", "moment_start_frame": 1.5,
+               "moment_end_frame": 9, "wrong_answers": ["under", "inside", "gone"]} for i in range(QUESTIONS)]
+    put("qaego4d-closed", "annotations.QaEgo4D_test_close.json", closed)
+    put("qaego4d-open", "annotations.test.json", [{k: v for k, v in q.items() if k != "wrong_answers"} for q in closed])
+    for kind in ("direct", "indirect"):
+        put(f"egotaskqa-{kind}", "test_qas.json", [{"interval": f"27k|P1|{i % 4}|9", "question": "What?", "answer": ("yes", "cup", "unheard of")[i % 3],
+                                                    "question_id": i} for i in range(QUESTIONS)])
+        put(f"egotaskqa-{kind}", "answer_set.txt", "yes\nno\ncup\nred block\n")
+    put("charades-ego", "Charades_v1_classes.txt", "".join(f"c{k:03d} Doing {k}\n" for k in range(5)))
+    put("charades-ego", "CharadesEgo_v1_test_only1st.csv", "id,subject,scene,actions,length\n" + "".join(
+        f'v{i},S,K,"{a}",5\n' for i, a in enumerate(("c001 0.0 2.0;c003 1.0 2.0;c001 3 4", "c000 0 1", "", "c002 1 2;c004 0 5"))))
+    head = "narration_id,participant_id,video_id,narration_timestamp,start_timestamp,stop_timestamp,start_frame,stop_frame,narration,verb,verb_class,noun,noun_class,all_nouns,all_noun_classes\n"
+    put("ek100-mir", "EPIC_100_retrieval_test.csv", head + "".join(
+        f"P_{i},P,v{i % 4},00:00:00.5,00:00:0{i % 3}.10,00:00:0{i % 3}.90,1,2,{text},take,{verb},plate,2,['a'],\"{nouns}\"\n"
+        for i, (text, verb, nouns) in enumerate((("take plate", 0, [2]), ("wash plate", 1, [2, 3]), ("take cup", 0, [4]), ("take plate", 0, [2])))))
+    put("ek100-mir", "EPIC_100_retrieval_test_sentence.csv", "narration_id,narration\nP_2,take cup\nP_0,take plate\nP_1,wash plate\n")
+    put("egoplan", "EgoPlan_validation.json", [{"sample_id": 10 + i, "video_source": "Ego4D", "video_id": f"v{i % 4}", "task_goal": "Store cereal.",
+                                                "question": "?", "choice_a": "put box", "choice_b": "take bag", "choice_c": "take bag", "choice_d": "open",
+                                                "golden_choice_idx": "ABCD"[i % 4], "answer": "x", "current_observation_frame": 20,
+                                                "task_progress_metadata": [{"narration_text": "t", "start_frame": 4, "stop_frame": 9}][:i % 2]}
+                                               for i in range(QUESTIONS)])
+    turns = ["Turn left and move forward", "Turn right and move forward", "Move forward", "Stop"]
+    put("vln-qa", "egocentric_navigation.json", [{"video": f"left/{i % 4}.mp4", "question": "What next?", "candidates": turns, "answer": turns[i % 4]}
+                                                 for i in range(QUESTIONS)])
+    put("egomcq", "egomcq.json", {str(i): {"answer": i % 5, "types": 1 + i % 2, "query": {"clip_text": "#C C picks up the red block"}, "choices": {
+        str(k): {"video_uid": f"v{k % 4}", "clip_start": str(k * 0.5 - 0.2), "clip_end": k * 0.5 + 0.7, "clip_text": "x"} for k in range(5)}}
+        for i in range(QUESTIONS)})
+    return root
+
+
+def bench(data, out, toy, name, *flags, **options):
+    """The whole command -> its exit code and what it printed."""
+    return Done(*run(REPO / "eval.py", "--bench", name, "--data", data, "--videos", data / "videos", "--ckpt", toy / "stage3", "--base", toy / "stage0",
+               "--out", out, *flags, **options))
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory, toy):
+    return file_sets(tmp_path_factory.mktemp("benches"), toy)
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory, sets, toy):
+    out = tmp_path_factory.mktemp("results")
+    bench(sets, out, toy, "all")
+    return out
+
+
+def test_every_benchmark_gives_predictions_and_a_score(scored):
+    for name in eval.BENCHES:
+        figures = json.loads((scored / f"{name}.json").read_text())
+        lines = (scored / f"{name}.jsonl").read_text().splitlines()
+        assert len(lines) == 1 + figures["items"] and figures["unreadable"] == 0, name
+        assert 0 <= figures["score_lo"] <= figures["score"] <= figures["score_hi"] <= 1 and figures["score_n"] and figures["git"], name
+        assert figures["score_chance"] == pytest.approx({"egoschema": .2, "qaego4d-closed": .25, "qaego4d-open": 0, "egoplan": .25, "vln-qa": .25,
+                                                         "egomcq": .2, "egotaskqa-direct": .25, "egotaskqa-indirect": .25}.get(name, figures["score_chance"]))
+    assert set(json.loads((scored / "egoschema.submission.json").read_text())) == {"v0", "v1", "v2", "v3"}
+    assert json.loads((scored / "egoschema.json").read_text())["score_n"] == 3            # the public answers
+    plan = json.loads((scored / "egoplan.submission.json").read_text())
+    assert plan[0]["sample_id"] == 10 and plan[0]["label"] in "ABCD"
+    assert {"q", "a", "pred", "id"} == set(json.loads((scored / "qaego4d-open.judge_in.json").read_text())[0])
+    assert {"inter", "intra"} < set(json.loads((scored / "egomcq.json").read_text()))
+    assert {"mAP_V2T", "nDCG_avg", "nDCG_avg_chance"} < set(json.loads((scored / "ek100-mir.json").read_text()))
+    assert {"binary", "open"} < set(json.loads((scored / "egotaskqa-direct.json").read_text()))
+
+
+def test_the_relevancies_and_columns_of_ek100(sets):
+    items = list(eval.convert(eval.ek100, Namespace(root=str(sets / "ek100-mir"), bench="ek100-mir")))
+    assert items[0].options == ["take cup", "take plate", "wash plate"]
+    assert [item.answer for item in items] == [[0.5, 1.0, 0.25], [0.0, 0.25, 1.0], [1.0, 0.5, 0.0], [0.5, 1.0, 0.25]]
+
+
+def test_likelihoods_are_the_plain_ones(scored, sets, learner):
+    """One prediction recomputed without cache and packing, and the letters of no path in the prompt."""
+    model, tokenizer = learner
+    row = json.loads((scored / "vln-qa.jsonl").read_text().splitlines()[1])
+    frames = eval.read_clip(row["item"]["clips"][0]["video"], None, None, 4, 48)
+    visual = model.encode_ego(torch.from_numpy(frames)[None])
+    for text, score in zip(row["item"]["options"], row["scores"]):
+        ids, labels = tokenizer.chat([{"user": row["item"]["question"], "assistant": text}], visual.shape[1])
+        total = model.score(visual, torch.tensor(ids), torch.tensor(labels), [len(ids)])[0]
+        assert abs(float(total) / sum(label != -100 for label in labels) - score) < 1e-4
+
+
+def test_equal_texts_count_both_and_constant_scores_give_chance():
+    item = eval.Item("x", [{}], "?", ["put", "take", "take", "open"], 1)
+    assert eval.outcome(item, {"scores": [0, 1, 1, 0]}) == 1 and eval.outcome(item, {"scores": [0, 0, 9, 0]}) == 1
+    assert eval.outcome(item, {"scores": [0, 0, 0, 0]}) == 0.5 and eval.outcome(item, {"error": "gone"}) == 0
+    four = eval.Item("x", [{}], "?", list("abcd"), 2)
+    assert eval.outcome(four, {"scores": [1] * 4}) == 0.25
+    assert eval.outcome(eval.Item("x", [{}] * 5, "text", [], 4), {"scores": [0, 0, 0, 0, 1]}) == 1
+    assert eval.outcome(eval.Item("x", [{}], "?", ["yes"], -1), {"scores": [1.0]}) == 0             # outside the vocabulary
+
+
+def test_letters_are_asked_in_five_orders_and_failures_counted(sets, toy, tmp_path):
+    bench(sets, tmp_path, toy, "qaego4d-closed", "--answer", "letter")
+    figures = json.loads((tmp_path / "qaego4d-closed.json").read_text())
+    assert figures["items"] == 5 * QUESTIONS and figures["score_n"] == QUESTIONS
+    assert 0 <= figures["parser_failures"] <= 5 * QUESTIONS and "empty_replies" in figures
+    orders = {tuple(json.loads(line)["item"]["options"]) for line in (tmp_path / "qaego4d-closed.jsonl").read_text().splitlines()[1:6]}
+    assert len(orders) > 1
+
+
+def test_a_killed_run_goes_on_and_two_ranks_equal_one(scored, sets, toy, tmp_path):
+    whole = (scored / "qaego4d-open.jsonl").read_text()
+    lines = whole.splitlines(keepends=True)
+    (tmp_path / "qaego4d-open.jsonl").write_text("".join(lines[:3]) + lines[3][:20])            # a kill inside the third
+    done = bench(sets, tmp_path, toy, "qaego4d-open")
+    assert (tmp_path / "qaego4d-open.jsonl").read_text() == whole and "2 of them done" in done.stdout
+    assert (tmp_path / "qaego4d-open.json").read_text() == (scored / "qaego4d-open.json").read_text()
+    two = tmp_path / "two"
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", REPO / "eval.py", "--bench", "vln-qa",
+                    "--data", sets, "--videos", sets / "videos", "--ckpt", toy / "stage3", "--base", toy / "stage0", "--out", two], check=True,
+                   capture_output=True, timeout=300)
+    a, b = ((folder / "vln-qa.jsonl").read_text().splitlines() for folder in (scored, two))
+    assert a == b and not list(two.glob("*.rank*"))
+    wrong = bench(sets, tmp_path, toy, "qaego4d-open", "--length", "sum", check=False)
+    assert wrong.returncode and "length=mean, this run has sum" in wrong.stderr
+
+
+def test_ctrl_c_leaves_a_usable_part(sets, toy, tmp_path):
+    process = subprocess.Popen([sys.executable, REPO / "eval.py", "--bench", "egomcq", "--data", sets, "--videos", sets / "videos", "--ckpt",
+                                toy / "stage3", "--base", toy / "stage0", "--out", tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    part = tmp_path / "egomcq.jsonl"
+    deadline = time.time() + 120
+    while time.time() < deadline and (not part.is_file() or len(part.read_text().splitlines()) < 2) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    if process.returncode:                                  # it may have been done already
+        assert "the same command goes on" in errors and "Traceback" not in errors, errors
+    bench(sets, tmp_path, toy, "egomcq")
+    assert len(part.read_text().splitlines()) == 1 + QUESTIONS
+
+
+def test_blind_is_reported_beside_the_score_and_the_page_is_safe(scored, sets, toy):
+    bench(sets, scored, toy, "egoschema", "--blind")
+    bench(sets, scored, toy, "egoschema", "--report")
+    figures = json.loads((scored / "egoschema.json").read_text())
+    assert figures["blind"] == json.loads((scored / "egoschema-blind.json").read_text())["score"]
+    page = (scored / "report.html").read_text()
+    assert "<script" not in page and "&lt;script&gt;alert" in page and "data:image/png;base64," in page
+    assert "http" not in page.replace("http-equiv", "") and all(name in page for name in eval.BENCHES)
+
+
+@pytest.mark.parametrize("name, file, words", (
+    ("egoschema", "questions.json", "lacks 'question'|lacks 'option 0'|lacks 'q_uid'"), ("egoplan", "EgoPlan_validation.json", "lacks"),
+    ("egomcq", "egomcq.json", "lacks"), ("ek100-mir", "EPIC_100_retrieval_test.csv", "lacks"),
+    ("charades-ego", "CharadesEgo_v1_test_only1st.csv", "lacks")))
+def test_a_missing_field_or_file_is_named(sets, tmp_path, name, file, words):
+    import re
+    import shutil
+    from data import DataError
+    o = Namespace(root=str(tmp_path / name), bench=name, answer="likelihood")
+    shutil.copytree(sets / name, tmp_path / name)
+    text = (tmp_path / name / file).read_text()
+    broken = re.sub(r'"(question|choice_a|answer|clip_start|types)":', '"gone":', text) if file.endswith("json") else (
+        text.replace("all_noun_classes", "gone").replace("actions", "gone"))
+    (tmp_path / name / file).write_text(broken)
+    with pytest.raises(DataError, match=f"{file}.*({words})"):
+        list(eval.convert(eval.BENCHES[name].reader, o))
+    (tmp_path / name / file).unlink()
+    with pytest.raises(DataError, match=f"{file} is missing"):
+        list(eval.convert(eval.BENCHES[name].reader, o))
+
+
+def test_a_video_that_cannot_be_read_counts_as_wrong(sets, toy, tmp_path):
+    import shutil
+    shutil.copytree(sets / "vln-qa", tmp_path / "vln-qa")
+    content = json.loads((tmp_path / "vln-qa/egocentric_navigation.json").read_text())
+    content[1]["video"] = "left/gone.mp4"
+    (tmp_path / "vln-qa/egocentric_navigation.json").write_text(json.dumps(content))
+    shutil.copytree(sets / "videos", tmp_path / "videos")
+    bench(tmp_path, tmp_path / "r", toy, "vln-qa")
+    figures = json.loads((tmp_path / "r/vln-qa.json").read_text())
+    assert figures["unreadable"] == 1 and figures["score_n"] == QUESTIONS
+    content[1]["video"] = "../../outside.mp4"
+    (tmp_path / "vln-qa/egocentric_navigation.json").write_text(json.dumps(content))
+    wrong = bench(tmp_path, tmp_path / "r2", toy, "vln-qa", check=False)
+    assert wrong.returncode and "is outside" in wrong.stderr
+
+
+def test_the_five_way_form_and_an_empty_report(sets, toy, tmp_path):
+    (tmp_path / "egotaskqa-direct").mkdir()
+    (tmp_path / "egotaskqa-direct/egotaskqa.json").write_text(json.dumps([
+        {"q": "Did it change?", "video_path": "27k|P1|0|9.mp4", "a": "D", "option": {"A": "power", "B": "edible", "C": "no", "D": "yes", "E": "Close"}}]))
+    items = list(eval.convert(eval.egotaskqa, Namespace(root=str(tmp_path / "egotaskqa-direct"), bench="egotaskqa-direct", answer="likelihood")))
+    assert items[0].options[items[0].answer] == "yes" and len(items[0].options) == 5
+    wrong = Done(*run(REPO / "eval.py", "--report", "--out", tmp_path, check=False))
+    assert wrong.returncode and "holds no results" in wrong.stderr
