@@ -597,7 +597,7 @@ def egobench(model: Exo2Ego, tokenizer: Tokenizer, o, protocol: dict, rank: int,
     figures = summarise(bench, items, [done[item.id] for item in items], o)
     blind = out / f"{o.bench}-blind.json"
     if blind.is_file() and not o.blind:
-        figures["blind"] = json.loads(blind.read_text())["score"]
+        figures["blind_score"] = json.loads(blind.read_text())["score"]
     write_whole(out / f"{name}.json", json.dumps(protocol | figures, indent=1))
     print("".join(f"{key}: {value:.4f}\n" if isinstance(value, float) else f"{key}: {value}\n"
                   for key, value in figures.items()) + f"{out / name}.json", flush=True)
@@ -787,8 +787,9 @@ td, th {padding: .3rem .5rem; border-bottom: 1px solid #ddd; text-align: left; v
 .bar {position: relative; height: 1.1rem; background: #eee; min-width: 9rem}
 .bar i {position: absolute; top: 0; bottom: 0} .right {color: #14823c} .wrong {color: #b92828}
 .item {border: 1px solid #ddd; border-radius: 6px; padding: .7rem; margin: .8rem 0}
-.item img {max-width: 100%}</style><h1>EgoBench</h1><p>Per cent; intervals are 95 %. In the bars: the interval
-(blue), the score (black), chance (red). The last columns follow protocols of their own.</p><div class=wide>
+.item img {max-width: 100%} td small {display: block; min-width: 13rem} td {min-width: 4.5rem}</style>
+<h1>EgoBench</h1><p>Per cent; intervals are 95 %. In the bars: the interval (blue), the score (black), chance
+(red). The last columns follow protocols of their own.</p><div class=wide>
 <table><tr><th>benchmark<th>ours<th><th>n<th>chance<th>blind<th>paper<th>best open<th>protocol</tr>"""
 
 def report(out: Path, frames: bool = True, samples: int = 4) -> Path:
@@ -808,7 +809,7 @@ def report(out: Path, frames: bool = True, samples: int = 4) -> Path:
                       for at, width, ink in marks)
         note = f"{r['answer']}, {r['length']}{'; ' + BENCHES[name].note if BENCHES[name].note else ''}"
         cells = (f"{mid:.1f} [{lo:.1f}, {hi:.1f}]{extra}", f"<div class=bar>{bar}</div>", r["score_n"],
-                 f"{chance:.1f}", f"{100 * r['blind']:.1f}" if "blind" in r else "not run",
+                 f"{chance:.1f}", f"{100 * r['blind_score']:.1f}" if "blind_score" in r else "not run",
                  esc(BENCHES[name].paper), esc(BENCHES[name].best), f"<small>{esc(note)}</small>")
         parts.append(f"<tr><td>{name}" + "".join(f"<td>{cell}" for cell in cells) + "</tr>")
     checkpoints = sorted({f"{r['ckpt']}, code {r['git']}" for r in results.values()})

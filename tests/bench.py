@@ -3,6 +3,8 @@
     python tests/bench.py attention             # naive, padded with a dense mask, tiled, ours: time and memory
     OMP_NUM_THREADS=2 python tests/bench.py full    # a step of the 7b preset for real: seconds, memory against the plan
     python tests/bench.py tflops                # the same on a GPU: TFLOP/s, ours beside torch's
+    python tests/bench.py step                  # a training step beside transformers' modules composed; parts; scaling
+    python tests/bench.py score                 # options about one video, generation: cached, uncached, transformers
     python tests/bench.py data                  # clips of a 3-minute take: from its start, by seeking, cached; decord
 
 Every side of a comparison is a process of its own with one thread; the sides take turns, round by round.
@@ -27,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import av
 import numpy as np
+import sentencepiece
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -34,8 +37,9 @@ from torch.utils.benchmark import Timer
 
 import data
 import eval
+import model as model_file
 import train
-from model import Segments, attention
+from model import CLIP_NAMES, IGNORE, MISTRAL_NAMES, PRESETS, VIDEO, Exo2Ego, Segments, attention, rename
 
 # name: lengths, heads, kv_heads, head_dim, causal
 SHAPES = {"ViT, 4 frames of 577": ((577,) * 4, 16, 16, 64, False),
@@ -283,12 +287,359 @@ def bench_data(args):
     return out
 
 
+def interleaved(sides, rounds):
+    """{side: CPU seconds of each round}; the sides take turns, after one call each to warm up."""
+    times = {name: [] for name in sides}
+    for turn in range(rounds + 1):
+        for name, call in sides.items():
+            began = time.process_time()
+            call()
+            if turn:
+                times[name].append(time.process_time() - began)
+    return times
+
+
+def show_ratios(bench, times, ours):
+    """Print each side against ours: median and range of the ratios of one round."""
+    rows = []
+    for name, runs in times.items():
+        ratios = [a / b for a, b in zip(runs, times[ours])]
+        rows.append(dict(bench=bench, side=name, seconds=statistics.median(runs), ratio=statistics.median(ratios), low=min(ratios), high=max(ratios)))
+        print("    {side:52} {seconds:8.3f} s   {ratio:6.2f}x ({low:.2f}-{high:.2f})".format(**rows[-1]), flush=True)
+    return rows
+
+
+def toy_words(folder):
+    """A small sentencepiece vocabulary, trained on the spot."""
+    out = Path(folder) / "tokenizer.model"
+    lines = [data.narration(v, c, p, h) for v in data.VERBS for c in data.COLOURS for p in data.PATTERNS for h in ("left", "right")]
+    with open(out, "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=file, vocab_size=400, model_type="bpe",
+                                                 byte_fallback=True, hard_vocab_limit=False, num_threads=1, minloglevel=2)
+    return data.Tokenizer(out)
+
+
+def bench_score(args):
+    """Preset small, random weights, one thread: choosing among options, and generating."""
+    torch.manual_seed(0)
+    model = Exo2Ego(replace(PRESETS["small"], mapping="resnet")).eval()
+    frames, rows = torch.randint(0, 255, (1, 8, 3, 112, 112), dtype=torch.uint8), []
+    with tempfile.TemporaryDirectory() as folder:
+        words = toy_words(folder)
+    pairs = [(f"Question {i}: which of these do I do to the block?", f"I {verb} the red block with the left hand.")
+             for i in range(8) for verb in ("cut", "push", "wipe", "tap", "pull")]
+
+    def alone(encode_once):
+        visual, scores = model.encode_ego(frames), []
+        for question, answer in pairs:
+            visual = visual if encode_once else model.encode_ego(frames)
+            ids, labels = words.chat([{"user": question, "assistant": answer}], visual.shape[1])
+            scores.append(float(model.score(visual, torch.tensor(ids), torch.tensor(labels), [len(ids)])[0]))
+        return np.array(scores)
+
+    def cached():
+        return eval.Seen(model, words, model.encode_ego(frames)).score(pairs)[:, 0]
+    with torch.no_grad():
+        print(f"8 questions x 5 options about one video: largest difference of scores {np.abs(cached() - alone(True)).max():.1e}")
+        times = interleaved({"each pair alone, video encoded each time": lambda: alone(False), "each pair alone, video encoded once": lambda: alone(True),
+                             "prefix cached, options packed": cached}, args.rounds)
+        rows += show_ratios("score", times, "prefix cached, options packed")
+        visual = model.encode_ego(frames)
+        ids = torch.tensor(words.chat([{"user": "What am I doing?"}], visual.shape[1])[0])
+
+        def ours():
+            return model.generate(visual, [ids], eos=-1, max_new=64)[0]
+
+        def uncached():
+            x, told = model.splice(visual, ids), []
+            for _ in range(64):
+                hidden = model.decoder(x, Segments.packed([len(x)]), torch.arange(len(x)))
+                told.append(int(model.decoder.logits(hidden[-1:]).argmax()))
+                x = torch.cat([x, model.decoder.embed(torch.tensor(told[-1:]))])
+            return told
+        theirs = as_transformers(model)
+
+        def reference():
+            return theirs.generate(inputs_embeds=model.splice(visual, ids)[None], max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0,
+                                   attention_mask=torch.ones(1, len(ids), dtype=torch.long))[0].tolist()
+        print(f"64 tokens after {len(ids)}: equal tokens: cache and none {ours() == uncached()}, transformers {ours() == reference()}")
+        rows += show_ratios("generate", interleaved({"no cache": uncached, "transformers generate": reference, "ours": ours}, args.rounds), "ours")
+    return rows
+
+
+def as_transformers(model):
+    """The decoder's weights in transformers' MistralForCausalLM (without low-rank updates)."""
+    from transformers import MistralConfig, MistralForCausalLM
+    c = model.decoder.cfg
+    theirs = MistralForCausalLM(MistralConfig(
+        vocab_size=c.vocab, hidden_size=c.width, intermediate_size=c.ff, num_hidden_layers=c.layers, num_attention_heads=c.heads,
+        num_key_value_heads=c.kv_heads, rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta, sliding_window=None, max_position_embeddings=4096)).eval()
+    theirs.load_state_dict({rename(n, MISTRAL_NAMES): t for n, t in model.decoder.state_dict().items() if ".lora_" not in n})
+    return theirs
+
+
+# ------------------------------------------------------------------- a training step beside the library composition
+def make_batch(stage, cfg, clips=8, views=2, text=(8, 200)):
+    """A micro batch of the preset's shapes with ragged texts; stage 2 shows each moment in `views` exo clips."""
+    rng = np.random.default_rng(0)
+    moments = clips // views if stage == 2 else clips
+    visual = cfg.visual_tokens * (1 if stage == 1 else 2)
+    lens, ids, labels = rng.integers(*text, moments), [], []
+    for n in lens:
+        words = rng.integers(10, cfg.vocab, int(n)).tolist()
+        ids.append([1] + [VIDEO] * visual + words)
+        labels.append([IGNORE] * (1 + visual + len(words) // 3) + words[len(words) // 3:])
+    pixels = [torch.from_numpy(rng.integers(0, 255, (n, cfg.frames, 3, cfg.image_size, cfg.image_size), dtype=np.uint8)) for n in (moments, clips)]
+    flat = torch.tensor(sum(labels, []))
+    return data.Batch(None if stage == 1 else pixels[0], None if stage == 3 else pixels[1], torch.arange(clips) // (views if stage == 2 else 1),
+                      torch.tensor(sum(ids, [])), flat, (flat != IGNORE).float() * (views if stage == 2 else 1), [len(i) for i in ids],
+                      torch.arange(moments), clips, [""] * moments, [""] * moments, [])
+
+
+def our_step(stage, batch):
+    """-> (model, a step): the objective of train.py, its optimiser AdamW on both sides."""
+    cfg = train.parse(["--stage", str(stage), "--preset", "small", "--optimizer", "adamw"])
+    phase = train.phases(cfg)[0]
+    torch.manual_seed(0)
+    model = Exo2Ego(replace(PRESETS["small"], mapping="resnet" if stage > 1 else "none", lora=stage == 3, lora_dropout=0.0))
+    objective = train.Objective(model, None, phase, cfg, 1)
+    trained = train.set_trained(objective, phase, False, False)
+    optimizers = train.make_optimizers(trained, {n: 1e-4 for n in trained}, "adamw")
+
+    def step():
+        loss = objective(batch, float(batch.weights.sum()), batch.samples)["loss"]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+    return objective, step
+
+
+class LowRank(torch.nn.Module):
+    """What LoRA libraries wrap a linear layer in."""
+    def __init__(self, base, ours):
+        super().__init__()
+        self.base, self.a, self.b, self.scale = base, torch.nn.Parameter(ours.lora_a.detach().clone()), torch.nn.Parameter(
+            ours.lora_b.detach().clone()), ours.lora_scale
+
+    def forward(self, x):
+        return self.base(x) + self.scale * F.linear(F.linear(x, self.a), self.b)
+
+
+def composed_step(stage, batch):
+    """The same model and weights as a user composes them: CLIPVisionModel, a connector, MistralForCausalLM, padded
+    batches, full logits; stage 2 the literal recipe: each pair by itself, gradients everywhere, nothing shared."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+    objective, _ = our_step(stage, batch)
+    model, cfg = objective.model, objective.model.cfg
+
+    def clip(vit):
+        theirs = CLIPVisionModel(CLIPVisionConfig(hidden_size=cfg.vit_width, intermediate_size=4 * cfg.vit_width, num_hidden_layers=cfg.vit_layers,
+                                                  num_attention_heads=cfg.vit_heads, image_size=cfg.image_size, patch_size=cfg.patch))
+        known = theirs.state_dict()
+        prefix = "vision_model." if any(n.startswith("vision_model.") for n in known) else ""
+        known.update({prefix + rename(n, CLIP_NAMES): t for n, t in vit.state_dict().items()})
+        theirs.load_state_dict(known)
+        return theirs
+    exo, ego, llm = clip(model.exo_vit), clip(model.ego_vit), as_transformers(model)
+    if stage == 3:
+        for block, ours in zip(llm.model.layers, model.decoder.blocks):
+            for owner, name, own in ((block.self_attn, "q_proj", ours.q), (block.self_attn, "k_proj", ours.k), (block.self_attn, "v_proj", ours.v),
+                                     (block.self_attn, "o_proj", ours.out), (block.mlp, "gate_proj", ours.gate), (block.mlp, "up_proj", ours.up),
+                                     (block.mlp, "down_proj", ours.down)):
+                setattr(owner, name, LowRank(getattr(owner, name), own))
+    parts = {"exo_vit": exo, "ego_vit": ego, "exo_connector": model.exo_connector, "ego_connector": model.ego_connector, "F": model.F, "G": model.G}
+    for module in (llm, *filter(None, parts.values())):
+        module.requires_grad_(False)
+    for name in objective.phase.trains:
+        if name in parts:
+            parts[name].requires_grad_(True)
+    for module in llm.modules():
+        if isinstance(module, LowRank):
+            module.a.requires_grad_(True), module.b.requires_grad_(True)
+    trained = [p for module in (llm, *filter(None, parts.values())) for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.95), weight_decay=0, fused=True)
+    mean, std = (torch.tensor(v)[:, None, None] * 255 for v in (model_file.PIXEL_MEAN, model_file.PIXEL_STD))
+
+    def grid(vit, frames):
+        x = (frames.flatten(0, 1).float() - mean) / std
+        hidden = vit(x, output_hidden_states=True).hidden_states[-2][:, 1:]
+        return hidden.unflatten(1, (cfg.grid, cfg.grid)).unflatten(0, (-1, cfg.frames))
+
+    def text_loss(visual):
+        texts, labels = batch.ids.split(batch.lens), batch.labels.split(batch.lens)
+        again = len(visual) // len(texts)                                   # every exo view repeats its text
+        rows = [i for i in range(len(texts)) for _ in range(again)]
+        longest = max(batch.lens)
+        ids = torch.stack([F.pad(texts[i], (0, longest - len(texts[i]))) for i in rows])
+        goal = torch.stack([F.pad(labels[i], (0, longest - len(labels[i])), value=-100) for i in rows])
+        mask = torch.stack([torch.arange(longest) < len(texts[i]) for i in rows])
+        embeddings = llm.get_input_embeddings()(ids.clamp(min=0))
+        embeddings = embeddings.masked_scatter((ids == VIDEO)[..., None], visual.to(embeddings.dtype))
+        return llm(inputs_embeds=embeddings, attention_mask=mask.long(), labels=goal).loss
+
+    def step():
+        if stage == 1:
+            loss = text_loss(model.exo_connector(grid(exo, batch.exo)))
+        elif stage == 3:
+            x = grid(ego, batch.ego)
+            loss = text_loss(torch.cat([model.ego_connector(x), model.exo_connector(model.F(x))], 1))
+        else:
+            x, y = grid(ego, batch.ego[batch.ego_of]), grid(exo, batch.exo)             # an ego clip again for each view
+            loss = text_loss(torch.cat([model.ego_connector(x), model.exo_connector(model.F(x))], 1))
+            loss = loss + 5 * eval.feature_kl(model.exo_connector(y), model.exo_connector(model.F(x))).mean()
+            loss = loss + 0.1 * ((model.G(model.F(x)) - x).abs().mean() + (model.F(model.G(y)) - y).abs().mean())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+    return objective, step
+
+
+def step_worker(pipe, side, stage):
+    """One side in a process of its own: answers "loss", "memory" and "time"."""
+    torch.set_num_threads(1)
+    batch = make_batch(stage, PRESETS["small"])
+    _, step = {"ours": our_step, "composition": composed_step}[side](stage, batch)
+    while request := pipe.recv():
+        if request == "time":
+            began = time.process_time()
+            step()
+            pipe.send(time.process_time() - began)
+        elif request == "peak":
+            a = torch.randn(2048, 2048)
+            began = time.process_time()
+            for _ in range(4):
+                a @ a
+            pipe.send(4 * 2 * 2048 ** 3 / (time.process_time() - began))
+        else:
+            pipe.send(step() if request == "loss" else peak_of(step))
+
+
+def bench_step(args):
+    """A training step of stages 1, 2, 3 at preset small, 8 clips with texts of 8-200 tokens, one thread, float32:
+    ours beside the library composition (stage 2: the literal recipe); share of the matmul peak."""
+    context, rows = multiprocessing.get_context("spawn"), []
+    for stage in args.stages:
+        batch, pipes = make_batch(stage, PRESETS["small"]), {}
+        for side in ("composition", "ours"):
+            pipes[side], other = context.Pipe()
+            context.Process(target=step_worker, args=(other, side, stage), daemon=True).start()
+
+        def ask(request):
+            answers = {}
+            for side, pipe in pipes.items():                                # one at a time
+                pipe.send(request)
+                answers[side] = pipe.recv()
+            return answers
+        loss, memory = ask("loss"), ask("memory")
+        rounds, peaks = [ask("time") for _ in range(args.rounds)], ask("peak")
+        cfg = train.parse(["--stage", str(stage), "--preset", "small", "--optimizer", "adamw", "--micro-batch", "8"])
+        run, phase = train.Run(cfg, 0, 1, torch.device("cpu"), False), train.phases(cfg)[0]
+        flops = step_flops(run, phase, stage, batch)
+        ratios, ours = [r["composition"] / r["ours"] for r in rounds], statistics.median(r["ours"] for r in rounds)
+        rows.append(dict(bench="step", stage=stage, seconds=ours, ratio=statistics.median(ratios), low=min(ratios), high=max(ratios),
+                         memory=memory["ours"], memory_ratio=memory["ours"] / memory["composition"], flops=flops, share=flops / ours / peaks["ours"]))
+        print("stage {stage}: {seconds:.2f} s a step; the composition takes {ratio:.2f}x the time ({low:.2f}-{high:.2f}); peak memory {memory_mb:.0f} MB, "
+              "{memory_ratio:.2f}x of the composition's; {gflop:.0f} GFLOP, {share:.0%} of the matmul peak".format(
+                  memory_mb=memory["ours"] / 2**20, gflop=flops / 1e9, **rows[-1]), flush=True)
+        print(f"    first losses {loss}; matmul peak {peaks['ours'] / 1e9:.0f} GFLOP/s", flush=True)
+        for pipe in pipes.values():
+            pipe.send("")
+    return rows
+
+
+def step_flops(run, phase, stage, batch):
+    """FLOPs of our step on this batch, counted on the meta device."""
+    with torch.device("meta"):
+        model = Exo2Ego(replace(PRESETS["small"], mapping="resnet" if stage > 1 else "none", lora=stage == 3, lora_dropout=0.0))
+        objective = train.Objective(model, None, phase, run.cfg, 1).to("meta")
+    train.set_trained(objective, phase, False, False)
+    meta = replace(batch, ego=None if batch.ego is None else batch.ego.to("meta"), exo=None if batch.exo is None else batch.exo.to("meta"))
+    maths = eval.Arithmetic(torch.float32)
+    with eval.Meter([*objective.parameters(), *objective.buffers()]) as meter, maths:
+        torch.autograd.backward(objective(meta, float(batch.weights.sum()), batch.samples)["loss"])
+    return meter.flops
+
+
+def bench_parts(args):
+    """Where a step of ours goes: CPU seconds of each part, which sum to the step (stage 1, 2, 3; preset small)."""
+    rows = []
+    for stage in args.stages:
+        batch = make_batch(stage, PRESETS["small"])
+        objective, step = our_step(stage, batch)
+        step()
+        spent, stack = {}, []
+        for name, module in objective.model.named_children():
+            def before(*_, name=name):
+                stack.append((name, time.process_time(), 0.0))
+
+            def after(*_):
+                name, began, inside = stack.pop()
+                took = time.process_time() - began
+                spent[name] = spent.get(name, 0) + took - inside
+                if stack:
+                    stack[-1] = (*stack[-1][:2], stack[-1][2] + took)
+            module.register_forward_pre_hook(before)
+            module.register_forward_hook(after)
+        began = time.process_time()
+        loss = objective(batch, float(batch.weights.sum()), batch.samples)["loss"]
+        forward = time.process_time() - began
+        spent["losses and the rest of forward"] = forward - sum(spent.values())
+        began = time.process_time()
+        loss.backward()
+        spent["backward"] = time.process_time() - began
+        trained = {n: p for n, p in objective.named_parameters() if p.requires_grad}
+        optimizers = train.make_optimizers(trained, {n: 1e-4 for n in trained}, "adamw")
+        began = time.process_time()
+        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        spent["clipping and optimiser"] = time.process_time() - began
+        total = sum(spent.values())
+        print(f"stage {stage}: {total:.2f} s")
+        for name, seconds in spent.items():
+            print(f"    {name:32} {seconds:7.3f} s {seconds / total:5.0%}")
+            rows.append(dict(bench="parts", stage=stage, part=name, seconds=seconds))
+    return rows
+
+
+def bench_scaling(args):
+    """A step's cost over clips, text length and frames (stage 1, preset small): seconds, and the slope on log axes."""
+    rows, small = [], PRESETS["small"]
+    for knob, values in (("clips", (1, 2, 4, 8)), ("text", (64, 256, 1024)), ("frames", (4, 8, 16))):
+        seconds = []
+        for value in values:
+            cfg = replace(small, frames=value) if knob == "frames" else small
+            text = (value, value + 1) if knob == "text" else (64, 65)
+            batch = make_batch(1, cfg, clips=value if knob == "clips" else 2, text=text)
+            PRESETS["small"] = cfg
+            _, step = our_step(1, batch)
+            PRESETS["small"] = small
+            step()
+            runs = []
+            for _ in range(args.rounds):
+                began = time.process_time()
+                step()
+                runs.append(time.process_time() - began)
+            seconds.append(min(runs))
+            rows.append(dict(bench="scaling", knob=knob, value=value, seconds=seconds[-1]))
+        slope = np.polyfit(np.log(values), np.log(seconds), 1)[0]
+        print(f"    {knob:7} {dict(zip(values, (round(t, 2) for t in seconds)))} s; slope on log axes {slope:.2f}", flush=True)
+    return rows
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    benches = {"attention": bench_attention, "tflops": bench_tflops, "full": bench_full, "data": bench_data}
+    benches = {"attention": bench_attention, "tflops": bench_tflops, "full": bench_full, "data": bench_data, "score": bench_score, "step": bench_step, "parts": bench_parts,
+               "scaling": bench_scaling}
     parser.add_argument("bench", choices=benches)
     parser.add_argument("--stage", type=int, default=1, choices=(1, 2, 3), help="of `full`")
+    parser.add_argument("--stages", type=int, nargs="*", default=(1, 2, 3), help="of `step` and `parts`")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", metavar="FILE", help="append one JSON line a measurement")
     args = parser.parse_args()

@@ -327,7 +327,7 @@ def test_blind_is_reported_beside_the_score_and_the_page_is_safe(scored, sets, t
     bench(sets, scored, toy, "egoschema", "--blind")
     bench(sets, scored, toy, "egoschema", "--report")
     figures = json.loads((scored / "egoschema.json").read_text())
-    assert figures["blind"] == json.loads((scored / "egoschema-blind.json").read_text())["score"]
+    assert figures["blind_score"] == json.loads((scored / "egoschema-blind.json").read_text())["score"]
     page = (scored / "report.html").read_text()
     assert "<script" not in page and "&lt;script&gt;alert" in page and "data:image/png;base64," in page
     assert "http" not in page.replace("http-equiv", "") and all(name in page for name in eval.BENCHES)
