@@ -448,13 +448,15 @@ class Loader:
             raise DataError(f"row {row['id']!r} has {len(ids)} tokens, over {self.cfg.max_length}: shorten")
         return ids, labels
 
-    def stream(self, start: int, stop: int, workers: int = 1, repeat: bool = False) -> Iterator[list[Batch]]:
-        """batch(start) ... batch(stop - 1), read ahead by workers; `repeat`: batch(0) every time."""
+    def stream(self, start: int, stop: int, workers: int = 1, repeat: bool = False,
+               timeout: float = 600) -> Iterator[list[Batch]]:
+        """batch(start) ... batch(stop - 1), read ahead by workers, which have `timeout` seconds for each;
+        `repeat`: batch(0) every time."""
         steps = [0] * (stop - start) if repeat else range(start, stop)
         loader = torch.utils.data.DataLoader(
             _Steps(self), sampler=steps, batch_size=None, num_workers=workers,
             worker_init_fn=_start_worker, prefetch_factor=2 if workers else None,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=torch.cuda.is_available(), timeout=timeout if workers else 0,
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None)
         return map(_or_raise, iter(loader))
 
@@ -495,11 +497,11 @@ def worker_pool():
 
 def progress(items: Iterator, total: int, what: str) -> Iterator:
     """Pass items on, with a line that says how many, how fast, and how long it will take."""
-    began = shown = time.time()
+    began = shown = time.monotonic()
     for done, item in enumerate(items, 1):
         yield item
-        if time.time() - shown > 0.5 or done == total:
-            shown, rate = time.time(), done / max(time.time() - began, 1e-9)
+        if time.monotonic() - shown > 0.5 or done == total:
+            shown, rate = time.monotonic(), done / max(time.monotonic() - began, 1e-9)
             print(f"\r{done}/{total} {what}, {rate:.1f} a second, {(total - done) / rate:.0f} s left   ",
                   end="" if done < total else "\n", flush=True)
 

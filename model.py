@@ -338,10 +338,8 @@ class ViTBlock(nn.Module):
 
 class VisionEncoder(nn.Module):
     """CLIP ViT whose output is layer -2's patch grid: LLaVA's and VideoLLaMA2's choice of features.
-
     (N, 3, S, S) normalised pixels -> (N, h, w, D). The last layer and the post norm are never run, so they
-    are not built: 7b has 303,507,456 parameters in the published files, 290,909,184 of them here.
-    """
+    are not built: 7b has 303,507,456 parameters in the published files, 290,909,184 of them here."""
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.cfg, self.grid, self.patch = cfg, cfg.grid, cfg.patch
@@ -415,9 +413,7 @@ class SqueezeExcite(nn.Module):
 
 class RegNetBlock(nn.Module):
     """The block of VideoLLaMA2's STC (a timm RegStage): 1x1, depthwise 3x3, gate, 1x1, residual, SiLU.
-
-    Our choice: the gain of the last norm starts at zero, the block as SiLU(x); else it never trained.
-    """
+    Our choice: the gain of the last norm starts at zero, the block as SiLU(x); else it never trained."""
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
         self.conv1 = ConvNorm(c_in, c_out, 1)
@@ -439,8 +435,7 @@ def reg_stage(c_in: int, c_out: int, depth: int) -> nn.Sequential:
 
 class Connector(nn.Module):
     """VideoLLaMA2's STC: RegNet stage, Conv3d that halves time, height and width, RegNet stage, MLP.
-    (B, T, h, w, D) -> (B, n, W), n in (t h w) order: 16 x 24 x 24 -> 9 x 13 x 13 = 1521 tokens (padding 1).
-    """
+    (B, T, h, w, D) -> (B, n, W), n in (t h w) order: 16 x 24 x 24 -> 9 x 13 x 13 = 1521 (padding 1)."""
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         w = cfg.width
@@ -693,9 +688,8 @@ class Exo2Ego(nn.Module):
 
     @classmethod
     def from_videollama2(cls, path, dtype: torch.dtype | None = None, vision=None) -> Exo2Ego:
-        """The published VideoLLaMA2-7B-16F layout: its ViT and connector become both visual encoders. Where
-        the files hold no ViT, `vision`, a CLIP directory, supplies it, as for plain Mistral, whose connectors
-        start fresh."""
+        """The published VideoLLaMA2-7B-16F layout: its ViT and connector become both visual encoders. Without
+        a ViT (plain Mistral, fresh connectors) it comes from `vision`, a CLIP directory."""
         files, tower = Published(path), "model.vision_tower.vision_tower."
         if (kind := files.config.get("model_type")) not in ("videollama2_mistral", "mistral"):
             raise ValueError(f"{path}/config.json: model_type is {kind!r}, videollama2_mistral fits here")
@@ -758,9 +752,8 @@ class Exo2Ego(nn.Module):
         return embeddings.index_copy(0, slots, visual.flatten(0, 1).to(embeddings.dtype))
 
     def text_logits(self, visual: Tensor | None, ids: Tensor, labels: Tensor, lens: Sequence[int]):
-        """Logits only where a label is supervised: (supervised, vocab), and their targets (supervised,). ids
-        and labels are packed (tokens,), visual (B, n, W) fills sum(ids == VIDEO) = B * n slots; position t
-        predicts t + 1."""
+        """Logits (supervised, vocab) where a label is, and their targets: position t predicts t + 1. ids and
+        labels are packed (tokens,), visual (B, n, W) fills the B * n slots where ids == VIDEO."""
         x = self.splice(visual, ids)
         positions = torch.cat([torch.arange(n) for n in lens]).to(x.device)
         hidden = self.decoder(x, Segments.packed(lens, x.device), positions)
@@ -966,13 +959,20 @@ def base_of(path: Path, base: str | os.PathLike | None = None) -> Path | None:
         raise ValueError(f"{root} is not the base of {path}, its weights differ: pass --base DIR")
     return root
 
-def own_tensors(path: Path) -> dict[str, Tensor]:
-    """What a checkpoint's own file holds: every tensor that differs from its base."""
+def hash_of(file: Path) -> str:
+    """sha256 of a whole file."""
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+def own_tensors(path: Path, name: str = "model.safetensors") -> dict[str, Tensor]:
+    """What a checkpoint's own file holds, every tensor that differs from its base; a flipped bit is seen."""
     try:
-        return load_file(path / "model.safetensors")
+        if read_state(path).get("sha256", {}).get(name) not in (None, hash_of(path / name)):
+            raise ValueError("it has changed since it was saved")
+        return load_file(path / name)
     except Exception as error:
-        raise ValueError(f"{path}/model.safetensors cannot be read ({error}): remove {path} to fall back to "
-                         f"the checkpoint before it") from None
+        raise ValueError(f"{path / name} cannot be read ({error}): remove {path} to fall back to the "
+                         f"checkpoint before it") from None
 
 def checkpoint_tensors(path: Path, base: str | os.PathLike | None = None) -> dict[str, Tensor]:
     """All tensors of a checkpoint on a base of ours: those of the base, overlaid with its own."""

@@ -19,12 +19,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from data import (DataError, Loader, add_flags, file_lock, git_revision, manifest_of, pick_device,
-                  read_manifest, scatter_words, shuffle_pairs, start_process, toy_tokenizer, toy_world)
-from eval import (Log, Run, choose_attention, describe, feature_kl, load_optimizers, moments_of, plan,
-                  precision, random_state, ready, resume_point, save_checkpoint, schedule, start_point,
+from data import (DataError, Loader, add_flags, file_lock, manifest_of, pick_device, read_manifest,
+                  scatter_words, shuffle_pairs, start_process, toy_tokenizer, toy_world)
+from eval import (Log, Run, beat, choose_attention, describe, explain, feature_kl, listen, load_optimizers,
+                  lock_of, plan, precision, ready, resume_point, save_checkpoint, schedule, start_point,
                   toy_benchmark, validate, whole, wrap)
 from model import (IGNORE, PRESETS, VIDEO, Exo2Ego, Tokenizer, fingerprint, load_checkpoint,
                    newest_checkpoint, own_tensors, read_state)
@@ -354,22 +355,6 @@ def build(run: Run) -> tuple[Exo2Ego, Tokenizer | None]:
         model.ego_vit = model.ego_connector = None
     return model, tokenizer
 
-def save(run: Run, objective: Objective, optimizers: list, step: int, trained: dict, skipped: int):
-    """What differs from the base (in stage 0 everything), and what resuming exactly needs."""
-    rng = [random_state(run.device).to(run.device) for _ in range(run.world)]
-    if run.world > 1:
-        dist.all_gather(rng, rng[0].clone())
-    keep = run.inherited | {n.removeprefix("model.") for n in trained}
-    tensors = {n: t for n, t in objective.model.state_dict().items() if n in keep or run.cfg.stage == 0}
-    tensors |= {n: t for n, t in objective.state_dict().items() if part_of(n) == "loss"}
-    tensors, moments = {n: whole(t).cpu() for n, t in tensors.items()}, moments_of(optimizers)
-    if run.rank == 0:
-        state = dict(stage=run.cfg.stage, step=step, steps=run.total, model=asdict(objective.model.cfg),
-                     config=asdict(run.cfg), skipped=skipped, bf16=run.bf16, git=git_revision()) | run.record
-        moments |= {f"rng.{rank}": s.cpu() for rank, s in enumerate(rng)}
-        save_checkpoint(Path(run.cfg.out) / f"step_{step:06d}", tensors, moments, state,
-                        objective.tokenizer.path, run.cfg.keep)
-
 def train(cfg: TrainConfig, rank: int = 0, world: int = 1):
     """Run a stage to its end, then score it."""
     bf16 = cfg.dtype == "bfloat16" or cfg.dtype is None and torch.cuda.is_available()
@@ -388,7 +373,8 @@ def train(cfg: TrainConfig, rank: int = 0, world: int = 1):
     log = Log(Path(cfg.out) / "log.jsonl" if rank == 0 else None, done, skipped)
     for row, loader, length in zip(rows, loaders, lengths):
         if done < start + length:
-            run_phase(run, model, tokenizer, row, loader, start, length, folder, log)
+            with listen(run):
+                run_phase(run, model, tokenizer, row, loader, start, length, folder, log)
             folder = None
         start += length
     wanted = rank == 0 and not cfg.no_eval and Path(cfg.data).suffix != ".jsonl"
@@ -420,7 +406,7 @@ def run_phase(run: Run, model: Exo2Ego, tokenizer: Tokenizer, phase: Phase, load
     if run.rank == 0:
         describe(run, phase, objective, loader, length)
     val = make_loader(run, phase, model, tokenizer, "val") if cfg.val_every else None
-    batches = loader.stream(step - start, length, cfg.workers, repeat=cfg.overfit)
+    batches = loader.stream(step - start, length, cfg.workers, cfg.overfit, cfg.timeout)
     if step > start:                                            # last: a new DataLoader draws a random number
         load_optimizers(folder, optimizers, run.rank, run.device)
     log.start(step - start)
@@ -429,8 +415,10 @@ def run_phase(run: Run, model: Exo2Ego, tokenizer: Tokenizer, phase: Phase, load
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = group["peak"] * share
         micro = [batch.to(run.device) for batch in next(batches)]
-        counts = torch.tensor([[b.weights.sum(), b.samples, len(b.skipped), len(b.ids)] for b in micro])
-        supervised, samples, skipped, tokens = run.sum(counts.sum(0).to(run.device))    # over the whole step
+        counts = torch.tensor([[b.weights.sum(), b.samples, len(b.skipped), len(b.ids), run.stop > 0]
+                               for b in micro]).sum(0)
+        beat(cfg.out, run.rank)                                 # a rank that hangs is known by its silence
+        supervised, samples, skipped, tokens, stop = run.sum(counts.to(run.device))     # over the whole step
         sums = {}
         for i, batch in enumerate(micro):
             meet = i == len(micro) - 1                          # set before the forward: one meeting a step
@@ -456,8 +444,10 @@ def run_phase(run: Run, model: Exo2Ego, tokenizer: Tokenizer, phase: Phase, load
             skipped=log.skipped))
         if val and (step + 1) % cfg.val_every == 0:
             validate(run, objective, val, step + 1, log)
-        if step + 1 == start + length or cfg.save_every and (step + 1) % cfg.save_every == 0:
-            save(run, objective, optimizers, step + 1, trained, log.skipped)
+        if step + 1 == start + length or stop or cfg.save_every and (step + 1) % cfg.save_every == 0:
+            save_checkpoint(run, objective, optimizers, step + 1, trained, log.skipped)
+        if stop:
+            sys.exit(f"stopped at step {step + 1}, saved: the same command goes on")
 
 def fit_or_refuse(run: Run, phase: Phase) -> bool:
     """Print a stage's plan; refuse what cannot fit, by the flag that helps. True: no more was asked for."""
@@ -487,10 +477,10 @@ def main(argv: list[str] | None = None):
         if world > 1:
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo",
                                     timeout=timedelta(seconds=cfg.timeout))
-        with file_lock(Path(cfg.out) / (".lock" if rank == 0 else f".lock{rank}"), wait=False):
+        with file_lock(lock_of(cfg.out, rank), wait=False):
             train(cfg if world > 1 else replace(cfg, fsdp=False), rank, world)
-    except (DataError, ValueError, FileNotFoundError) as error:
-        print(f"train.py: {error}", file=sys.stderr, flush=True)
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
+        print(f"train.py: {explain(error, cfg.out, world)}", file=sys.stderr, flush=True)
         os._exit(2) if world > 1 else sys.exit(2)  # the others must not wait for a rank that gave up
     if world > 1:
         dist.destroy_process_group()

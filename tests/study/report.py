@@ -2,6 +2,7 @@
 
     python tests/study/report.py                            # all rows against "full"
     python tests/study/report.py --against "x only"
+    python tests/study/report.py --figures tests/assets     # sweep_*.png, one a knob that was swept
 
 A difference is a mean over seeds and clips; its 95 % interval is a paired bootstrap that draws seeds, and clips within
 a seed, with replacement (10,000 draws). A row is called better or worse only when the interval excludes zero; "beside
@@ -9,9 +10,13 @@ the paper" compares that, after stage 3, with the sign of the paper's difference
 pair in ten are compared with the full row of that world.
 """
 import argparse
+from pathlib import Path
 
 import numpy as np
-from run import ROWS, finished
+from run import ROWS, SWEEPS, finished
+
+KNOBS = {"ego": "narrated ego clips in Init (seen by both)", "pairs": "synchronized, narrated pairs",
+         "noise": "motion and light of the head camera (1: default)", "views": "exo cameras of a pair"}
 
 PAPER = {   # averages of its Tables 3 and 5 (x only: the same data without Exo2Ego), percent
     "full": 55.6, "forward cycle only": 54.9, "MLP instead of ResNet blocks": 54.7, "no G, no cycle": 54.4, "no KL": 51.4,
@@ -62,12 +67,41 @@ def table(cells: dict, against: str, names: list[str]) -> str:
     return "\n".join(lines)
 
 
+def figures(cells: dict, folder: Path) -> list[Path]:
+    """One picture a sweep: exact match after stage 3 over the knob's values, with F and without, seeds as points."""
+    from matplotlib import pyplot
+    made = []
+    for sweep, knobs in SWEEPS.items():
+        figure, axes = pyplot.subplots(figsize=(4.2, 3), layout="constrained")
+        for ending, ink, label in (("", "tab:blue", "full"), (", x only", "tab:gray", "x only")):
+            points = [(value, 100 * outcomes(cell, "stage3").mean()) for _, value in knobs
+                      for (row, _), cell in cells.items() if row == f"{sweep} {value}{ending}"]
+            if points:
+                xs = sorted({x for x, _ in points})
+                axes.plot(*zip(*points), "o", color=ink, alpha=0.5)
+                axes.plot(xs, [np.mean([y for x, y in points if x == at]) for at in xs], color=ink, label=label)
+        if axes.lines:
+            seeds = max(sum(row == f"{sweep} {value}" for row, _ in cells) for _, value in knobs)
+            axes.set(xlabel=KNOBS[sweep], ylabel="exact match after stage 3, %", ylim=(0, None), title=f"{seeds} seed(s), 2,000 clips")
+            if sweep in ("ego", "pairs"):
+                axes.set_xscale("log")
+            axes.legend()
+            made.append(folder / f"sweep_{sweep}.png")
+            figure.savefig(made[-1], dpi=110)
+        pyplot.close(figure)
+    return made
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--against", choices=ROWS, default="full")
     parser.add_argument("--rows", nargs="*", choices=ROWS)
+    parser.add_argument("--figures", type=Path, metavar="DIR")
     args = parser.parse_args()
     cells = finished()
+    if args.figures:
+        print(*figures(cells, args.figures))
+        return
     print(table(cells, args.against, args.rows or list(ROWS)))
     for stage, key, what in (("stage1", "exo_em", "the demonstrator itself, on exo clips, after stage 1"),
                              ("stage3", "mcq_inter", "full, text to clip, inter"), ("stage3", "mcq_intra", "full, text to clip, intra"),
