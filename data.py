@@ -982,7 +982,8 @@ def toy_tokenizer(out: str | os.PathLike, world: World) -> Path:
                 normalization_rule_name="identity", remove_extra_whitespaces=False)
     return path
 
-# --------------------------------------------------------------------------------------- real data, converted
+# ----------------------------------------------------------------------------- appendix: real data, converted
+# A first reader can stop here.
 # Each builder reads the files that a licence holder downloads and yields rows; sources and known traps are in
 # its docstring. "Our choice" is what neither the paper nor the files settle: a flag of Build says it.
 @dataclass(frozen=True)

@@ -250,104 +250,6 @@ def show(path: Path, rows, view, narrations, replies, n: int = 8):
         items.append(([read_clip(clip["video"], clip["start"], clip["end"], 4, 96)], lines))
     contact_sheet(path, items[:n])
 
-# ------------------------------------------------------------------------------------------------- one video
-class SharedPrefix(KVCache):
-    """A cache whose sequences all start with the tokens of another one: a video is read once, whatever is
-    asked about it. Without `keep` one layer's copies exist at a time (scoring); with it, all (generating)."""
-    def __init__(self, first: KVCache, sequences: int, keep: bool):
-        super().__init__(sequences)
-        self.first, self.keep, self.lens = first, keep, first.lens * sequences
-
-    def extend(self, layer: int, k: Tensor, v: Tensor, seg: Segments) -> tuple[Tensor, Tensor]:
-        if layer in self.layers:
-            return super().extend(layer, k, v, seg)
-        k, v = (torch.cat([part for piece in new.split(seg.q_lens) for part in (old, piece)])
-                for old, new in zip(self.first.layers[layer], (k, v)))
-        if self.keep:
-            self.layers[layer] = k, v
-        return k, v
-
-class Seen:
-    """What the decoder knows before a question: the video, read once (or nothing, with visual None)."""
-    @torch.no_grad()
-    def __init__(self, model: Exo2Ego, tokenizer: Tokenizer, visual: Tensor | None):
-        self.model, self.tokenizer, self.cache = model, tokenizer, KVCache(1)
-        self.device = model.decoder.head.weight.device
-        self.slots = 0 if visual is None else visual.shape[1]           # visual is (1, n, W)
-        ids, _ = tokenizer.chat([{"user": ""}], self.slots)
-        self.head = ids[:len(ids) - ids[::-1].index(VIDEO)] if self.slots else ids[:1]
-        embeddings = model.splice(visual, torch.tensor(self.head, device=self.device))
-        self.pooled = None if visual is None else visual[0].float().mean(0)
-        seg = Segments.packed([len(self.head)], self.device)
-        model.decoder(embeddings, seg, torch.arange(len(self.head), device=self.device), self.cache)
-
-    def prompt(self, question: str, answer: str | None = None) -> tuple[list[int], list[int]]:
-        """ids and labels of a question (and answer) that go on after the video."""
-        turn = {"user": question.replace("<video>", "")} | ({} if answer is None else {"assistant": answer})
-        ids, labels = self.tokenizer.chat([turn], self.slots)
-        return ids[len(self.head):], labels[len(self.head):]
-
-    @torch.no_grad()
-    def score(self, pairs: list[tuple[str, str]], batch: int = 64) -> np.ndarray:
-        """log p(answer, </s> | video, question) of each (question, answer) -> (pairs, 2): the sum over its
-        tokens, and the mean over those whose loss is not exactly 0 (EgoPlan's rule). At most `batch` answers,
-        each with a copy of one layer's keys and values of the video, are in memory at a time."""
-        scores = []
-        for i in range(0, len(pairs), batch):
-            ids, labels = zip(*(self.prompt(*pair) for pair in pairs[i:i + batch]))
-            new, start = [len(p) for p in ids], len(self.head)
-            seg = Segments.cached(new, [start + n for n in new], self.device)
-            positions = torch.cat([torch.arange(start, start + n) for n in new]).to(self.device)
-            flat = torch.tensor(sum(ids, []), device=self.device)
-            hidden = self.model.decoder(self.model.decoder.embed(flat), seg, positions,
-                                        SharedPrefix(self.cache, len(new), keep=False))
-            targets = torch.tensor(sum(labels, []), device=self.device)[1:]
-            where = targets != IGNORE                           # never a sequence's first token
-            losses = F.cross_entropy(self.model.decoder.logits(hidden[:-1][where]).float(), targets[where],
-                                     reduction="none").double().cpu()
-            for part in losses.split([sum(t != IGNORE for t in told) for told in labels]):
-                scores.append((-float(part.sum()), -float(mean_of_nonzero(part[None]))))
-        return np.array(scores)
-
-    def reply(self, questions: list[str], max_new: int = 64) -> list[str]:
-        """Greedy answers to several questions at once."""
-        prompts = [torch.tensor(self.prompt(question)[0]) for question in questions]
-        ids = self.model.generate(None, prompts, eos=self.tokenizer.eos, max_new=max_new,
-                                  cache=SharedPrefix(self.cache, len(prompts), keep=True))
-        return [self.tokenizer.decode(answer).strip() for answer in ids]
-
-    def speak(self, question: str, max_new: int = 256) -> Iterator[str]:
-        """Pieces of an answer as they come; the conversation goes on from here."""
-        ids, told = self.prompt(question)[0], ""
-        if self.cache.lens[0] > len(self.head):                 # a later turn: after the last answer's </s>
-            ids = [self.tokenizer.eos] + self.tokenizer.encode(f"[INST] {question} [/INST]")
-        tokens = []
-        for (token,) in self.model.stream(None, [torch.tensor(ids)], eos=self.tokenizer.eos, max_new=max_new,
-                                          cache=self.cache):
-            tokens.append(token)
-            text = self.tokenizer.decode(tokens)
-            yield text[len(told):]
-            told = text
-
-@torch.no_grad()
-def look(model: Exo2Ego, tokenizer: Tokenizer, clip: dict | None) -> Seen:
-    """Read one ego clip of a manifest's form, or for None nothing."""
-    if clip is None:
-        return Seen(model, tokenizer, None)
-    frames = torch.from_numpy(read_clip(clip["video"], clip.get("start"), clip.get("end"), model.cfg.frames,
-                                        model.cfg.image_size, None, clip.get("fps")))[None]
-    return Seen(model, tokenizer, model.encode_ego(frames.to(next(model.parameters()).device)))
-
-def converse(model: Exo2Ego, tokenizer: Tokenizer, video: str, question: str | None, start=None, end=None):
-    """Answer one question about an ego video, or chat until an empty line. The video is read once."""
-    seen = look(model, tokenizer, {"video": video, "start": start, "end": end})
-    while asked := question or input("? ").strip():
-        for piece in seen.speak(asked):
-            print(piece, end="", flush=True)
-        print(flush=True)
-        if question:
-            return
-
 # --------------------------------------------------------------------- what a run shows and leaves on disk
 @dataclass
 class Run:
@@ -857,6 +759,105 @@ def check_attention() -> int:
     if not gpu:
         print("not run, they need a GPU: triton, varlen, equal reruns; pytest interprets, compiles triton")
     return failed
+
+# ------------------------------------------------------------------------------ appendix: one video, EgoBench
+# A first reader can stop here: what follows asks a trained model, and scores it on real benchmarks.
+class SharedPrefix(KVCache):
+    """A cache whose sequences all start with the tokens of another one: a video is read once, whatever is
+    asked about it. Without `keep` one layer's copies exist at a time (scoring); with it, all (generating)."""
+    def __init__(self, first: KVCache, sequences: int, keep: bool):
+        super().__init__(sequences)
+        self.first, self.keep, self.lens = first, keep, first.lens * sequences
+
+    def extend(self, layer: int, k: Tensor, v: Tensor, seg: Segments) -> tuple[Tensor, Tensor]:
+        if layer in self.layers:
+            return super().extend(layer, k, v, seg)
+        k, v = (torch.cat([part for piece in new.split(seg.q_lens) for part in (old, piece)])
+                for old, new in zip(self.first.layers[layer], (k, v)))
+        if self.keep:
+            self.layers[layer] = k, v
+        return k, v
+
+class Seen:
+    """What the decoder knows before a question: the video, read once (or nothing, with visual None)."""
+    @torch.no_grad()
+    def __init__(self, model: Exo2Ego, tokenizer: Tokenizer, visual: Tensor | None):
+        self.model, self.tokenizer, self.cache = model, tokenizer, KVCache(1)
+        self.device = model.decoder.head.weight.device
+        self.slots = 0 if visual is None else visual.shape[1]           # visual is (1, n, W)
+        ids, _ = tokenizer.chat([{"user": ""}], self.slots)
+        self.head = ids[:len(ids) - ids[::-1].index(VIDEO)] if self.slots else ids[:1]
+        embeddings = model.splice(visual, torch.tensor(self.head, device=self.device))
+        self.pooled = None if visual is None else visual[0].float().mean(0)
+        seg = Segments.packed([len(self.head)], self.device)
+        model.decoder(embeddings, seg, torch.arange(len(self.head), device=self.device), self.cache)
+
+    def prompt(self, question: str, answer: str | None = None) -> tuple[list[int], list[int]]:
+        """ids and labels of a question (and answer) that go on after the video."""
+        turn = {"user": question.replace("<video>", "")} | ({} if answer is None else {"assistant": answer})
+        ids, labels = self.tokenizer.chat([turn], self.slots)
+        return ids[len(self.head):], labels[len(self.head):]
+
+    @torch.no_grad()
+    def score(self, pairs: list[tuple[str, str]], batch: int = 64) -> np.ndarray:
+        """log p(answer, </s> | video, question) of each (question, answer) -> (pairs, 2): the sum over its
+        tokens, and the mean over those whose loss is not exactly 0 (EgoPlan's rule). At most `batch` answers,
+        each with a copy of one layer's keys and values of the video, are in memory at a time."""
+        scores = []
+        for i in range(0, len(pairs), batch):
+            ids, labels = zip(*(self.prompt(*pair) for pair in pairs[i:i + batch]))
+            new, start = [len(p) for p in ids], len(self.head)
+            seg = Segments.cached(new, [start + n for n in new], self.device)
+            positions = torch.cat([torch.arange(start, start + n) for n in new]).to(self.device)
+            flat = torch.tensor(sum(ids, []), device=self.device)
+            hidden = self.model.decoder(self.model.decoder.embed(flat), seg, positions,
+                                        SharedPrefix(self.cache, len(new), keep=False))
+            targets = torch.tensor(sum(labels, []), device=self.device)[1:]
+            where = targets != IGNORE                           # never a sequence's first token
+            losses = F.cross_entropy(self.model.decoder.logits(hidden[:-1][where]).float(), targets[where],
+                                     reduction="none").double().cpu()
+            for part in losses.split([sum(t != IGNORE for t in told) for told in labels]):
+                scores.append((-float(part.sum()), -float(mean_of_nonzero(part[None]))))
+        return np.array(scores)
+
+    def reply(self, questions: list[str], max_new: int = 64) -> list[str]:
+        """Greedy answers to several questions at once."""
+        prompts = [torch.tensor(self.prompt(question)[0]) for question in questions]
+        ids = self.model.generate(None, prompts, eos=self.tokenizer.eos, max_new=max_new,
+                                  cache=SharedPrefix(self.cache, len(prompts), keep=True))
+        return [self.tokenizer.decode(answer).strip() for answer in ids]
+
+    def speak(self, question: str, max_new: int = 256) -> Iterator[str]:
+        """Pieces of an answer as they come; the conversation goes on from here."""
+        ids, told = self.prompt(question)[0], ""
+        if self.cache.lens[0] > len(self.head):                 # a later turn: after the last answer's </s>
+            ids = [self.tokenizer.eos] + self.tokenizer.encode(f"[INST] {question} [/INST]")
+        tokens = []
+        for (token,) in self.model.stream(None, [torch.tensor(ids)], eos=self.tokenizer.eos, max_new=max_new,
+                                          cache=self.cache):
+            tokens.append(token)
+            text = self.tokenizer.decode(tokens)
+            yield text[len(told):]
+            told = text
+
+@torch.no_grad()
+def look(model: Exo2Ego, tokenizer: Tokenizer, clip: dict | None) -> Seen:
+    """Read one ego clip of a manifest's form, or for None nothing."""
+    if clip is None:
+        return Seen(model, tokenizer, None)
+    frames = torch.from_numpy(read_clip(clip["video"], clip.get("start"), clip.get("end"), model.cfg.frames,
+                                        model.cfg.image_size, None, clip.get("fps")))[None]
+    return Seen(model, tokenizer, model.encode_ego(frames.to(next(model.parameters()).device)))
+
+def converse(model: Exo2Ego, tokenizer: Tokenizer, video: str, question: str | None, start=None, end=None):
+    """Answer one question about an ego video, or chat until an empty line. The video is read once."""
+    seen = look(model, tokenizer, {"video": video, "start": start, "end": end})
+    while asked := question or input("? ").strip():
+        for piece in seen.speak(asked):
+            print(piece, end="", flush=True)
+        print(flush=True)
+        if question:
+            return
 
 # ----------------------------------------------------------------------------------------- EgoBench: metrics
 def mean_of_nonzero(losses: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from conftest import REPO, run
 from safetensors.torch import load_file, save_file
 
-from model import PRESETS, Connector, Decoder, Exo2Ego, KVCache, Segments, VisionEncoder, load_checkpoint
+from model import (PRESETS, Connector, Decoder, Exo2Ego, KVCache, Segments, Tokenizer, VisionEncoder,
+                   load_checkpoint)
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 transformers = pytest.importorskip("transformers")
@@ -245,9 +246,9 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path, harm, words):
 # -------------------------------------------------------------------------------------------------- back again
 def test_export_round_trip(videollama2, tmp_path):
     """Trained, with LoRA: what transformers makes of the exported parts equals what we make of the checkpoint."""
-    from eval import export_hf, save_checkpoint
-    from dataclasses import asdict
+    from eval import Run, export_hf, save_checkpoint
     import mistral_common
+    import train
     from pathlib import Path
     model = Exo2Ego.from_videollama2(videollama2[0])
     model.add(mapping="resnet")
@@ -255,9 +256,10 @@ def test_export_round_trip(videollama2, tmp_path):
     for p in model.decoder.parameters():
         p.data += 0.05 * torch.randn(p.shape)
     torch.nn.init.normal_(model.ego_vit.blocks[0].q.weight, std=0.3)
-    state = dict(stage=3, step=1, steps=2, base=None, model=asdict(model.cfg))
     spm = Path(mistral_common.__file__).parent / "data/tokenizer.model.v1"
-    save_checkpoint(tmp_path / "step_000001", model.state_dict(), {}, state, spm, 2)
+    cfg = train.parse(["--stage", "0", "--out", str(tmp_path)])             # stage 0 saves the whole model
+    objective = train.Objective(model, Tokenizer(spm), train.phases(cfg)[0], cfg, 1)
+    save_checkpoint(Run(cfg, 0, 1, torch.device("cpu"), False, total=2), objective, [], 1, {}, 0)
     model.eval()
     export_hf(tmp_path / "step_000001", tmp_path / "hf")
     ids, pixels = torch.randint(3, 320, (14,)), torch.randn(2, 3, 28, 28)
@@ -300,7 +302,7 @@ def test_ids_equal_mistral_common(chat):
     from mistral_common.protocol.instruct.messages import AssistantMessage, UserMessage
     from mistral_common.protocol.instruct.request import InstructRequest
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
-    from model import IGNORE, VIDEO, Tokenizer
+    from model import IGNORE, VIDEO
     ours = Tokenizer(Path(mistral_common.__file__).parent / "data/tokenizer.model.v1")
     kinds = (UserMessage, AssistantMessage)
     request = InstructRequest(messages=[kinds[i % 2](content=text) for i, text in enumerate(chat)])
