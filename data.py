@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
 from fractions import Fraction
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import UnionType
 from typing import Literal, Union, get_args, get_origin, get_type_hints
@@ -124,15 +124,21 @@ def open_video(video: str | os.PathLike, fps: float | None = None) -> Iterator[t
 
 def frame_rate(video: str | os.PathLike) -> float:
     """Mean frames a second of a file, as its header says."""
-    with av.open(str(video), options=OPEN_OPTIONS) as container:
-        return float(container.streams.video[0].average_rate or 30)
+    try:
+        with av.open(str(video), options=OPEN_OPTIONS) as container:
+            return float(container.streams.video[0].average_rate or 30)
+    except (av.FFmpegError, OSError, IndexError) as error:
+        raise DataError(f"{video} cannot be read: {error}") from None
 
 def _seconds(container, stream) -> float:
-    """Length of the video, as its header says."""
+    """Length of the video, as its header says; Matroska keeps it in a tag, as the moment of its end."""
     if stream.duration:
         return float(stream.duration * stream.time_base)
-    if container.duration:
-        return container.duration / av.time_base
+    tag = re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", ""))
+    if tag or container.duration:
+        end = container.duration / av.time_base if not tag else (
+            3600 * int(tag[1]) + 60 * int(tag[2]) + float(tag[3]))
+        return end - float((stream.start_time or 0) * stream.time_base)
     raise DataError(f"{container.name} has no duration: re-encode it")
 
 def _frames_at(container, stream, moments: Sequence[float]) -> Iterator:
@@ -150,12 +156,13 @@ def _frames_at(container, stream, moments: Sequence[float]) -> Iterator:
         back = 2 * back + 1             # an open group of pictures: its first frames need the group before
     if shown is None:
         raise DataError(f"{container.name} holds no frame at {moments[0]:.2f} s: truncated?", "truncated")
-    ahead = next(frames, None)
+    ahead, step = next(frames, None), 0.1
     for moment in moments:
         while ahead is not None and ahead.time <= zero + moment + slack:
+            step = max(0.1, ahead.time - shown.time)            # how long a frame may stay, at the end
             shown, ahead = ahead, next(frames, None)
-        if ahead is None and shown.time + max(1.0, float((shown.duration or 0) * stream.time_base)) < (
-                zero + moment):
+        stays = max(2 * step, float((shown.duration or 0) * stream.time_base))
+        if ahead is None and shown.time + stays < zero + moment:
             raise DataError(f"{container.name} ends at {shown.time - zero:.2f} s, {moment:.2f} s was asked "
                             f"for: truncated?", "truncated")
         if shown.is_corrupt:
@@ -230,9 +237,10 @@ def read_manifest(path: str | os.PathLike, root: str | os.PathLike | None = None
     base = Path(os.path.realpath(root or path.parent))
     rows = []
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text().removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
+    lines = [] if lines == [""] else lines
     for number, line in enumerate(lines, 1):
         where = f"{path} line {number}"
         try:
@@ -240,20 +248,32 @@ def read_manifest(path: str | os.PathLike, root: str | os.PathLike | None = None
         except ValueError as error:
             raise DataError(f"{where} is not JSON ({error}): one object a line") from None
         rows.append(_check_row(row, where, base, allow_outside))
-    bad = path.with_suffix(".bad.jsonl")
-    if skip and bad.is_file():
-        named = {json.loads(line)["id"] for line in bad.read_text().splitlines()}
-        kept = [row for row in rows if row["id"] not in named]
-        if named:
-            print(f"{len(rows) - len(kept)} of {len(rows)} rows are on the skip list {bad}: left out")
+    if skip and (bad := path.with_suffix(".bad.jsonl")).is_file():
+        wrong = {entry["id"]: entry["videos"] for entry in map(json.loads, bad.read_text().splitlines())}
+        kept = [row for row in (_without(row, wrong.get(row["id"], ())) for row in rows) if row]
+        if wrong:
+            print(f"{bad}: {len(rows) - len(kept)} of {len(rows)} rows are left out, and bad exo views of "
+                  f"others; after a change of the files run data.py check again")
         rows = kept
     if not rows:
         raise DataError(f"{path} is empty: it needs one JSON object a line")
     return rows
 
+def _without(row: dict, videos: Sequence[str]) -> dict | None:
+    """A row without its bad exo views; None if its ego clip is bad, or no exo view is left."""
+    kept = [clip for clip in row.get("exo", []) if clip["video"] not in videos]
+    if row.get("ego", {}).get("video") in videos or row.get("exo") and not kept:
+        return None
+    return row | {"exo": kept} if "exo" in row else row
+
 def clips_of(row: dict) -> list[dict]:
     """A row's clips, ego before exo."""
     return ([row["ego"]] if "ego" in row else []) + row.get("exo", [])
+
+@cache
+def _real(base: str, video: str) -> str:
+    """An absolute path with its links resolved; a video is named by many rows."""
+    return os.path.realpath(os.path.join(base, video))
 
 def _check_row(row, where: str, base: Path, allow_outside: bool) -> dict:
     if not isinstance(row, dict) or not isinstance(row.get("id"), str):
@@ -272,7 +292,7 @@ def _check_row(row, where: str, base: Path, allow_outside: bool) -> dict:
             raise DataError(f"{where}: {clip['video']} from {times[0]} to {times[1]} s has zero length")
         if not isinstance(fps := clip.get("fps", 1), (int, float)) or not 0 < fps < 1000:
             raise DataError(f'{where}: "fps" is {fps!r}: images a second, more than 0')
-        real = os.path.realpath(base / clip["video"].replace("\0", "?"))
+        real = _real(str(base), clip["video"].replace("\0", "?"))
         if not allow_outside and not real.startswith(f"{base}{os.sep}"):
             raise DataError(f"{where}: {clip['video']} is outside {base}: pass --root or --allow-outside")
         clip["video"] = real
@@ -477,6 +497,8 @@ def _or_raise(item):
     return item
 
 def _start_worker(_):
+    for number in (signal.SIGTERM, signal.SIGINT):              # launchers signal the whole group: the rank
+        signal.signal(number, signal.SIG_IGN)                   # still needs its batches to end the step
     torch.set_num_threads(1)
     die_with_parent()
 
@@ -993,6 +1015,7 @@ class Build:
     out: str                                        # the manifest to write
     split: str = "train"
     alpha: str = "4.9"                              # EgoClip's scale in seconds, or "mean": of these takes
+    allow_outside: bool = False                     # links may lead out of the root
     beta: Literal["annotator", "take"] = "annotator"        # whose narrations set the mean gap
     views: Literal["all", "best"] = "all"           # every exo camera, or the annotator's choice
     subject: Literal["C", "any"] = "C"              # whose actions: the camera wearer's
@@ -1040,10 +1063,14 @@ def taught(source: str, key: str, video: str, answer: str, o: Build, question: s
     turn = {"user": instruction(source, key, o.prompt, question), "assistant": answer}
     return {"id": f"{source}/{key}", "ego": {"video": video, **clip}, "turns": [turn], "source": source}
 
+MISSHAPEN = (LookupError, TypeError, ValueError, AttributeError, SyntaxError, csv.Error, RecursionError,
+             MemoryError, OSError, av.FFmpegError)              # what reading a wrong file can raise
+
 class Files:
     """The files of a data set, which always know the record they are at: errors name it."""
-    def __init__(self, root: str):
-        self.root, self.where, self.count = Path(root), root, Counter()
+    def __init__(self, root: str, videos: str | None = None):
+        """`videos`: a folder of their own, in which paths start."""
+        self.root, self.where, self.count, self.videos = Path(root), root, Counter(), videos
 
     def text(self, *names: str) -> str:
         """Of the first of these files that exists."""
@@ -1059,6 +1086,22 @@ class Files:
         for number, item in enumerate(items, 1):
             self.where = f"{file} record {number}"
             yield item
+
+    def tolerant(self, records: Iterable, rows: Callable, most: float = 0.01) -> Iterator[dict]:
+        """`rows(record)` of each record (of a list or tuple: its parts); bad ones are counted. More than
+        `most` of them, or a bad first one, end it with the first one's error: the format is another."""
+        bad, first, total = 0, None, 0
+        for total, record in enumerate(self.each(records), 1):
+            try:
+                yield from list(rows(*record) if isinstance(record, (list, tuple)) else rows(record))
+            except MISSHAPEN as error:
+                bad, first = bad + 1, first or (self.where, error)
+                if total == 1:
+                    break
+        self.count["bad record"] += bad
+        if bad > most * total:
+            self.where, error = first
+            raise error
 
     def json(self, *names: str):
         """A JSON file."""
@@ -1079,8 +1122,8 @@ class Files:
                 yield row
 
     def video(self, name: str) -> str:
-        """A video's path from the root: in `videos/` if that folder is there."""
-        return f"videos/{name}" if (self.root / "videos").is_dir() else name
+        """A video's path from the root (or from `videos`): in `videos/` if that folder is there."""
+        return f"videos/{name}" if not self.videos and (self.root / "videos").is_dir() else name
 
 def is_true(flag) -> bool:
     """Ego-Exo4D's flags are booleans from one annotator, "1" and "0" from another: bool("0") is True."""
@@ -1111,20 +1154,24 @@ def ego_exo4d(files: Files, o: Build) -> Iterator[dict]:
     def gap(narrators, alpha):
         times = sorted(float(d["timestamp"]) for a in narrators for d in a["descriptions"])
         return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else alpha
-    groups = [([a] if o.beta == "annotator" else all_) for _, all_ in told for a in all_]
+    groups = [group for _, all_ in told
+              for group in ([[a] for a in all_] if o.beta == "annotator" else [all_])]
     alpha = 4.9 if o.alpha == "mean" else float(o.alpha)
+    if not 0 < alpha < math.inf:
+        raise DataError(f"--alpha {o.alpha}: seconds above 0, or mean")
     if o.alpha == "mean":
         alpha = float(np.mean([gap(group, alpha) for group in groups]))
         print(f"alpha: the mean gap is {alpha:.3f} s")
-    for uid, narrators in files.each(told):
+
+    def rows(uid, narrators):
         take = takes.get(uid)
         if take is None or split_of.get(uid) not in names:
             files.count["take not in takes.json" if take is None else "take of another split"] += 1
-            continue
+            return
         ego, exo = take_videos(files, take, captures, o)
         if not ego or not exo:
             files.count["take without an ego or exo video"] += 1
-            continue
+            return
         files.count["takes"] += 1
         for annotation in narrators:
             half = gap([annotation] if o.beta == "annotator" else narrators, alpha) / (2 * alpha)
@@ -1132,21 +1179,23 @@ def ego_exo4d(files: Files, o: Build) -> Iterator[dict]:
                 subject, best = said.get("subject", said.get("narration_subject")), said.get("best_exo") or {}
                 cameras = exo if o.views == "all" else {
                     name: video for name, video in exo.items() if name == best.get("cam_id")}
+                t, length = float(said["timestamp"]), float(take["duration_sec"])
                 why = ("rejected annotation" if is_true(annotation.get("rejected", False)) else
                        "unsure" if is_true(said["unsure"]) and not o.keep_unsure else
                        "not the wearer" if subject != "C" and o.subject == "C" else
                        "not seen by the ego camera" if not is_true(said["ego_visible"]) and not o.keep_hidden
-                       else "no best exo view" if not cameras else "")
+                       else "no best exo view" if not cameras
+                       else "later than its take" if t > length else "")
                 if why:
                     files.count[why] += 1
                     continue
-                t, length = float(said["timestamp"]), float(take["duration_sec"])
                 reach = max(half, 1 / 30)
                 span = {"start": max(0.0, min(t - reach, length - 2 / 30)),
                         "end": min(length, max(t + reach, 2 / 30))}
                 yield {"id": f"{take['take_name']}/{annotation['annotator_id']}/{i}",
                        "ego": {"video": ego, **span}, "exo": [{"video": v, **span} for v in cameras.values()],
                        "text": wearer(said["text"]), "source": "ego-exo4d"}
+    yield from files.tolerant(told, rows)
 
 def take_videos(files: Files, take: dict, captures: dict, o: Build) -> tuple[str | None, dict[str, str]]:
     """-> the ego video, and {camera: exo video} of an Ego-Exo4D take; rates other than 30 are counted."""
@@ -1161,7 +1210,10 @@ def take_videos(files: Files, take: dict, captures: dict, o: Build) -> tuple[str
         if not (files.root / chosen).is_file():
             files.count["video not downloaded"] += 1
         else:
-            files.count["video not at 30 fps"] += abs(frame_rate(files.root / chosen) - 30) > 0.1
+            try:
+                files.count["video not at 30 fps"] += abs(frame_rate(files.root / chosen) - 30) > 0.1
+            except DataError:
+                files.count["video unreadable"] += 1            # the rows stay: data.py check names them
         return str(chosen)
     streams = take["frame_aligned_videos"]
     ego = [path(s["rgb"]) for s in streams.values() if "rgb" in s and s["rgb"].get("relative_path")]
@@ -1173,12 +1225,12 @@ def egoclip(files: Files, o: Build) -> Iterator[dict]:
     """EgoClip (EgoVLP's egoclip.csv, tab-separated, 3.8M rows): the Init stage's ego data. The released clip
     times are used, negative ones cut to 0; `--chunk` seconds a file as EgoVLP's script cuts them, a clip that
     spans two stays in that of its middle. Dropped (our reading of its appendix): #unsure, under 3 words."""
-    for row in files.table("egoclip.csv", delimiter="\t"):
-        text = re.sub(r"^#\w+\s+", "", row["clip_text"].strip())
+    def rows(row):
+        text = re.sub(r"^#\s*\w+\s+", "", row["clip_text"].strip())
         start, end = max(0.0, float(row["clip_start"])), float(row["clip_end"])
         if "#unsure" in row["clip_text"].lower() or len(text.split()) < 3 or not start < end:
             files.count["unsure, short or without length"] += 1
-            continue
+            return
         piece, name = int((start + end) / 2 // o.chunk) if o.chunk else 0, row["video_uid"]
         if o.chunk:
             start, end = (min(max(t - piece * o.chunk, 0), o.chunk) for t in (start, end))
@@ -1186,17 +1238,20 @@ def egoclip(files: Files, o: Build) -> Iterator[dict]:
         yield {"id": f"egoclip/{row['clip_idx']}", "text": wearer(text), "source": "egoclip",
                "ego": {"video": files.video(f"{name}.mp4"), "start": round(start, 6), "end": round(end, 6)},
                "verbs": ast.literal_eval(row["tag_verb"]), "nouns": ast.literal_eval(row["tag_noun"])}
+    yield from files.tolerant(files.table("egoclip.csv", delimiter="\t"), rows)
 
 def egtea(files: Files, o: Build) -> Iterator[dict]:
     """EGTEA Gaze+ (`--split train` or `test`, of split 1): `<clip> <action> <verb> <noun>` with ids from 1;
     the trimmed file is the clip, a little longer than its label. The answer is the action's cleaned name."""
     actions = {int(number): " ".join(label) for *label, number in files.lines("action_idx.txt")}
-    for clip, action, *_ in files.lines(f"{o.split}_split1.txt"):
+
+    def rows(clip, action, *_):
         *session, start, end, first, last = clip.split("-")
         label = re.sub("[_:]", " ", actions[int(action)]).lower()
         row = taught("egtea", clip, f"cropped_clips/{'-'.join(session[:3])}/{clip}.mp4", label, o)
         yield row | {"seconds": [int(start) / 1000, int(end) / 1000],
                      "frames": [int(first[1:]), int(last[1:])]}
+    yield from files.tolerant(files.lines(f"{o.split}_split1.txt"), rows)
 
 def ssv2(files: Files, o: Build) -> Iterator[dict]:
     """Something-Something V2 (`--split train` or `validation`): the answer is the label; the class is the
@@ -1204,76 +1259,90 @@ def ssv2(files: Files, o: Build) -> Iterator[dict]:
     names = [[f"{prefix}{name}.json" for prefix in ("", "something-something-v2-", "labels/")]
              for name in ("labels", o.split)]
     classes = files.json(*names[0])
-    for record in files.each(files.json(*names[1])):
-        if "template" not in record:
-            raise DataError(f"{files.where} has no label: the test split has none, use --split train")
+    if o.split == "test":
+        raise DataError("the test split has no labels: use --split train or validation")
+
+    def rows(record):
         number = classes[record["template"].translate({ord("["): None, ord("]"): None})]
         video = files.video(f"{record['id']}.webm")
         yield taught("ssv2", record["id"], video, record["label"], o) | {"class": int(number)}
+    yield from files.tolerant(files.json(*names[1]), rows)
 
 def egotimeqa(files: Files, o: Build) -> Iterator[dict]:
     """EgoTimeQA (GroundVQA's annotations.EgoTimeQA.json): `video_id` is an Ego4D *clip*; the whole clip is
     shown, because the released windows were rescaled (our choice). ' l ' is the generator's typo for I."""
-    for i, record in enumerate(files.each(files.json("annotations.EgoTimeQA.json",
-                                                     "data/unified/annotations.EgoTimeQA.json"))):
+    def rows(record):
         if len(record["wrong_answers"]) != 3:
             raise ValueError(f"{len(record['wrong_answers'])} wrong answers, not 3")
         question, answer = (record[key].replace(" l ", " I ").strip() for key in ("question", "answer"))
         video = files.video(f"{record['video_id']}.mp4")
-        yield taught("egotimeqa", f"{record['video_id']}/{i}", video, answer, o, question)
+        number = files.where.rpartition(" ")[2]
+        yield taught("egotimeqa", f"{record['video_id']}/{number}", video, answer, o, question)
+    yield from files.tolerant(files.json("annotations.EgoTimeQA.json",
+                                         "data/unified/annotations.EgoTimeQA.json"), rows)
 
 def openeqa(files: Files, o: Build) -> Iterator[dict]:
     """OpenEQA (open-eqa-v0.json): episodes are folders of `*-rgb.png`, at no rate that matters (the whole
     walk is sampled evenly)."""
-    for record in files.each(files.json("open-eqa-v0.json", "data/open-eqa-v0.json")):
+    def rows(record):
         folder = f"frames/{record['episode_history']}"
         folder = folder if (files.root / "frames").is_dir() else f"data/{folder}"
         yield taught("openeqa", record["question_id"], folder, record["answer"], o, record["question"], fps=3)
+    yield from files.tolerant(files.json("open-eqa-v0.json", "data/open-eqa-v0.json"), rows)
 
 def egoexolearn(files: Files, o: Build) -> Iterator[dict]:
     """EgoExoLearn (annotations/fine_annotation_trainval_en.csv): ego rows of the split, columns by name; the
     second person becomes the first. Segments beyond the video's end are cut or dropped where it is there."""
     lengths: dict[str, float] = {}
     person = {"your": "my", "you": "I", "yourself": "myself"}
-    for row in files.table("annotations/fine_annotation_trainval_en.csv", "fine_annotation_trainval_en.csv"):
+
+    def rows(row):
         if row["view"] != "ego" or row["subset"] != o.split:
             files.count["exo or another split"] += 1
-            continue
+            return
         video = files.video(f"{row['video_uid']}.mp4")
         start, end = float(row["start_sec"]), float(row["end_sec"])
         if video not in lengths:
             lengths[video] = math.inf
             if (files.root / video).is_file():
-                with open_video(files.root / video) as (lengths[video], _):
-                    pass
+                with contextlib.suppress(DataError), open_video(files.root / video) as (lengths[video], _):
+                    pass                                        # unreadable: data.py check will say so
         if not start < min(end, lengths[video]):
             files.count["beyond the video's end"] += 1
-            continue
+            return
         files.count["cut at the video's end"] += end > lengths[video]
         text = re.sub(r"\b(your|you|yourself)\b", lambda m: person[m[0].lower()], row["narration_en"].strip(),
                       flags=re.IGNORECASE)
         key = row.get("annotation_id") or row["annotation_uid"]
         yield taught("egoexolearn", key, video, text, o, start=start, end=min(end, lengths[video]))
+    table = files.table("annotations/fine_annotation_trainval_en.csv", "fine_annotation_trainval_en.csv")
+    yield from files.tolerant(table, rows)
 
 def conversations(files: Files, o: Build) -> Iterator[dict]:
-    """LLaVA's and VideoLLaMA2's JSON array (`--file`, below --root), with our optional "start" and "end" in
-    seconds. `image` wins over `video`, as in their loader; marks of the video are put back by ours."""
+    """LLaVA's and VideoLLaMA2's JSON array or lines (`--file`, below --root), with our optional "start" and
+    "end" in seconds. `image` wins over `video`, as in their loader; marks of the video are put back by ours.
+    Still images are left out, and counted: this model reads videos."""
     roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-    for i, record in enumerate(files.each(files.json(o.file))):
-        video = record.get("image", record.get("video"))
+
+    def rows(record):
+        video = record.get("image") or record.get("video")
         video = video["video"] if isinstance(video, dict) else video
+        if video is None or Path(video).suffix.lower() in (*IMAGES, ".gif", ".webp", ".bmp"):
+            files.count["text only" if video is None else "still image"] += 1
+            return
         said = [(roles[m["from"]], re.sub(r"<(video|image)>\n?", "", m["value"]).strip())
                 for m in record["conversations"]]
         said = said[1:] if said and said[0][0] == "assistant" else said
         if [role for role, _ in said] != ["user", "assistant"] * (len(said) // 2) or not said:
             raise ValueError("human and gpt must take turns, human first")
-        if video is None:
-            files.count["text only"] += 1
-            continue
         clip = {"video": video} | {key: record[key] for key in ("start", "end", "fps") if key in record}
         turns = [{"user": q, "assistant": a} for (_, q), (_, a) in zip(said[::2], said[1::2])]
-        yield {"id": f"{record.get('id', i)}", o.view: clip if o.view == "ego" else [clip], "turns": turns,
-               "text": turns[0]["assistant"], "source": "conversations"}
+        yield {"id": str(record.get("id", files.where.rpartition(" ")[2])), "turns": turns,
+               o.view: clip if o.view == "ego" else [clip], "text": turns[0]["assistant"],
+               "source": "conversations"}
+    lines = o.file.endswith(".jsonl")
+    yield from files.tolerant(map(json.loads, files.text(o.file).splitlines()) if lines else
+                              files.json(o.file), rows)
 
 BUILDERS = {    # command: the builder, and the flags of Build that it takes besides --root and --out
     "ego-exo4d": (ego_exo4d, ("split", "alpha", "beta", "views", "subject", "keep_unsure", "keep_hidden",
@@ -1285,13 +1354,12 @@ BUILDERS = {    # command: the builder, and the flags of Build that it takes bes
 
 def convert(make: Callable, o) -> Iterator:
     """What `make(files, o)` yields; whatever is wrong with a file is one sentence that names the place."""
-    files = Files(o.root)
+    files = Files(o.root, getattr(o, "videos", None))
     try:
         yield from make(files, o)
     except KeyError as error:
         raise DataError(f"{files.where} lacks {error}") from None
-    except (TypeError, ValueError, AttributeError, IndexError, SyntaxError, csv.Error, RecursionError,
-            MemoryError, OSError, av.FFmpegError) as error:
+    except MISSHAPEN as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{files.where} is not as expected ({type(error).__name__}: {str(error)[:200]}); see "
@@ -1303,13 +1371,12 @@ def convert(make: Callable, o) -> Iterator:
 def command_build(args):
     """Convert a data set to a manifest, and say what was kept and what was dropped, by reason."""
     o = Build(**{f.name: getattr(args, f.name) for f in fields(Build) if hasattr(args, f.name)})
-    rows, views, spans, seen = [], 0, [], set()
+    rows, views, spans, seen = [], 0, [], Counter()
     base = Path(os.path.realpath(o.root))
     for row in convert(BUILDERS[args.command][0], o):
-        _check_row(json.loads(json.dumps(row)), f"row {row['id']!r}", base, False)
-        if row["id"] in seen:
-            raise DataError(f"row {row['id']!r} is there twice: ids must differ")
-        seen.add(row["id"])
+        _check_row(json.loads(json.dumps(row)), f"row {row['id']!r}", base, o.allow_outside)
+        seen[row["id"]] += 1
+        row["id"] += f"#{seen[row['id']]}" * (seen[row["id"]] > 1)      # conversations repeat ids
         rows.append(row)
         views += len(row.get("exo", []))
         spans += [c["end"] - c["start"] for c in clips_of(row)[:1] if "end" in c]
@@ -1325,8 +1392,8 @@ def command_build(args):
         print(f"   its paths start at {o.root}: pass --root {o.root} to whatever reads it")
 
 # ------------------------------------------------------------------------------------------ checking, caching
-def _check_job(job) -> tuple[dict, list[tuple[str, str]]]:
-    """Read a row's clips once -> the row, and [(kind, sentence), ...] of what is wrong."""
+def _check_job(job) -> tuple[dict, list[tuple[str, str, str]]]:
+    """Read a row's clips once -> the row, and [(kind, sentence, video), ...] of what is wrong."""
     row, limit = job
     signal.setitimer(signal.ITIMER_REAL, limit)     # the kernel ends a decoder that hangs: Python could not
     found, lengths, spans = [], [], set()
@@ -1335,17 +1402,18 @@ def _check_job(job) -> tuple[dict, list[tuple[str, str]]]:
         try:
             with open_video(video, fps) as (length, _):
                 begin, stop = clip_span(video, start, end, length)
-            frames = read_clip(video, start, end, 8, 64, None, fps)
+            frames = read_clip(video, start, end, 8, 64, None, fps, "crop")
             lengths.append(length)
             spans.add((start, end))
             if stop < (end or 0) - 0.1:
-                found.append(("too short", f"{video} ends at {length:.2f} s, the clip at {end} s"))
-            if (frames.reshape(len(frames), -1).std(1) == 0).any():
-                found.append(("blank", f"{video} has frames of one colour at {begin:.2f} - {stop:.2f} s"))
+                found.append(("too short", f"{video} ends at {length:.2f} s, the clip at {end} s", video))
+            if (frames.reshape(8, 3, -1).std(2).max(1) < 1).all():      # every frame of one colour
+                found.append(("blank", f"{video} shows one colour at {begin:.2f} - {stop:.2f} s", video))
         except DataError as error:
-            found.append((error.reason, str(error)))
+            found.append((error.reason, str(error), video))
     if len(spans) == 1 and max(lengths) - min(lengths) > 0.1:   # one clock: synchronized files end together
-        found.append(("ego and exo differ", f"the videos of this moment last {lengths} s"))
+        found += [("ego and exo differ", f"the videos of this moment last {lengths} s", clip["video"])
+                  for clip in clips_of(row)]
     signal.setitimer(signal.ITIMER_REAL, 0)
     return row, found
 
@@ -1353,6 +1421,8 @@ def command_check(args):
     """Read every clip once, in all cores; report what is wrong by kind and file, write the skip list."""
     rows = read_manifest(args.manifest, args.root, args.allow_outside, skip=False)
     bad, kinds, seen = {}, Counter(), set()
+    if len({row["id"] for row in rows}) < len(rows):
+        raise DataError(f"{args.manifest}: ids repeat, so a skip list could not name rows: make them differ")
 
     def results(pool):
         replies = pool.imap_unordered(_check_job, [(row, args.limit) for row in rows])
@@ -1364,50 +1434,76 @@ def command_check(args):
             seen.add(row["id"])
             bad |= {row["id"]: found} if found else {}
     bad |= {row["id"]: [("hangs or crashes", f"a decoder crashed or took over {args.limit} s on one of "
-                         f"{[clip['video'] for clip in clips_of(row)]}")]
+                         f"these, {clip['video']}", clip["video"]) for clip in clips_of(row)]
             for row in rows if row["id"] not in seen}
+    bad = {row["id"]: bad[row["id"]] for row in rows if row["id"] in bad}       # in the manifest's order
     for name, found in bad.items():
-        for kind, sentence in found:
-            kinds[kind] += 1
+        kinds.update({kind for kind, _, _ in found})
+        for kind, sentence, _ in found:
             print(f"{name}: {kind}: {sentence}")
-    write_jsonl(Path(args.manifest).with_suffix(".bad.jsonl"),
-                [{"id": name, "reasons": found} for name, found in bad.items()])
+    write_jsonl(Path(args.manifest).with_suffix(".bad.jsonl"), [
+        {"id": name, "videos": [video for *_, video in found],
+         "reasons": [f"{kind}: {text}" for kind, text, _ in found]}
+        for name, found in bad.items()])
     share = len(bad) / len(rows)
     print(f"{len(rows) - len(bad)} of {len(rows)} rows are good; " +
           (", ".join(f"{kind}: {number}" for kind, number in kinds.most_common()) or "nothing is wrong"))
     if share > args.max_bad:
         raise DataError(f"{share:.1%} of the rows are bad, more than --max-bad {args.max_bad:.1%}")
 
-def _cache_job(job) -> tuple[str, float, str]:
-    """One video's sampled frames -> one all-intra file (JPEG frames in mp4): its name, length, the error."""
+def _cache_job(job) -> tuple[tuple, dict[tuple, str]]:
+    """One video's sampled frames -> one all-intra file (JPEG frames in mp4); returns its key, and the clips
+    that could not be read with the reason."""
     (video, fps), clips, target, frames, size, fit = job
-    try:
-        with open_video(video, fps) as (length, frames_at), whole_file(target) as part:
-            moments = {0.0}                                     # the file starts when its source does
-            for start, end in clips:
-                begin, stop = clip_span(video, start, end, length)
-                at = (np.arange(frames) + 0.5) / frames
-                moments |= {begin, *(begin + (stop - begin) * at)}      # begin: no frame of an earlier clip
-            last, stream = None, None
-            with av.open(str(part), "w", format="mp4") as out:
-                for moment, frame in zip(ordered := sorted(moments), frames_at(ordered)):
-                    if frame is last and moment < ordered[-1]:
-                        continue
-                    last, image = frame, _pixels(frame, size, fit)
-                    if stream is None:
-                        stream = out.add_stream("mjpeg", rate=30)
-                        stream.width, stream.height, stream.pix_fmt = size, size, "yuvj420p"
-                        stream.codec_context.time_base = stream.time_base = TICK
-                        stream.codec_context.qmin = stream.codec_context.qmax = 2
-                    picture = av.VideoFrame.from_ndarray(rearrange(image, "c h w -> h w c"), format="rgb24")
-                    picture.pts, picture.time_base = round(moment / TICK), TICK
-                    for packet in stream.encode(picture):
-                        packet.duration = max(1, round((length - moment) / TICK))   # the last one's counts
-                        out.mux(packet)
-                out.mux(stream.encode())
-        return target, length, ""
-    except DataError as error:
-        return target, 0.0, str(error)
+    bad, good, length = {}, [], 0.0
+    for clip in clips:
+        try:
+            with open_video(video, fps) as (length, _):
+                good.append((clip, clip_span(video, *clip, length)))
+        except DataError as error:
+            bad[clip] = str(error)
+    while good:
+        moments = {0.0}                                         # the file starts when its source does
+        for _, (begin, stop) in good:                           # `begin`: no frame of an earlier clip
+            moments |= {begin, *(begin + (stop - begin) * (np.arange(frames) + 0.5) / frames)}
+        moments = sorted({round(moment / TICK) for moment in moments})
+        try:
+            with open_video(video, fps) as (length, frames_at), whole_file(target) as part:
+                _write_intra(part, moments, frames_at, round(length / TICK), size, fit)
+            break
+        except DataError as error:                              # then clip by clip: which ones are at fault?
+            again = []
+            for clip, span in good:
+                try:
+                    read_clip(video, *clip, frames, size, None, fps)
+                    again.append((clip, span))
+                except DataError as problem:
+                    bad[clip] = str(problem)
+            if len(again) == len(good):                         # each can be read, all in a row cannot
+                bad |= {clip: str(error) for clip, _ in good}
+                again = []
+            good = again
+    return (video, fps), bad
+
+def _write_intra(path: Path, moments: list[int], frames_at: Callable, length: int, size: int, fit: str):
+    """The frames on display at these moments (in TICKs), each a key frame that starts at its moment."""
+    last, stream = None, None
+    with av.open(str(path), "w", format="mp4") as out:
+        for moment, frame in zip(moments, frames_at([float(moment * TICK) for moment in moments])):
+            if frame is last and moment < moments[-1]:
+                continue
+            last, image = frame, _pixels(frame, size, fit)
+            if stream is None:
+                stream = out.add_stream("mjpeg", rate=30)
+                stream.width, stream.height, stream.pix_fmt = size, size, "yuvj420p"
+                stream.codec_context.time_base = stream.time_base = TICK
+                stream.codec_context.qmin = stream.codec_context.qmax = 2
+            picture = av.VideoFrame.from_ndarray(rearrange(image, "c h w -> h w c"), format="rgb24")
+            picture.pts, picture.time_base = moment, TICK
+            for packet in stream.encode(picture):
+                packet.duration = max(1, length - moment)       # the last one's counts
+                out.mux(packet)
+        out.mux(stream.encode())
 
 def command_cache(args):
     """Decode each video once, front to back, and keep only the frames that its clips show, in one file whose
@@ -1422,13 +1518,16 @@ def command_cache(args):
             for key, clips in wanted.items()]
     errors = {}
     with worker_pool() as pool:
-        for name, _, error in progress(pool.imap_unordered(_cache_job, jobs), len(jobs), "videos"):
-            errors |= {Path(name).name: error} if error else {}
+        for key, bad in progress(pool.imap_unordered(_cache_job, jobs), len(jobs), "videos"):
+            errors |= {(*key, *clip): error for clip, error in bad.items()}
     kept = []
     for row in rows:
-        for clip in clips_of(row):
-            clip["video"] = target[clip["video"], clip.pop("fps", None)]
-        kept += [row] if not any(clip["video"] in errors for clip in clips_of(row)) else []
+        wrong = [place for clip in clips_of(row)
+                 if (place := tuple(clip.get(key) for key in ("video", "fps", "start", "end"))) in errors]
+        if row := _without(row, [video for video, *_ in wrong]):
+            for clip in clips_of(row):
+                clip["video"] = target[clip["video"], clip.pop("fps", None)]
+            kept.append(row)
     print("".join(f"left out: {error}\n" for error in errors.values()), end="")
     if (lost := len(rows) - len(kept)) > args.max_bad * len(rows):
         raise DataError(f"{lost} of {len(rows)} rows are bad, more than --max-bad {args.max_bad}")
@@ -1438,25 +1537,27 @@ def command_cache(args):
 
 def command_mix(args):
     """One manifest from several: a.jsonl:0.3 b.jsonl:0.7 are shares of the mixture (as large as it gets with
-    no row twice), a.jsonl alone gives all its rows. The choice is a function of the seed."""
-    parts, root = [], Path(os.path.realpath(args.root or Path(args.out).parent))
+    no row twice), a.jsonl alone gives all its rows. The choice is a function of the seed. --root is where the
+    paths of all of them start, and those of the mixture; without it each counts from its own folder."""
+    base = Path(os.path.realpath(args.root or Path(args.out).parent))
+    parts, mixed = [], []
     for name in args.manifests:
-        path, share = re.fullmatch(r"(.*?)(?::([\d.]+))?", name).groups()
+        path, share = re.fullmatch(r"(.*?)(?::(\d*\.?\d+))?", name).groups()
         if share is not None and not 0 < float(share) <= 1:
             raise DataError(f"{name}: the share after the colon is a number above 0, at most 1")
-        parts.append((read_manifest(path, allow_outside=True), float(share or 0), path))
+        parts.append((read_manifest(path, args.root, allow_outside=True), float(share or 0), path))
     total = min((len(rows) / share for rows, share, _ in parts if share), default=0)
-    mixed = []
     for k, (rows, share, path) in enumerate(parts):
         take = round(share * total) if share else len(rows)
         chosen = sorted(np.random.default_rng([args.seed, k]).permutation(len(rows))[:take])
         print(f"{path}: {take} of {len(rows)} rows")
         for row in (rows[i] for i in chosen):
             for clip in clips_of(row):
-                clip["video"] = os.path.relpath(clip["video"], root)
-            mixed.append(row | {"id": f"{Path(path).stem}:{row['id']}"})
+                clip["video"] = os.path.relpath(clip["video"], base)
+            mixed.append(row | {"id": f"{k}:{row['id']}"})
     write_jsonl(args.out, mixed)
-    print(f"{args.out}: {len(mixed)} rows" + (f"; pass --root {args.root}" if args.root else ""))
+    print(f"{args.out}: {len(mixed)} rows, paths start at {base}"
+          + (f": pass --root {args.root} to whatever reads it" if args.root else ""))
 
 # -------------------------------------------------------------------------------------------------- commands
 def command_toy(args):
@@ -1468,7 +1569,7 @@ def command_toy(args):
 
 def command_show(args):
     """Contact sheet of a manifest: ego above exo, text below."""
-    rows, items = read_manifest(args.manifest, args.root), []
+    rows, items = read_manifest(args.manifest, args.root, args.allow_outside), []
     for row in rows[::max(1, len(rows) // args.n)][:args.n]:
         frames = [read_clip(c["video"], c.get("start"), c.get("end"), 4, 96, None, c.get("fps"))
                   for c in clips_of(row)]
@@ -1509,16 +1610,17 @@ def main(argv: list[str] | None = None):
     toy.add_argument("--out", default="out/toy")
     add_flags(toy, World)
     for name, (builder, flags) in BUILDERS.items():
-        add_flags(add(name, builder), Build, ("root", "out") + flags)
+        add_flags(add(name, builder), Build, ("root", "out", "allow_outside") + flags)
     check, cache, show = (add(name, function, "manifest") for name, function in (
         ("check", command_check), ("cache", command_cache), ("show", command_show)))
     mix = add("mix", command_mix)
     mix.add_argument("manifests", nargs="+", help="a.jsonl:0.3 b.jsonl:0.7")
     for own in (check, cache, show, mix):
         own.add_argument("--root", help="where the paths of the manifest start (its folder)")
+    for own in (check, cache, show):
+        own.add_argument("--allow-outside", action="store_true", help="paths may leave their root")
     for own in (check, cache):
         own.add_argument("--max-bad", type=float, default=0.01, help="share of rows that may be bad")
-        own.add_argument("--allow-outside", action="store_true", help="paths may leave their root")
     check.add_argument("--limit", type=float, default=60, help="seconds that one row may take")
     for own, default in ((cache, None), (show, "sheet.png"), (mix, None)):
         own.add_argument("--out", default=default, required=default is None)

@@ -13,6 +13,7 @@ import argparse
 import ast
 import base64
 import contextlib
+import hashlib
 import html
 import itertools
 import json
@@ -273,15 +274,18 @@ class Run:
 @contextlib.contextmanager
 def listen(run: Run) -> Iterator[None]:
     """SIGTERM or Ctrl-C: the step under way ends, is saved, and the run exits. A second signal, more than a
-    second later (launchers pass theirs on at once), ends it on the spot."""
+    second later (launchers pass theirs on at once), ends it on the spot. torchrun kills 30 s after its own
+    SIGTERM: where a step and a save take longer, rely on --save-every."""
     def asked(number, _):
         if run.stop and time.monotonic() - run.stop > 1:
             os._exit(128 + number)
         run.stop = run.stop or time.monotonic()
     before = {number: signal.signal(number, asked) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 def lock_of(out: str, rank: int) -> Path:
     """The lock file that a rank holds in its run folder; its time is the rank's last sign of life."""
@@ -782,7 +786,7 @@ class Seen:
     """What the decoder knows before a question: the video, read once (or nothing, with visual None)."""
     @torch.no_grad()
     def __init__(self, model: Exo2Ego, tokenizer: Tokenizer, visual: Tensor | None):
-        self.model, self.tokenizer, self.cache = model, tokenizer, KVCache(1)
+        self.model, self.tokenizer, self.cache, self.unread = model, tokenizer, KVCache(1), []
         self.device = model.decoder.head.weight.device
         self.slots = 0 if visual is None else visual.shape[1]           # visual is (1, n, W)
         ids, _ = tokenizer.chat([{"user": ""}], self.slots)
@@ -829,16 +833,17 @@ class Seen:
 
     def speak(self, question: str, max_new: int = 256) -> Iterator[str]:
         """Pieces of an answer as they come; the conversation goes on from here."""
-        ids, told = self.prompt(question)[0], ""
+        ids, tokens, told = self.prompt(question)[0], [], ""
         if self.cache.lens[0] > len(self.head):                 # a later turn: after the last answer's </s>
-            ids = [self.tokenizer.eos] + self.tokenizer.encode(f"[INST] {question} [/INST]")
-        tokens = []
+            ids = self.unread + [self.tokenizer.eos] + self.tokenizer.encode(f"[INST] {question} [/INST]")
         for (token,) in self.model.stream(None, [torch.tensor(ids)], eos=self.tokenizer.eos, max_new=max_new,
                                           cache=self.cache):
             tokens.append(token)
             text = self.tokenizer.decode(tokens)
-            yield text[len(told):]
-            told = text
+            if not text.endswith("\ufffd"):                     # a character that is still incomplete
+                yield text[len(told):]
+                told = text
+        self.unread = tokens[-1:] if len(tokens) == max_new else []     # cut short: its last is not cached
 
 @torch.no_grad()
 def look(model: Exo2Ego, tokenizer: Tokenizer, clip: dict | None) -> Seen:
@@ -862,7 +867,7 @@ def converse(model: Exo2Ego, tokenizer: Tokenizer, video: str, question: str | N
 # ----------------------------------------------------------------------------------------- EgoBench: metrics
 def mean_of_nonzero(losses: Tensor) -> Tensor:
     """(candidates, L) -> (candidates,): the mean of the losses that are not exactly 0."""
-    return losses.sum(1) / (losses != 0).sum(1)
+    return losses.sum(1) / (losses != 0).sum(1).clamp(min=1)
 
 def mean_nll(logits: Tensor, labels: Tensor) -> Tensor:
     """EgoPlan's selection: (candidates, L, V), (candidates, L) -> mean loss (candidates,). Position t
@@ -928,7 +933,7 @@ def rouge_l(said: str, truth: str) -> float:
 def parse_letter(reply: str, options: int) -> int | None:
     """A strict reading: "B", "(B)", "B.", "B) text" ...; a word that starts with a letter, an empty reply and
     a letter beyond the options are none: counted, and wrong."""
-    found = re.match(r"\s*(?:\(([A-Z])\)|([A-Z])(?=[.:)\s]*$|[.:)]))", reply)
+    found = re.match(r"\s*(?:\(([A-Z])\)|([A-Z])[.:)]?)(?=\s*$|\s*\n|(?<=[.:)])\s)", reply)
     index = ord(found[1] or found[2]) - ord("A") if found else options
     return index if index < options else None
 
@@ -987,12 +992,13 @@ def egotaskqa(files: Files, o) -> Iterator[Item]:
             options = [q["option"][letter] for letter in letters]
             yield Item(str(i), clips, q["q"], options, letters.index(q["a"]), "5-way")
         return
-    known = [*map(" ".join, files.lines("answer_set.txt"))] if o.answer != "generate" else []
+    known = [] if o.answer == "generate" else [
+        answer for answer in map(" ".join, files.lines("answer_set.txt")) if not answer.startswith("<UNK")]
     for q in files.each(files.json("formatted_test_qas_encode.json", "test_qas.json")):
-        truth, clips = q["answer"], [{"video": files.video(f"{q['interval']}.mp4")}]
+        truth, clips = q["answer"].lower(), [{"video": files.video(f"{q['interval']}.mp4")}]
         yield Item(str(q["question_id"]), clips, q["question"], known,
                    truth if not known else known.index(truth) if truth in known else -1,
-                   "binary" if truth.lower() in ("yes", "no") else "open")
+                   "binary" if truth in ("yes", "no") else "open")
 
 def charades(files: Files, o) -> Iterator[Item]:
     """Charades-Ego: CharadesEgo_v1_test_only1st.csv and Charades_v1_classes.txt; every class is scored on the
@@ -1014,7 +1020,7 @@ def egoplan(files: Files, o) -> Iterator[Item]:
         options = [q[f"choice_{letter}"] for letter in "abcd"]
         yield Item(str(q["sample_id"]), [{"video": video, "frames": frames}],
                    f"I want to {goal}. The video shows what I have done so far. What do I do next?", options,
-                   "ABCD".index(q["golden_choice_idx"]), q["video_source"])
+                   dict(zip("ABCD", range(4))).get(q["golden_choice_idx"]), q["video_source"])
 
 def vln_qa(files: Files, o) -> Iterator[Item]:
     """VLN-QA: MVBench's egocentric_navigation.json (200 items, four candidates); whole videos. The folder of
@@ -1085,14 +1091,23 @@ def egobench(model: Exo2Ego, tokenizer: Tokenizer, o, protocol: dict, rank: int,
     bench, out = BENCHES[o.bench], Path(o.out)
     o.root = str(Path(o.data) / o.bench)
     items = list(convert(bench.reader, o))[:o.limit]
-    place_clips(items, Path(o.videos) if o.videos else Path(o.root), o.allow_outside)
-    protocol |= dict(bench=o.bench, answer=o.answer, length=o.length, blind=o.blind, items=len(items))
+    if len({item.id for item in items}) < len(items) or not items:
+        raise DataError(f"{o.root}: ids repeat, or there are no items")
+    o = replace_mode(o, bench, items)
+    content = hashlib.sha256(json.dumps([asdict(item) for item in items]).encode()).hexdigest()[:16]
+    protocol |= dict(bench=o.bench, answer=o.answer, length=o.length, blind=o.blind, items=len(items),
+                     content=content)
+    place_clips(items, Path(o.videos) if o.videos else Path(o.root), o.allow_outside, o.blind)
     name = f"{o.bench}-blind" if o.blind else o.bench
-    done = read_predictions(out, name, protocol)
+    done = {key: row for key, row in read_predictions(out, name, protocol).items() if "error" not in row}
     barrier()                                                   # all have read before any writes
     own = out / (f"{name}.rank{rank}.jsonl" if rank else f"{name}.jsonl")
     mine = {item.id: done[item.id] for item in items if item.id in done} if rank == 0 else {}
-    write_jsonl(own, [protocol, *mine.values()])
+    if rank == 0:
+        write_jsonl(own, [protocol, *mine.values()])
+    barrier()                                                   # now the other ranks' old files may go
+    if rank:
+        write_jsonl(own, [protocol])
     todo = [item for item in items[rank::world] if item.id not in done]
     todo.sort(key=lambda item: str(item.clips[0]))              # the questions about a video in a row
     print(f"{name}: {len(items)} items, {len(items) - len(todo)} of them done or of other ranks", flush=True)
@@ -1108,31 +1123,52 @@ def egobench(model: Exo2Ego, tokenizer: Tokenizer, o, protocol: dict, rank: int,
     for extra in out.glob(f"{name}.rank*.jsonl"):
         extra.unlink()
     figures = summarise(bench, items, [done[item.id] for item in items], o)
-    blind = out / f"{o.bench}-blind.json"
-    if blind.is_file() and not o.blind:
-        figures["blind_score"] = json.loads(blind.read_text())["score"]
+    figures = {key: None if value != value else value for key, value in figures.items()}    # NaN is not JSON
     write_whole(out / f"{name}.json", json.dumps(protocol | figures, indent=1))
     print("".join(f"{key}: {value:.4f}\n" if isinstance(value, float) else f"{key}: {value}\n"
                   for key, value in figures.items()) + f"{out / name}.json", flush=True)
+
+def replace_mode(o, bench: Bench, items: list[Item]):
+    """The flags with the way of answering that this benchmark allows: open questions are generated, letters
+    need a choice among at most 26, everything else goes by likelihood; a change is said."""
+    mode = o.answer if o.answer == "letter" else "likelihood"
+    if bench.task != "choice" or len(items[0].options) > 26:
+        mode = "likelihood"
+    if bench.task != "clips" and not items[0].options:
+        mode = "generate"
+    if mode != o.answer:
+        print(f"{o.bench}: answered by {mode}, --answer {o.answer} does not apply")
+    return argparse.Namespace(**vars(o) | {"answer": mode})
 
 def barrier():
     """All ranks have come this far."""
     if dist.is_initialized():
         dist.barrier()
 
-def place_clips(items: list[Item], root: Path, allow_outside: bool):
-    """Make paths absolute, below the root; frame numbers become seconds at the file's own rate."""
-    rates, base = {}, os.path.realpath(root)
+def place_clips(items: list[Item], root: Path, allow_outside: bool, blind: bool):
+    """Make paths absolute, below the root, also where EPIC-KITCHENS puts its files (P01/videos/P01_11.MP4);
+    frame numbers become seconds at the file's own rate. Refused if not one video is there."""
+    rates, places, base = {}, {}, os.path.realpath(root)
     for clip in (clip for item in items for clip in item.clips):
-        video = os.path.realpath(root / clip["video"])
+        name = clip["video"]
+        if name not in places:
+            stem = Path(name).stem
+            tries = [root / name, (root / name).with_suffix(".MP4"),
+                     root / stem.split("_")[0] / f"videos/{stem}.MP4"]
+            places[name] = os.path.realpath(next((path for path in tries if path.is_file()), tries[0]))
+        video = clip["video"] = places[name]
         if not allow_outside and not video.startswith(base + os.sep):
-            raise DataError(f"{clip['video']} is outside {base}: pass --videos or --allow-outside")
-        clip["video"] = video
+            raise DataError(f"{name} is outside {base}: pass --videos or --allow-outside")
         if "frames" in clip:
             if video not in rates:
-                rates[video] = frame_rate(video) if os.path.isfile(video) else 30.0
+                rates[video] = 30.0
+                with contextlib.suppress(DataError):            # unreadable: its item will say so
+                    rates[video] = frame_rate(video)
             first, last = clip.pop("frames")
             clip |= {"start": max(0, first) / rates[video], "end": (max(last, first) + 1) / rates[video]}
+    if not blind and not any(os.path.isfile(video) for video in places.values()):
+        raise DataError(f"none of {len(places)} videos is there, such as {next(iter(places.values()))}: pass "
+                        f"--videos")
 
 def read_predictions(out: Path, name: str, protocol: dict) -> dict[str, dict]:
     """What earlier runs of this very protocol left, by item; another protocol's file is refused by field."""
@@ -1145,7 +1181,7 @@ def read_predictions(out: Path, name: str, protocol: dict) -> dict[str, dict]:
                 break                                           # the line that a kill cut short
             if i == 0:
                 for key, value in protocol.items():
-                    if row.get(key) != value:
+                    if row.get(key) != value and key not in ("ckpt", "git"):
                         raise DataError(f"{path} was made with {key}={row.get(key)}, this run has {value}: "
                                         f"choose another --out or remove it")
             else:
@@ -1155,7 +1191,7 @@ def read_predictions(out: Path, name: str, protocol: dict) -> dict[str, dict]:
 def answers(model, tokenizer, items: list[Item], everything: list[Item], bench: Bench, o) -> Iterator[dict]:
     """Predictions item by item; a video in a row of questions is read once. What cannot be read is an error
     in its prediction, counts as wrong, and is counted."""
-    texts = text_side(model, tokenizer, everything) if items and bench.task == "retrieval" else None
+    texts = text_side(model, tokenizer, everything, o.blind) if items and bench.task == "retrieval" else None
     last = None, None                                           # a clip, and what the model saw of it
     for item in items:
         kept = dict(options=[], answer=None) if bench.task in ("retrieval", "classes") else {}      # too long
@@ -1187,24 +1223,32 @@ def answer_item(seen: Seen, item: Item, bench: Bench, o, texts) -> dict:
     return {"scores": scores.tolist()}
 
 @torch.no_grad()
-def text_side(model, tokenizer, items: list[Item]) -> tuple[Tensor, Tensor, np.ndarray]:
+def text_side(model, tokenizer, items: list[Item], blind: bool) -> tuple[Tensor, Tensor, np.ndarray]:
     """For retrieval: the mean pooled video of the first 64 clips (W,), each text's mean word embedding around
     their mean (texts, W), and its mean log-likelihood without a video (texts,)."""
-    texts, device = items[0].options, model.decoder.head.weight.device
+    texts, device, clips = items[0].options, model.decoder.head.weight.device, []
     ids = (torch.tensor(tokenizer.encode(text), device=device) for text in texts)
     words = torch.stack([model.decoder.embed(words).float().mean(0) for words in ids])
-    clips = [look(model, tokenizer, item.clips[0]).pooled for item in items[:64]]
+    for item in [] if blind else items[:64]:
+        with contextlib.suppress(DataError):
+            clips.append(look(model, tokenizer, item.clips[0]).pooled)
     alone = Seen(model, tokenizer, None).score([(NARRATE, text) for text in texts])[:, 1]
-    return torch.stack(clips).mean(0), F.normalize(words - words.mean(0), dim=-1), alone
+    centre = torch.stack(clips).mean(0) if clips else torch.zeros_like(words[0])
+    return centre, F.normalize(words - words.mean(0), dim=-1), alone
 
 def retrieve(seen: Seen, item: Item, texts, shortlist: int = 16) -> dict:
     """A dual score for every text, the cosine of pooled [x ; F(x)] and pooled word embeddings, each around
     its mean: the decoder reads both in one space (our choice; on the toy world it beat pooled hidden states).
-    Its best are re-ranked by what the video adds to the text's mean log-likelihood, squashed to (0, 1)."""
+    Its best are re-ranked by what the video adds to the text's mean log-likelihood, squashed to (0, 1).
+    Blind: how likely the text is by itself, the same for every video."""
     centre, words, alone = texts
-    dual = (words @ F.normalize(seen.pooled - centre, dim=-1)).cpu().numpy()
-    best = np.argsort(-dual, kind="stable")[:shortlist]
-    gain = seen.score([(NARRATE, item.options[i]) for i in best])[:, 1] - alone[best]
+    if seen.pooled is None:
+        dual, best = alone / (1 + np.abs(alone).max()), np.array([], int)
+        gain = alone[best]
+    else:
+        dual = (words @ F.normalize(seen.pooled - centre, dim=-1)).cpu().numpy()
+        best = np.argsort(-dual, kind="stable")[:shortlist]
+        gain = seen.score([(NARRATE, item.options[i]) for i in best])[:, 1] - alone[best]
     return {"dual": base64.b64encode(dual.astype(np.float16).tobytes()).decode(),
             "top": {int(i): 1 / (1 + math.exp(-g)) for i, g in zip(best, gain)}}
 
@@ -1239,6 +1283,8 @@ def summarise(bench: Bench, items: list[Item], predictions: list[dict], o) -> di
     if bench.task in ("retrieval", "classes"):
         return out | ranking_figures(bench, items, predictions)
     replies = [p["reply"] for p in predictions if "reply" in p]
+    if not items or not any(item.answer is not None for item in items):
+        raise DataError(f"{o.bench}: none of these {len(items)} items has a public answer")
     if o.answer == "letter":
         out["parser_failures"] = sum(p.get("choice") is None for p in predictions)
     known = [(item, p) for item, p in zip(items, predictions) if item.answer is not None]
@@ -1276,13 +1322,17 @@ def ranking_figures(bench: Bench, items: list[Item], predictions: list[dict]) ->
         labels = np.zeros_like(random)
         for row, item in zip(labels, items):
             row[item.answer] = 1
-        scores = np.array([p.get("scores", [0.0] * len(item.options)) for item, p in zip(items, predictions)])
+        lowest = min((min(p["scores"]) for p in predictions if "scores" in p), default=0.0) - 1
+        unread = [lowest] * len(items[0].options)               # ranked last
+        scores = np.array([p.get("scores", unread) for p in predictions])
         each, figures = class_precision(scores, labels), charades_map(scores, labels)
         score, chance = figures["nanmAP"], charades_map(random, labels)["nanmAP"]
         each = each[np.isfinite(each)]
     else:
         rel = np.array([item.answer for item in items])
-        sim = np.array([similarity(p, rel.shape[1]) for p in predictions])
+        told = (rel == 1).any(0)                                # with --limit some texts have no video
+        sim = np.array([similarity(p, rel.shape[1]) for p in predictions])[:, told]
+        rel, random = rel[:, told], random[:, told]
         figures, by_chance = retrieval_metrics(sim, rel), retrieval_metrics(random, rel)
         score, chance = figures["mAP_avg"], by_chance["mAP_avg"]
         figures["nDCG_avg_chance"] = by_chance["nDCG_avg"]
@@ -1314,22 +1364,25 @@ def report(out: Path, frames: bool = True, samples: int = 4) -> Path:
     if not results:
         raise DataError(f"{out} holds no results: run eval.py --bench NAME --out {out} first")
     for name, r in results.items():
+        blind = read_json(out / f"{name}-blind.json") if (out / f"{name}-blind.json").is_file() else {}
+        same = all(blind.get(key) == r[key] for key in ("weights", "answer", "length", "content"))
         lo, hi, mid, chance = (100 * r[key] for key in ("score_lo", "score_hi", "score", "score_chance"))
         parts_of = ("inter", "intra", "nDCG_avg", "rouge_l", "binary", "open", "judge_acc")
-        extra = "".join(f"<br>{key} {100 * r[key]:.1f}" for key in parts_of if key in r)
+        extra = "".join(f"<br>{key} {100 * r[key]:.1f}" for key in parts_of if r.get(key) is not None)
         marks = ((lo, f"{hi - lo:.1f}%", "#8ab"), (mid, "2px", "#000"), (chance, "2px", "#c33"))
         bar = "".join(f'<i style="left:{at:.1f}%;width:{width};background:{ink}"></i>'
                       for at, width, ink in marks)
         note = f"{r['answer']}, {r['length']}{'; ' + BENCHES[name].note if BENCHES[name].note else ''}"
         cells = (f"{mid:.1f} [{lo:.1f}, {hi:.1f}]{extra}", f"<div class=bar>{bar}</div>", r["score_n"],
-                 f"{chance:.1f}", f"{100 * r['blind_score']:.1f}" if "blind_score" in r else "not run",
+                 f"{chance:.1f}", f"{100 * blind['score']:.1f}" if same else "not run",
                  esc(BENCHES[name].paper), esc(BENCHES[name].best), f"<small>{esc(note)}</small>")
         parts.append(f"<tr><td>{name}" + "".join(f"<td>{cell}" for cell in cells) + "</tr>")
     checkpoints = sorted({f"{r['ckpt']}, code {r['git']}" for r in results.values()})
     parts.append(f"</table></div><p><small>{esc('; '.join(checkpoints))}</small></p>")
     for name in results:
         parts.append(f"<h2>{name}</h2>")
-        shown = read_predictions(out, name, {})
+        shown = {key: row for key, row in read_predictions(out, name, {}).items()
+                 if row["item"]["options"] or row["item"]["answer"] is not None}
         for row in list(shown.values())[::max(1, len(shown) // samples)][:samples]:
             parts.append(report_item(row, frames))
     write_whole(out / "report.html", "\n".join(parts) + "</html>")

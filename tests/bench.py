@@ -4,6 +4,7 @@
     OMP_NUM_THREADS=2 python tests/bench.py full    # a step of the 7b preset for real: seconds, memory against the plan
     python tests/bench.py tflops                # the same on a GPU: TFLOP/s, ours beside torch's
     python tests/bench.py step                  # a training step beside transformers' modules composed; parts; scaling
+    python tests/bench.py run                   # start-up, waiting for the loader, two processes beside one
     python tests/bench.py score                 # options about one video, generation: cached, uncached, transformers
     python tests/bench.py data                  # clips of a 3-minute take: from its start, by seeking, cached; decord
 
@@ -17,6 +18,7 @@ import math
 import multiprocessing
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -536,17 +538,20 @@ def bench_step(args):
                 answers[side] = pipe.recv()
             return answers
         loss, memory = ask("loss"), ask("memory")
-        rounds, peaks = [ask("time") for _ in range(args.rounds)], ask("peak")
+        rounds, peaks = [], []
+        for _ in range(args.rounds):
+            rounds.append(ask("time"))
+            peaks.append(ask("peak")["ours"])                               # the best round is the peak: the machine is noisy
         cfg = train.parse(["--stage", str(stage), "--preset", "small", "--optimizer", "adamw", "--micro-batch", "8"])
         run, phase = train.Run(cfg, 0, 1, torch.device("cpu"), False), train.phases(cfg)[0]
         flops = step_flops(run, phase, stage, batch)
         ratios, ours = [r["composition"] / r["ours"] for r in rounds], statistics.median(r["ours"] for r in rounds)
         rows.append(dict(bench="step", stage=stage, seconds=ours, ratio=statistics.median(ratios), low=min(ratios), high=max(ratios),
-                         memory=memory["ours"], memory_ratio=memory["ours"] / memory["composition"], flops=flops, share=flops / ours / peaks["ours"]))
+                         memory=memory["ours"], memory_ratio=memory["ours"] / memory["composition"], flops=flops, share=flops / ours / max(peaks)))
         print("stage {stage}: {seconds:.2f} s a step; the composition takes {ratio:.2f}x the time ({low:.2f}-{high:.2f}); peak memory {memory_mb:.0f} MB, "
               "{memory_ratio:.2f}x of the composition's; {gflop:.0f} GFLOP, {share:.0%} of the matmul peak".format(
                   memory_mb=memory["ours"] / 2**20, gflop=flops / 1e9, **rows[-1]), flush=True)
-        print(f"    first losses {loss}; matmul peak {peaks['ours'] / 1e9:.0f} GFLOP/s", flush=True)
+        print(f"    first losses {loss}; matmul peak {max(peaks) / 1e9:.0f} GFLOP/s", flush=True)
         for pipe in pipes.values():
             pipe.send("")
     return rows
@@ -632,11 +637,54 @@ def bench_scaling(args):
     return rows
 
 
+def bench_run(args):
+    """Whole runs of the toy's stage 1 as a user starts them: start-up, share of time waiting for the loader, two
+    processes of one thread beside one."""
+    with tempfile.TemporaryDirectory() as folder:
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+
+        def command(out, *more, ranks=1, script="train.py"):
+            launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks] if ranks > 1 else []
+            words = [*launch, script, "--stage", 1, "--data", f"{folder}/toy", "--base", f"{folder}/stage0", "--init", f"{folder}/stage0", "--out",
+                     f"{folder}/{out}", "--no-eval", *more]
+            began = time.time()
+            done = subprocess.run([sys.executable, *map(str, words)], cwd=Path(__file__).parents[1], env=env, check=True, capture_output=True, text=True)
+            return time.time() - began, done.stdout
+        root = Path(__file__).parents[1]
+        subprocess.run([sys.executable, "data.py", "toy", "pairs", "corpus", "ego", "--out", f"{folder}/toy", "--scale", "0.3"], cwd=root, check=True,
+                       capture_output=True)
+        subprocess.run([sys.executable, "train.py", "--stage", "0", "--data", f"{folder}/toy", "--out", f"{folder}/stage0", "--steps", "2", "--no-eval"],
+                       cwd=root, check=True, capture_output=True)
+        seconds = min(command(f"start{i}", "--steps", 1)[0] for i in range(3))
+        print(f"from the command to one step and its checkpoint: {seconds:.1f} s", flush=True)
+        watch = Path(folder) / "watch.py"
+        watch.write_text(f"import sys, time\nsys.path.insert(0, {str(root)!r})\nimport data, train\nplain, waited = data.Loader.stream, []\n"
+                         "def stream(self, *args):\n    batches = plain(self, *args)\n    while True:\n        began = time.perf_counter()\n"
+                         "        try:\n            batch = next(batches)\n        except StopIteration:\n            return\n"
+                         "        waited.append(time.perf_counter() - began)\n        yield batch\ndata.Loader.stream, began = stream, time.perf_counter()\n"
+                         "train.main(sys.argv[1:])\nprint('WAITED', sum(waited[2:]))\n")
+        out = command("wait", "--steps", 60, script=watch)[1]
+        log = [json.loads(line) for line in (Path(folder) / "wait/log.jsonl").read_text().splitlines()]
+        share = float(out.rsplit("WAITED", 1)[1]) / sum(row["seconds"] for row in log[2:])
+        print(f"waiting for the loader (1 worker, 60 steps, without the first two): {share:.1%} of the time", flush=True)
+        ratios = []
+        for turn in range(args.rounds):
+            speeds = []
+            for ranks in (1, 2):
+                name = f"ranks{ranks}_{turn}"
+                command(name, "--steps", 40, ranks=ranks)
+                log = [json.loads(line) for line in (Path(folder) / f"{name}/log.jsonl").read_text().splitlines()]
+                speeds.append(statistics.median(row["clips_per_second"] for row in log[5:]))
+            ratios.append(speeds[1] / speeds[0])
+        print(f"two processes of one thread: {statistics.median(ratios):.2f}x the clips/s of one ({min(ratios):.2f}-{max(ratios):.2f})", flush=True)
+    return [dict(bench="run", seconds=seconds, waiting=share, ratio=statistics.median(ratios), low=min(ratios), high=max(ratios))]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     benches = {"attention": bench_attention, "tflops": bench_tflops, "full": bench_full, "data": bench_data, "score": bench_score, "step": bench_step, "parts": bench_parts,
-               "scaling": bench_scaling}
+               "scaling": bench_scaling, "run": bench_run}
     parser.add_argument("bench", choices=benches)
     parser.add_argument("--stage", type=int, default=1, choices=(1, 2, 3), help="of `full`")
     parser.add_argument("--stages", type=int, nargs="*", default=(1, 2, 3), help="of `step` and `parts`")

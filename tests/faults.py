@@ -135,8 +135,8 @@ def kills(root: Path):
         for pid in processes(str(out)):
             os.kill(pid, signal.SIGKILL)
         said = run.communicate(timeout=60)[0]
-        if kind == "SIGTERM to torchrun" and "saved: the same command goes on" not in said and weights_or_none(out) is None:
-            problem = problem or "no checkpoint at SIGTERM"
+        if kind in ("SIGTERM to torchrun", "SIGINT twice") and "saved: the same command goes on" not in said:
+            problem = problem or f"no checkpoint at the signal: {said[-300:]}"
         finish(command(root, out))
         problem = problem or ("" if weights(out) == wanted else "other weights")
         tried[kind] += 1
@@ -152,10 +152,6 @@ def kills(root: Path):
     strike("kill -9 of one rank", run, out)
     run.communicate(timeout=180)
     report("torchrun --max-restarts, one rank killed", 1, int(run.returncode != 0 or weights(out) != wanted), "it brings the run back by itself")
-
-
-def weights_or_none(out: Path):
-    return weights(out) if list(out.glob("step_*")) else None
 
 
 def refused(words, *texts, **options) -> bool:

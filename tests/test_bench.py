@@ -1,6 +1,8 @@
 """EgoBench: metrics against independent oracles, and every benchmark through the whole command on tiny files."""
 import json
 import math
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +16,6 @@ import torch
 from conftest import REPO, run
 
 import eval
-from data import write_jsonl
 from eval import (Seen, charades_map, egomcq_accuracy, judge_scores, mean_nll, parse_letter, retrieval_metrics, rouge_l)
 from model import load_checkpoint
 
@@ -118,6 +119,8 @@ def test_mean_nll_counts_what_is_not_zero():
 def test_letters_are_parsed_strictly():
     for reply, letter in (("B", 1), ("(B)", 1), (" B. ", 1), ("B) to the door", 1), ("A: yes", 0), ("(D) Stop", 3), ("C\n", 2)):
         assert parse_letter(reply, 4) == letter, reply
+    for reply in ("A.M. routine", "B\nBecause", "C) or D)"):
+        assert parse_letter(reply, 4) == {"B\nBecause": 1, "C) or D)": 2}.get(reply), reply
     for reply in ("", "A man walks", "Based on the video, B", "b", "E", "(E)", "AB", "the answer is B", "?", "None"):
         assert parse_letter(reply, 4) is None, reply
 
@@ -326,9 +329,9 @@ def test_ctrl_c_leaves_a_usable_part(sets, toy, tmp_path):
 def test_blind_is_reported_beside_the_score_and_the_page_is_safe(scored, sets, toy):
     bench(sets, scored, toy, "egoschema", "--blind")
     bench(sets, scored, toy, "egoschema", "--report")
-    figures = json.loads((scored / "egoschema.json").read_text())
-    assert figures["blind_score"] == json.loads((scored / "egoschema-blind.json").read_text())["score"]
     page = (scored / "report.html").read_text()
+    blind = json.loads((scored / "egoschema-blind.json").read_text())["score"]
+    assert re.search(rf"<td>egoschema(<td>.*?){{4}}<td>{100 * blind:.1f}<td>61.3", page) and page.count("not run") == len(eval.BENCHES) - 1
     assert "<script" not in page and "&lt;script&gt;alert" in page and "data:image/png;base64," in page
     assert "http" not in page.replace("http-equiv", "") and all(name in page for name in eval.BENCHES)
 
@@ -338,8 +341,6 @@ def test_blind_is_reported_beside_the_score_and_the_page_is_safe(scored, sets, t
     ("egomcq", "egomcq.json", "lacks"), ("ek100-mir", "EPIC_100_retrieval_test.csv", "lacks"),
     ("charades-ego", "CharadesEgo_v1_test_only1st.csv", "lacks")))
 def test_a_missing_field_or_file_is_named(sets, tmp_path, name, file, words):
-    import re
-    import shutil
     from data import DataError
     o = Namespace(root=str(tmp_path / name), bench=name, answer="likelihood")
     shutil.copytree(sets / name, tmp_path / name)
@@ -355,7 +356,6 @@ def test_a_missing_field_or_file_is_named(sets, tmp_path, name, file, words):
 
 
 def test_a_video_that_cannot_be_read_counts_as_wrong(sets, toy, tmp_path):
-    import shutil
     shutil.copytree(sets / "vln-qa", tmp_path / "vln-qa")
     content = json.loads((tmp_path / "vln-qa/egocentric_navigation.json").read_text())
     content[1]["video"] = "left/gone.mp4"
@@ -378,3 +378,64 @@ def test_the_five_way_form_and_an_empty_report(sets, toy, tmp_path):
     assert items[0].options[items[0].answer] == "yes" and len(items[0].options) == 5
     wrong = Done(*run(REPO / "eval.py", "--report", "--out", tmp_path, check=False))
     assert wrong.returncode and "holds no results" in wrong.stderr
+
+
+# ---------------------------------------------------------------------------- what a second reader found, kept found
+def test_all_benchmarks_run_blind_and_without_a_video(sets, toy, tmp_path):
+    done = run(REPO / "eval.py", "--bench", "all", "--blind", "--data", sets, "--ckpt", toy / "stage3", "--base", toy / "stage0", "--out", tmp_path)
+    assert all((tmp_path / f"{name}-blind.json").is_file() for name in eval.BENCHES), done
+    assert json.loads((tmp_path / "egoschema-blind.json").read_text())["unreadable"] == 0
+
+
+def test_the_way_of_answering_is_the_benchmarks(sets, toy, tmp_path):
+    for name, asked, mode in (("charades-ego", "letter", "likelihood"), ("egomcq", "letter", "likelihood"), ("vln-qa", "generate", "likelihood"),
+                              ("vln-qa", "letter", "letter"), ("qaego4d-open", "letter", "generate")):
+        out = tmp_path / f"{name}-{asked}"
+        done = bench(sets, out, toy, name, "--answer", asked)
+        figures = json.loads((out / f"{name}.json").read_text())
+        assert figures["answer"] == mode and ("does not apply" in done.stdout) == (asked != mode)
+        assert ("parser_failures" in figures) == (mode == "letter")
+
+
+def test_errors_are_tried_again_and_other_questions_refused(sets, toy, tmp_path):
+    shutil.copytree(sets / "vln-qa", tmp_path / "vln-qa")
+    (tmp_path / "videos/left").mkdir(parents=True)
+    shutil.copy(sets / "videos/left/0.mp4", tmp_path / "videos/left/0.mp4")
+    bench(tmp_path, tmp_path / "r", toy, "vln-qa")
+    assert json.loads((tmp_path / "r/vln-qa.json").read_text())["unreadable"] == 4
+    for i in (1, 2, 3):
+        shutil.copy(sets / f"videos/left/{i}.mp4", tmp_path / f"videos/left/{i}.mp4")
+    bench(tmp_path, tmp_path / "r", toy, "vln-qa")
+    assert json.loads((tmp_path / "r/vln-qa.json").read_text())["unreadable"] == 0
+    content = json.loads((tmp_path / "vln-qa/egocentric_navigation.json").read_text())
+    (tmp_path / "vln-qa/egocentric_navigation.json").write_text(json.dumps(content[::-1]))
+    wrong = bench(tmp_path, tmp_path / "r", toy, "vln-qa", check=False)
+    assert wrong.returncode and "content=" in wrong.stderr
+    shutil.rmtree(tmp_path / "videos/left")
+    wrong = bench(tmp_path, tmp_path / "r3", toy, "vln-qa", check=False)
+    assert wrong.returncode and "none of 4 videos is there" in wrong.stderr
+
+
+def test_unread_videos_are_ranked_last_and_hidden_answers_are_none():
+    items = [eval.Item(str(i), [{}], "?", ["a", "b"], [i % 2]) for i in range(20)]
+    good = [{"scores": [-1.0 - (i % 2), -2.0 + (i % 2)]} for i in range(20)]
+    whole = eval.ranking_figures(eval.BENCHES["charades-ego"], items, good)["score"]
+    one = eval.ranking_figures(eval.BENCHES["charades-ego"], items, [{"error": "gone"}, *good[1:]])["score"]
+    assert whole == 1 and 0.9 < one < 1
+    assert float(eval.mean_of_nonzero(torch.zeros(1, 3))) == 0
+
+
+def test_a_cut_answer_stays_in_the_conversation(learner):
+    model, tokenizer = learner
+    visual = model.encode_ego(torch.randint(0, 255, (1, 4, 3, 48, 48), dtype=torch.uint8))
+    chat = Seen(model, tokenizer, visual)
+    tokens = tokenizer.encode("".join(chat.speak("What am I doing?", 3)))
+    assert len(chat.unread) == 1
+    second = "".join(chat.speak("Which hand am I using?", 5))
+    plain = Seen(model, tokenizer, visual)
+    ids = plain.prompt("What am I doing?")[0]
+    first = [t[0] for t in model.stream(None, [torch.tensor(ids)], eos=tokenizer.eos, max_new=3, cache=plain.cache)]
+    again = Seen(model, tokenizer, visual)
+    whole = ids + first + [tokenizer.eos] + tokenizer.encode("[INST] Which hand am I using? [/INST]")
+    want = [t[0] for t in model.stream(None, [torch.tensor(whole)], eos=tokenizer.eos, max_new=5, cache=again.cache)]
+    assert second == tokenizer.decode(want).rstrip("\ufffd") and tokens

