@@ -122,14 +122,6 @@ def open_video(video: str | os.PathLike, fps: float | None = None) -> Iterator[t
         why = getattr(error, "strerror", None) or error
         raise DataError(f"{video} cannot be read: {why}", missing) from None
 
-def frame_rate(video: str | os.PathLike) -> float:
-    """Mean frames a second of a file, as its header says."""
-    try:
-        with av.open(str(video), options=OPEN_OPTIONS) as container:
-            return float(container.streams.video[0].average_rate or 30)
-    except (av.FFmpegError, OSError, IndexError) as error:
-        raise DataError(f"{video} cannot be read: {error}") from None
-
 def _seconds(container, stream) -> float:
     """Length of the video, as its header says; Matroska keeps it in a tag, as the moment of its end."""
     if stream.duration:
@@ -1196,6 +1188,14 @@ def ego_exo4d(files: Files, o: Build) -> Iterator[dict]:
                        "ego": {"video": ego, **span}, "exo": [{"video": v, **span} for v in cameras.values()],
                        "text": wearer(said["text"]), "source": "ego-exo4d"}
     yield from files.tolerant(told, rows)
+
+def frame_rate(video: str | os.PathLike) -> float:
+    """Mean frames a second of a file, as its header says."""
+    try:
+        with av.open(str(video), options=OPEN_OPTIONS) as container:
+            return float(container.streams.video[0].average_rate or 30)
+    except (av.FFmpegError, OSError, IndexError) as error:
+        raise DataError(f"{video} cannot be read: {error}") from None
 
 def take_videos(files: Files, take: dict, captures: dict, o: Build) -> tuple[str | None, dict[str, str]]:
     """-> the ego video, and {camera: exo video} of an Ego-Exo4D take; rates other than 30 are counted."""
