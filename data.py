@@ -3,6 +3,7 @@ from.
 
     python data.py toy --out out/toy            # render the micro-world: mp4 files, JSON lines, a tokenizer
     python data.py show out/toy/val.jsonl       # contact sheet: ego above exo, text below
+    python data.py ego-exo4d --root DIR --out x.jsonl   # and seven more data sets; check, cache, mix
 
 One row of a manifest (JSON lines) is one narrated moment; training reads nothing else:
 
