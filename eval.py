@@ -292,8 +292,8 @@ def lock_of(out: str, rank: int) -> Path:
     return Path(out) / (f".lock{rank}" if rank else ".lock")
 
 def beat(out: str, rank: int):
-    """A sign of life, before the ranks meet."""
-    os.utime(lock_of(out, rank))
+    """A sign of life, before the ranks meet; stage 0 as a part of stage 1 holds no lock of its own."""
+    lock_of(out, rank).touch()
 
 def explain(error: Exception, out: str, world: int) -> str:
     """The sentence of an error that a user can mend; of a time-out it names the rank that did not come. What

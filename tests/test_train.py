@@ -257,3 +257,16 @@ def test_a_half_written_checkpoint_is_never_taken(toy, tmp_path):
     half = tmp_path / "s" / "part_step_000009"
     shutil.copytree(finished, half)
     assert newest_checkpoint(tmp_path / "s") == finished
+
+
+def test_a_sign_of_life_needs_no_lock_and_frees_none(tmp_path):
+    """Stage 0, when stage 1 makes it, holds no lock in its folder; touching a lock that is held must not open the file."""
+    import data
+    import eval
+    eval.beat(str(tmp_path), 0)
+    assert (tmp_path / ".lock").is_file()
+    with data.file_lock(tmp_path / ".lock", wait=False):
+        eval.beat(str(tmp_path), 0)
+        held = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(REPO)!r})\nimport data\n"
+                               f"with data.file_lock({str(tmp_path / '.lock')!r}, wait=False): pass"], capture_output=True, text=True)
+        assert "in use by process" in held.stderr
