@@ -56,8 +56,8 @@ from data import (COLOURS, NARRATE, PATTERNS, VERBS, Batch, DataError, Files, Lo
                   encode_png, frame_rate, git_revision, pick_device, progress, read_clip, read_manifest,
                   show_prompt, start_process, toy_split, toy_world, wearer, write_jsonl, write_whole)
 import model as network
-from model import (BACKENDS, BLOCKS, CLIP_NAMES, IGNORE, MISTRAL_NAMES, VIDEO, Exo2Ego, KVCache, Segments,
-                   Tokenizer, attention, fingerprint, hash_of, load_checkpoint, newest_checkpoint,
+from model import (BACKENDS, BLOCKS, CLIP_NAMES, IGNORE, MISTRAL_NAMES, VIDEO, DecoderBlock, Exo2Ego, KVCache,
+                   Segments, Tokenizer, attention, fingerprint, hash_of, load_checkpoint, newest_checkpoint,
                    own_tensors, read_json, read_state, rename)
 
 SLOTS = re.compile(r"Camera-wearer (?P<verb>.+) the (?P<colour>\w+) (?P<pattern>\w+) block "
@@ -549,12 +549,22 @@ def ready(model: Exo2Ego, device: torch.device, bf16: bool) -> Exo2Ego:
         p.data = p.data.to(device, half if bf16 else torch.float32)
     return model
 
+def compiled(block):
+    """torch.compile of a block that trains, or that gradients pass; elsewhere, as it is: scores have other
+    shapes. A decoder block's tokens change in number from step to step. Attention is fused by hand."""
+    if not hasattr(network.attention, "_torchdynamo_disable"):
+        network.attention = torch.compiler.disable(network.attention)
+    plain, fast = block.forward, torch.compile(block.forward, dynamic=isinstance(block, DecoderBlock))
+    return lambda *args: (fast if torch.is_grad_enabled() else plain)(*args)
+
 def wrap(run, objective, maths=None):
-    """The objective as the ranks share it: checkpointed blocks, then DDP, or FSDP2 block by block."""
+    """The objective as the ranks share it: blocks compiled, checkpointed; then DDP, or FSDP2 by block."""
     blocks = [m for m in objective.modules() if isinstance(m, BLOCKS)]
     again = maths or precision(run.device, run.bf16)            # backward does not run in forward's context
     for block in blocks:
         block.__dict__.pop("forward", None)                     # of an earlier phase
+        if run.cfg.compile:
+            block.forward = compiled(block)
         if run.cfg.checkpoint_activations:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False,
                                     context_fn=lambda: (contextlib.nullcontext(), again))
