@@ -43,14 +43,19 @@ class STC(nn.Module):
         return self.readout(x.permute(0, 1, 3, 4, 2).flatten(1, 3))
 
 
-torch.manual_seed(0)
-stc = STC(24, 32, 2)
-for p in stc.parameters():
-    nn.init.normal_(p, std=0.3)
-x = torch.randn(2, 4, 5, 6, 24)
-with torch.no_grad():
-    y = stc(x)
-tensors = {f"model.mm_projector.{n}": t for n, t in stc.state_dict().items()} | {"input": x, "output": y}
-path = Path(__file__).with_name("stc.safetensors")
-save_file({n: t.contiguous() for n, t in tensors.items()}, path)
-print(f"{path}: {len(tensors)} tensors, {path.stat().st_size / 1000:.0f} kB, output {tuple(y.shape)}, std {float(y.std()):.2f}")
+def main():
+    torch.manual_seed(0)
+    stc = STC(24, 32, 2)
+    for p in stc.parameters():
+        nn.init.normal_(p, std=0.3)
+    x = torch.randn(2, 4, 5, 6, 24)
+    with torch.no_grad():
+        y = stc(x)
+    tensors = {f"model.mm_projector.{n}": t for n, t in stc.state_dict().items()} | {"input": x, "output": y}
+    path = Path(__file__).with_name("stc.safetensors")
+    save_file({n: t.contiguous() for n, t in tensors.items()}, path)
+    print(f"{path}: {len(tensors)} tensors, {path.stat().st_size / 1000:.0f} kB, output {tuple(y.shape)}, std {float(y.std()):.2f}")
+
+
+if __name__ == "__main__":
+    main()
