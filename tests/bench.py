@@ -5,8 +5,10 @@
     python tests/bench.py tflops                # the same on a GPU: TFLOP/s, ours beside torch's
     python tests/bench.py step                  # a training step beside transformers' modules composed; parts; scaling
     python tests/bench.py run                   # start-up, waiting for the loader, two processes beside one
-    python tests/bench.py score                 # options about one video, generation: cached, uncached, transformers
+    python tests/bench.py score                 # options about one video: the prefix cached and packed, or each pair alone
+    python tests/bench.py generate              # 64 tokens: with a cache, without, transformers; decode: the decoder's step alone
     python tests/bench.py data                  # clips of a 3-minute take: from its start, by seeking, cached; decord
+    python tests/bench.py all --json FILE       # all but full and tflops, an hour
 
 Every side of a comparison is a process of its own with one thread; the sides take turns, round by round.
 """
@@ -92,18 +94,18 @@ def peak_of(call) -> int:
     return status("VmHWM") - level
 
 
-def work(pipe, side, shape, dtype, train):
+def work(pipe, side, shape, dtype, training):
     """One side: on every request one measurement, (seconds, bytes above the level before)."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     lens, heads, kv_heads, head_dim, causal = SHAPES[shape]
-    qkv = [torch.randn(sum(lens), h, head_dim, dtype=dtype, requires_grad=train) for h in (heads, kv_heads, kv_heads)]
+    qkv = [torch.randn(sum(lens), h, head_dim, dtype=dtype, requires_grad=training) for h in (heads, kv_heads, kv_heads)]
     do = torch.randn(sum(lens), heads, head_dim, dtype=dtype)
 
     def call():
-        with torch.set_grad_enabled(train):
+        with torch.set_grad_enabled(training):
             out = SIDES[side](*qkv, lens, causal)
-            if train:
+            if training:
                 torch.autograd.grad(out, qkv, do)
 
     def seconds():
@@ -114,12 +116,12 @@ def work(pipe, side, shape, dtype, train):
         pipe.send(peak_of(call) if request == "memory" else seconds())
 
 
-def compare(shape, dtype, train, rounds):
+def compare(shape, dtype, training, rounds):
     """{side: (seconds of each round, peak bytes)}; the memory is measured first, which warms up too."""
     context, pipes = multiprocessing.get_context("spawn"), {}
     for side in SIDES:
         pipes[side], other = context.Pipe()
-        context.Process(target=work, args=(other, side, shape, dtype, train), daemon=True).start()
+        context.Process(target=work, args=(other, side, shape, dtype, training), daemon=True).start()
 
     def ask(request):
         for side, pipe in pipes.items():
@@ -140,13 +142,13 @@ def bench_attention(args):
     print("CPU seconds and peak MB of one call, 1 thread; x: how many times as much as ours (range over rounds)")
     for shape in SHAPES:
         for dtype in (torch.float32, torch.bfloat16):
-            for train in (False, True):
-                sides = compare(shape, dtype, train, args.rounds)
-                print(f"{shape}, {str(dtype)[6:]}, {'training' if train else 'inference'}")
+            for training in (False, True):
+                sides = compare(shape, dtype, training, args.rounds)
+                print(f"{shape}, {str(dtype)[6:]}, {'training' if training else 'inference'}")
                 times, peak = sides["ours"]
                 for side, (runs, bytes_) in sides.items():
                     ratios = [a / b for a, b in zip(runs, times)]
-                    row = dict(bench="attention", shape=shape, dtype=str(dtype), train=train, side=side, seconds=min(runs),
+                    row = dict(bench="attention", shape=shape, dtype=str(dtype), train=training, side=side, seconds=min(runs),
                                bytes=bytes_, ratio=statistics.median(ratios), low=min(ratios), high=max(ratios),
                                memory_ratio=bytes_ / max(peak, 1 << 20))
                     print("    {side:7} {seconds:7.3f} s {mb:5.0f} MB   time {ratio:5.1f}x ({low:.1f}-{high:.1f})   memory "
@@ -164,9 +166,9 @@ def attention_speed(device, dtype, backends, shapes):
                for h in (heads, kv_heads, kv_heads)]
         for backend in backends:
             run = partial(attention, *qkv, Segments.packed(lens, device), causal=causal, backend=backend)
-            names, train = dict(run=run, qkv=qkv, grad=torch.autograd.grad), "grad(run(), qkv, qkv[0])"
+            names, both = dict(run=run, qkv=qkv, grad=torch.autograd.grad), "grad(run(), qkv, qkv[0])"
             speeds = [work * share / Timer(code, globals=names).blocked_autorange().median / 1e12
-                      for code, share in (("run()", 1), (train, 3.5))]
+                      for code, share in (("run()", 1), (both, 3.5))]
             print(f"{name:26} {backend:6} forward {speeds[0]:8.3f}, with backward {speeds[1]:8.3f} TFLOP/s")
 
 
@@ -321,11 +323,16 @@ def toy_words(folder):
     return data.Tokenizer(out)
 
 
-def bench_score(args):
-    """Preset small, random weights, one thread: choosing among options, and generating."""
+def small_model():
+    """Preset small with random weights, all four sides of stage 3, ready to answer."""
     torch.manual_seed(0)
-    model = Exo2Ego(replace(PRESETS["small"], mapping="resnet")).eval()
-    frames, rows = torch.randint(0, 255, (1, 8, 3, 112, 112), dtype=torch.uint8), []
+    return Exo2Ego(replace(PRESETS["small"], mapping="resnet")).eval()
+
+
+@torch.no_grad()
+def bench_score(args):
+    """Preset small, random weights, one thread: choosing among five options, eight questions about one video."""
+    model, frames = small_model(), torch.randint(0, 255, (1, 8, 3, 112, 112), dtype=torch.uint8)
     with tempfile.TemporaryDirectory() as folder:
         words = toy_words(folder)
     pairs = [(f"Question {i}: which of these do I do to the block?", f"I {verb} the red block with the left hand.")
@@ -341,32 +348,76 @@ def bench_score(args):
 
     def cached():
         return eval.Seen(model, words, model.encode_ego(frames)).score(pairs)[:, 0]
-    with torch.no_grad():
-        print(f"8 questions x 5 options about one video: largest difference of scores {np.abs(cached() - alone(True)).max():.1e}")
-        times = interleaved({"each pair alone, video encoded each time": lambda: alone(False), "each pair alone, video encoded once": lambda: alone(True),
-                             "prefix cached, options packed": cached}, args.rounds)
-        rows += show_ratios("score", times, "prefix cached, options packed")
-        visual = model.encode_ego(frames)
-        ids = torch.tensor(words.chat([{"user": "What am I doing?"}], visual.shape[1])[0])
+    print(f"8 questions x 5 options about one video: largest difference of scores {np.abs(cached() - alone(True)).max():.1e}")
+    sides = {"each pair alone, video encoded each time": lambda: alone(False), "each pair alone, video encoded once": lambda: alone(True),
+             "prefix cached, options packed": cached}
+    return show_ratios("score", interleaved(sides, args.rounds), "prefix cached, options packed")
+
+
+@torch.no_grad()
+def bench_generate(args):
+    """Preset small, random weights, one thread: 64 tokens about a video whose features are there."""
+    model, frames = small_model(), torch.randint(0, 255, (1, 8, 3, 112, 112), dtype=torch.uint8)
+    with tempfile.TemporaryDirectory() as folder:
+        words = toy_words(folder)
+    visual = model.encode_ego(frames)
+    ids = torch.tensor(words.chat([{"user": "What am I doing?"}], visual.shape[1])[0])
+
+    def ours():
+        return model.generate(visual, [ids], eos=-1, max_new=64)[0]
+
+    def uncached():
+        x, told = model.splice(visual, ids), []
+        for _ in range(64):
+            hidden = model.decoder(x, Segments.packed([len(x)]), torch.arange(len(x)))
+            told.append(int(model.decoder.logits(hidden[-1:]).argmax()))
+            x = torch.cat([x, model.decoder.embed(torch.tensor(told[-1:]))])
+        return told
+    theirs = as_transformers(model)
+
+    def reference():
+        return theirs.generate(inputs_embeds=model.splice(visual, ids)[None], max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0,
+                               attention_mask=torch.ones(1, len(ids), dtype=torch.long))[0].tolist()
+    print(f"64 tokens after {len(ids)}: equal tokens: cache and none {ours() == uncached()}, transformers {ours() == reference()}")
+    return show_ratios("generate", interleaved({"no cache": uncached, "transformers generate": reference, "ours": ours}, args.rounds), "ours")
+
+
+@torch.no_grad()
+def bench_decode(args):
+    """Preset small, one thread: 16 more tokens after contexts of several lengths; our packed cache beside transformers'
+    DynamicCache, the decoder alone in both (no sampling code)."""
+    from transformers import DynamicCache
+    model, rows = small_model(), []
+    theirs, decoder = as_transformers(model), model.decoder
+    for batch, context in ((1, 256), (1, 1024), (1, 2000), (8, 256), (8, 1024)):
+        ids = torch.randint(0, 32000, (batch, context + 16))
+        start = model_file.KVCache(batch)
+        decoder(decoder.embed(ids[:, :context].flatten()), Segments.cached([context] * batch, [context] * batch),
+                torch.arange(context).repeat(batch), start)
+        kept, past = theirs(ids[:, :context], use_cache=True).past_key_values, {}
 
         def ours():
-            return model.generate(visual, [ids], eos=-1, max_new=64)[0]
-
-        def uncached():
-            x, told = model.splice(visual, ids), []
-            for _ in range(64):
-                hidden = model.decoder(x, Segments.packed([len(x)]), torch.arange(len(x)))
-                told.append(int(model.decoder.logits(hidden[-1:]).argmax()))
-                x = torch.cat([x, model.decoder.embed(torch.tensor(told[-1:]))])
-            return told
-        theirs = as_transformers(model)
+            cache = model_file.KVCache(batch)
+            cache.lens, cache.layers = (context,) * batch, dict(start.layers)           # every call starts from the same keys
+            for t in range(context, context + 16):
+                hidden = decoder(decoder.embed(ids[:, t]), Segments.cached([1] * batch, [t + 1] * batch), torch.full((batch,), t), cache)
+                past["ours"] = decoder.logits(hidden)
 
         def reference():
-            return theirs.generate(inputs_embeds=model.splice(visual, ids)[None], max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0,
-                                   attention_mask=torch.ones(1, len(ids), dtype=torch.long))[0].tolist()
-        print(f"64 tokens after {len(ids)}: equal tokens: cache and none {ours() == uncached()}, transformers {ours() == reference()}")
-        rows += show_ratios("generate", interleaved({"no cache": uncached, "transformers generate": reference, "ours": ours}, args.rounds), "ours")
+            cache = DynamicCache([(layer.keys, layer.values) for layer in kept.layers])
+            for t in range(context, context + 16):
+                past["theirs"] = theirs(ids[:, t:t + 1], past_key_values=cache, use_cache=True).logits[:, 0]
+        times = interleaved({"transformers": reference, "ours": ours}, args.rounds)
+        print(f"{batch} x 16 tokens after {context}: logits {(past['ours'] - past['theirs']).abs().max():.1e} apart, "
+              f"{statistics.median(times['ours']) / 16 * 1000:.1f} ms a step")
+        rows += [row | dict(batch=batch, context=context) for row in show_ratios("decode", times, "ours")]
     return rows
+
+
+def bench_all(args):
+    """Everything that fits one sitting of about an hour: attention, data, score, generate, decode, step, parts, scaling, run."""
+    return sum((bench(args) for bench in (bench_attention, bench_data, bench_score, bench_generate, bench_decode, bench_step, bench_parts,
+                                          bench_scaling, bench_run)), [])
 
 
 def as_transformers(model):
@@ -398,19 +449,21 @@ def make_batch(stage, cfg, clips=8, views=2, text=(8, 200)):
                       torch.arange(moments), clips, [""] * moments, [""] * moments, [])
 
 
-def our_step(stage, batch):
-    """-> (model, a step): the objective of train.py, its optimiser AdamW on both sides."""
-    cfg = train.parse(["--stage", str(stage), "--preset", "small", "--optimizer", "adamw"])
-    phase = train.phases(cfg)[0]
+def our_step(stage, batch, dtype=torch.float32, compile=False):
+    """-> (objective, a step): the objective of train.py, wrapped as train.py does; its optimiser AdamW on both sides."""
+    cfg = train.parse(["--stage", str(stage), "--preset", "small", "--optimizer", "adamw", *["--compile"] * compile])
+    phase, half = train.phases(cfg)[0], dtype == torch.bfloat16
     torch.manual_seed(0)
     model = Exo2Ego(replace(PRESETS["small"], mapping="resnet" if stage > 1 else "none", lora=stage == 3, lora_dropout=0.0))
     objective = train.Objective(model, None, phase, cfg, 1)
-    trained = train.set_trained(objective, phase, False, False)
+    trained = train.set_trained(objective, phase, False, half)
     optimizers = train.make_optimizers(trained, {n: 1e-4 for n in trained}, "adamw")
+    eval.wrap(train.Run(cfg, 0, 1, torch.device("cpu"), half), objective)
 
     def step():
-        loss = objective(batch, float(batch.weights.sum()), batch.samples)["loss"]
-        loss.backward()
+        with eval.precision(torch.device("cpu"), half):
+            loss = objective(batch, float(batch.weights.sum()), batch.samples)["loss"]
+            torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -430,7 +483,7 @@ class LowRank(torch.nn.Module):
         return self.base(x) + self.scale * F.linear(F.linear(x, self.a), self.b)
 
 
-def composed_step(stage, batch):
+def composed_step(stage, batch, dtype):
     """The same model and weights as a user composes them: CLIPVisionModel, a connector, MistralForCausalLM, padded
     batches, full logits; stage 2 the literal recipe: each pair by itself, gradients everywhere, nothing shared."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -452,7 +505,8 @@ def composed_step(stage, batch):
                                      (block.self_attn, "o_proj", ours.out), (block.mlp, "gate_proj", ours.gate), (block.mlp, "up_proj", ours.up),
                                      (block.mlp, "down_proj", ours.down)):
                 setattr(owner, name, LowRank(getattr(owner, name), own))
-    parts = {"exo_vit": exo, "ego_vit": ego, "exo_connector": model.exo_connector, "ego_connector": model.ego_connector, "F": model.F, "G": model.G}
+    exo_connector, ego_connector = (timm_connector(c) or c for c in (model.exo_connector, model.ego_connector))
+    parts = {"exo_vit": exo, "ego_vit": ego, "exo_connector": exo_connector, "ego_connector": ego_connector, "F": model.F, "G": model.G}
     for module in (llm, *filter(None, parts.values())):
         module.requires_grad_(False)
     for name in objective.phase.trains:
@@ -482,17 +536,22 @@ def composed_step(stage, batch):
         embeddings = embeddings.masked_scatter((ids == VIDEO)[..., None], visual.to(embeddings.dtype))
         return llm(inputs_embeds=embeddings, attention_mask=mask.long(), labels=goal).loss
 
-    def step():
+    def forward():
         if stage == 1:
-            loss = text_loss(model.exo_connector(grid(exo, batch.exo)))
+            loss = text_loss(exo_connector(grid(exo, batch.exo)))
         elif stage == 3:
             x = grid(ego, batch.ego)
-            loss = text_loss(torch.cat([model.ego_connector(x), model.exo_connector(model.F(x))], 1))
+            loss = text_loss(torch.cat([ego_connector(x), exo_connector(model.F(x))], 1))
         else:
             x, y = grid(ego, batch.ego[batch.ego_of]), grid(exo, batch.exo)             # an ego clip again for each view
-            loss = text_loss(torch.cat([model.ego_connector(x), model.exo_connector(model.F(x))], 1))
-            loss = loss + 5 * eval.feature_kl(model.exo_connector(y), model.exo_connector(model.F(x))).mean()
+            loss = text_loss(torch.cat([ego_connector(x), exo_connector(model.F(x))], 1))
+            loss = loss + 5 * eval.feature_kl(exo_connector(y), exo_connector(model.F(x))).mean()
             loss = loss + 0.1 * ((model.G(model.F(x)) - x).abs().mean() + (model.F(model.G(y)) - y).abs().mean())
+        return loss
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = forward()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -501,11 +560,26 @@ def composed_step(stage, batch):
     return objective, step
 
 
-def step_worker(pipe, side, stage):
-    """One side in a process of its own: answers "loss", "memory" and "time"."""
+def timm_connector(ours):
+    """VideoLLaMA2's connector as published, of timm's own blocks, with our weights; None where timm is not installed."""
+    if not importlib.util.find_spec("timm"):
+        return None
+    sys.path.insert(0, str(Path(__file__).with_name("golden")))
+    from make import STC
+    theirs = STC(ours.s1.b1.conv1.conv.in_channels, ours.readout[0].in_features, len(ours.s1))
+    theirs.load_state_dict(ours.state_dict())
+    return theirs
+
+
+STEP_SIDES = {"composition": composed_step, "ours": our_step, "ours, --compile": partial(our_step, compile=True),
+              "ours, float32": our_step}
+
+
+def step_worker(pipe, side, stage, dtype, clips):
+    """One side in a process of its own: answers "loss", "memory", "time", and "peak" (FLOP/s of a matmul)."""
     torch.set_num_threads(1)
-    batch = make_batch(stage, PRESETS["small"])
-    _, step = {"ours": our_step, "composition": composed_step}[side](stage, batch)
+    batch = make_batch(stage, PRESETS["small"], clips)
+    _, step = STEP_SIDES[side](stage, batch, torch.float32 if side.endswith("float32") else dtype)
     while request := pipe.recv():
         if request == "time":
             began = time.process_time()
@@ -522,14 +596,16 @@ def step_worker(pipe, side, stage):
 
 
 def bench_step(args):
-    """A training step of stages 1, 2, 3 at preset small, 8 clips with texts of 8-200 tokens, one thread, float32:
-    ours beside the library composition (stage 2: the literal recipe); share of the matmul peak."""
-    context, rows = multiprocessing.get_context("spawn"), []
+    """A training step of stages 1, 2, 3 at preset small, 8 clips with texts of 8-200 tokens, one thread: ours, eager
+    and compiled, beside the library composition, eager (stage 2: the literal recipe); share of the matmul peak."""
+    context, rows, dtype = multiprocessing.get_context("spawn"), [], getattr(torch, args.dtype)
+    print(f"connector of the composition: {'timm' if importlib.util.find_spec('timm') else 'ours, timm is not installed'}")
     for stage in args.stages:
-        batch, pipes = make_batch(stage, PRESETS["small"]), {}
-        for side in ("composition", "ours"):
-            pipes[side], other = context.Pipe()
-            context.Process(target=step_worker, args=(other, side, stage), daemon=True).start()
+        batch, pipes = make_batch(stage, PRESETS["small"], args.clips), {}
+        for side in STEP_SIDES:
+            if dtype == torch.bfloat16 or not side.endswith("float32"):
+                pipes[side], other = context.Pipe()
+                context.Process(target=step_worker, args=(other, side, stage, dtype, args.clips), daemon=True).start()
 
         def ask(request):
             answers = {}
@@ -537,21 +613,23 @@ def bench_step(args):
                 pipe.send(request)
                 answers[side] = pipe.recv()
             return answers
-        loss, memory = ask("loss"), ask("memory")
+        loss, memory = ask("loss"), (ask("time"), ask("memory"))[1]         # compiled code is there after two steps
         rounds, peaks = [], []
         for _ in range(args.rounds):
             rounds.append(ask("time"))
             peaks.append(ask("peak")["ours"])                               # the best round is the peak: the machine is noisy
-        cfg = train.parse(["--stage", str(stage), "--preset", "small", "--optimizer", "adamw", "--micro-batch", "8"])
+        cfg = train.parse(["--stage", str(stage), "--preset", "small", "--optimizer", "adamw", "--micro-batch", str(args.clips)])
         run, phase = train.Run(cfg, 0, 1, torch.device("cpu"), False), train.phases(cfg)[0]
         flops = step_flops(run, phase, stage, batch)
-        ratios, ours = [r["composition"] / r["ours"] for r in rounds], statistics.median(r["ours"] for r in rounds)
-        rows.append(dict(bench="step", stage=stage, seconds=ours, ratio=statistics.median(ratios), low=min(ratios), high=max(ratios),
-                         memory=memory["ours"], memory_ratio=memory["ours"] / memory["composition"], flops=flops, share=flops / ours / max(peaks)))
-        print("stage {stage}: {seconds:.2f} s a step; the composition takes {ratio:.2f}x the time ({low:.2f}-{high:.2f}); peak memory {memory_mb:.0f} MB, "
-              "{memory_ratio:.2f}x of the composition's; {gflop:.0f} GFLOP, {share:.0%} of the matmul peak".format(
-                  memory_mb=memory["ours"] / 2**20, gflop=flops / 1e9, **rows[-1]), flush=True)
-        print(f"    first losses {loss}; matmul peak {max(peaks) / 1e9:.0f} GFLOP/s", flush=True)
+        print(f"stage {stage}, {args.dtype}, {args.clips} clips: {flops / 1e9:.0f} GFLOP; first losses "
+              f"{ {side: round(value, 5) for side, value in loss.items()} }; matmul peak (float32) {max(peaks) / 1e9:.0f} GFLOP/s")
+        for side in pipes:
+            ratios, seconds = [r["composition"] / r[side] for r in rounds], statistics.median(r[side] for r in rounds)
+            rows.append(dict(bench="step", stage=stage, dtype=args.dtype, clips=args.clips, side=side, seconds=seconds,
+                             ratio=statistics.median(ratios), low=min(ratios), high=max(ratios), memory=memory[side],
+                             memory_ratio=memory[side] / memory["composition"], flops=flops, share=flops / seconds / max(peaks)))
+            print("    {side:16} {seconds:7.2f} s a step, the composition {ratio:.2f}x ({low:.2f}-{high:.2f}); {mb:5.0f} MB, {memory_ratio:.2f}x; "
+                  "{share:.0%} of the matmul peak".format(mb=memory[side] / 2**20, **rows[-1]), flush=True)
         for pipe in pipes.values():
             pipe.send("")
     return rows
@@ -615,7 +693,7 @@ def bench_parts(args):
 def bench_scaling(args):
     """A step's cost over clips, text length and frames (stage 1, preset small): seconds, and the slope on log axes."""
     rows, small = [], PRESETS["small"]
-    for knob, values in (("clips", (1, 2, 4, 8)), ("text", (64, 256, 1024)), ("frames", (4, 8, 16))):
+    for knob, values in (("clips", (1, 2, 4, 8)), ("text", (64, 128, 256, 512, 1024)), ("frames", (4, 8, 16, 32))):
         seconds = []
         for value in values:
             cfg = replace(small, frames=value) if knob == "frames" else small
@@ -634,6 +712,14 @@ def bench_scaling(args):
             rows.append(dict(bench="scaling", knob=knob, value=value, seconds=seconds[-1]))
         slope = np.polyfit(np.log(values), np.log(seconds), 1)[0]
         print(f"    {knob:7} {dict(zip(values, (round(t, 2) for t in seconds)))} s; slope on log axes {slope:.2f}", flush=True)
+    if args.plot:
+        from matplotlib import pyplot
+        figure, axes = pyplot.subplots(figsize=(5, 3.4), layout="constrained")
+        for knob, label in (("clips", "clips"), ("frames", "frames a clip (2 clips)"), ("text", "text tokens (2 clips)")):
+            axes.plot(*zip(*((row["value"], row["seconds"]) for row in rows if row["knob"] == knob)), "o-", label=label)
+        axes.set(xscale="log", yscale="log", xlabel="how many", ylabel="seconds a step", title="stage 1, preset small, one thread")
+        axes.legend()
+        figure.savefig(args.plot, dpi=110)
     return rows
 
 
@@ -683,12 +769,15 @@ def bench_run(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    benches = {"attention": bench_attention, "tflops": bench_tflops, "full": bench_full, "data": bench_data, "score": bench_score, "step": bench_step, "parts": bench_parts,
-               "scaling": bench_scaling, "run": bench_run}
+    benches = {"attention": bench_attention, "tflops": bench_tflops, "full": bench_full, "data": bench_data, "score": bench_score, "generate": bench_generate,
+               "decode": bench_decode, "step": bench_step, "parts": bench_parts, "scaling": bench_scaling, "run": bench_run, "all": bench_all}
     parser.add_argument("bench", choices=benches)
     parser.add_argument("--stage", type=int, default=1, choices=(1, 2, 3), help="of `full`")
     parser.add_argument("--stages", type=int, nargs="*", default=(1, 2, 3), help="of `step` and `parts`")
+    parser.add_argument("--clips", type=int, default=8, help="of `step`")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of `step`")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--plot", metavar="PNG", help="of `scaling`: a picture on log axes")
     parser.add_argument("--json", metavar="FILE", help="append one JSON line a measurement")
     args = parser.parse_args()
     rows = benches[args.bench](args)
