@@ -6,14 +6,16 @@
 
 A difference is a mean over seeds and clips; its 95 % interval is a paired bootstrap that draws seeds, and clips within
 a seed, with replacement (10,000 draws). A row is called better or worse only when the interval excludes zero; "beside
-the paper" compares that, after stage 3, with the sign of the paper's difference. The rows whose world has one narrated
-pair in ten are compared with the full row of that world.
+the paper" compares that, after stage 3, with the sign of the paper's difference. Rows of another setting (one narrated
+pair in ten, 720 steps) are compared with the full row of that setting, the values of a sweep with and without F.
 """
 import argparse
 from pathlib import Path
 
 import numpy as np
-from run import ROWS, SWEEPS, finished
+from run import ROWS, SWEEPS, finished, recorded
+
+SETTINGS = (", one in ten narrated", ", 720 steps")
 
 KNOBS = {"ego": "narrated ego clips in Init (seen by both)", "pairs": "synchronized, narrated pairs",
          "noise": "motion and light of the head camera (1: default)", "views": "exo cameras of a pair"}
@@ -49,7 +51,7 @@ def table(cells: dict, against: str, names: list[str]) -> str:
     lines = [f"| row | paper | seeds | after stage 2 | {against} - row | after stage 3 | {against} - row | beside the paper |",
              "|---|---|---|---|---|---|---|---|"]
     for name in names:
-        rival = against + name[name.find(", one in ten"):] * (", one in ten" in name)
+        rival = against + next((setting for setting in SETTINGS if name.endswith(setting)), "")
         seeds = sorted(seed for row, seed in cells if row == name and (rival, seed) in cells)
         if not seeds:
             continue
@@ -67,22 +69,48 @@ def table(cells: dict, against: str, names: list[str]) -> str:
     return "\n".join(lines)
 
 
+def sweep_rows(sweep: str) -> list[tuple[float, str, str]]:
+    """(value of the knob, its row with F, its row without), in order; the default's rows are `full` and `x only`."""
+    default, *values = SWEEPS[sweep]
+    return sorted([(default, "full", "x only")] + [(v, f"{sweep} {v}", f"{sweep} {v}, x only") for v in values])
+
+
+def sweep_table(cells: dict) -> str:
+    """Markdown: what F adds at each value of each knob; seeds that have all of a knob's cells."""
+    lines = ["| knob | value | seeds | full, after stage 3 | x only | difference |", "|---|---|---|---|---|---|"]
+    for sweep in SWEEPS:
+        for value, *names in sweep_rows(sweep):
+            seeds = sweep_seeds(cells, sweep)
+            if seeds and all((name, seed) in cells for name in names for seed in seeds):
+                full, alone = ([outcomes(cells[name, seed], "stage3") for seed in seeds] for name in names)
+                mean, low, high = (100 * v for v in paired_bootstrap(full, alone))
+                share = [100 * np.mean([o.mean() for o in side]) for side in (full, alone)]
+                lines.append(f"| {KNOBS[sweep]} | {value} | {len(seeds)} | {share[0]:.1f} | {share[1]:.1f} | {mean:+.1f} [{low:+.1f}, {high:+.1f}] |")
+    return "\n".join(lines)
+
+
+def sweep_seeds(cells: dict, sweep: str) -> list[int]:
+    """Seeds at which the first value that is not the default has both its cells."""
+    value = SWEEPS[sweep][1]
+    return sorted(seed for row, seed in cells if row == f"{sweep} {value}" and (f"{row}, x only", seed) in cells)
+
+
 def figures(cells: dict, folder: Path) -> list[Path]:
     """One picture a sweep: exact match after stage 3 over the knob's values, with F and without, seeds as points."""
     from matplotlib import pyplot
     made = []
-    for sweep, knobs in SWEEPS.items():
+    for sweep in SWEEPS:
         figure, axes = pyplot.subplots(figsize=(4.2, 3), layout="constrained")
-        for ending, ink, label in (("", "tab:blue", "full"), (", x only", "tab:gray", "x only")):
-            points = [(value, 100 * outcomes(cell, "stage3").mean()) for _, value in knobs
-                      for (row, _), cell in cells.items() if row == f"{sweep} {value}{ending}"]
+        for side, ink, label in ((1, "tab:blue", "full"), (2, "tab:gray", "x only")):
+            points = [(row[0], 100 * outcomes(cells[row[side], seed], "stage3").mean()) for row in sweep_rows(sweep)
+                      for seed in sweep_seeds(cells, sweep) if (row[side], seed) in cells]
             if points:
                 xs = sorted({x for x, _ in points})
                 axes.plot(*zip(*points), "o", color=ink, alpha=0.5)
                 axes.plot(xs, [np.mean([y for x, y in points if x == at]) for at in xs], color=ink, label=label)
         if axes.lines:
-            seeds = max(sum(row == f"{sweep} {value}" for row, _ in cells) for _, value in knobs)
-            axes.set(xlabel=KNOBS[sweep], ylabel="exact match after stage 3, %", ylim=(0, None), title=f"{seeds} seed(s), 2,000 clips")
+            axes.set(xlabel=KNOBS[sweep], ylabel="exact match after stage 3, %", ylim=(0, None),
+                     title=f"{len(sweep_seeds(cells, sweep))} seed(s), 2,000 clips")
             if sweep in ("ego", "pairs"):
                 axes.set_xscale("log")
             axes.legend()
@@ -90,6 +118,46 @@ def figures(cells: dict, folder: Path) -> list[Path]:
             figure.savefig(made[-1], dpi=110)
         pyplot.close(figure)
     return made
+
+
+def stages_table(cells: dict) -> str:
+    """Markdown: the learner's ego narrations from Init on, and Table 5's logic: what each kind of data adds to x alone."""
+    probes = {line["seed"]: line["narrations"] for line in recorded() if line.get("probe") == "full"}
+    seeds = sorted(seed for seed in probes if ("full", seed) in cells and ("x only", seed) in cells)
+    if not seeds:
+        return "stage by stage: run.py --probes has not been run"
+
+    def row(label, paper, of):
+        values = [100 * np.mean([int(bit) for bit in f"{int(of(seed), 16):b}"[1:]]) for seed in seeds]
+        return f"| {label} | {paper} | {np.mean(values):.1f} | {', '.join(f'{v:.1f}' for v in values)} |"
+    return "\n".join([
+        f"| seeds {', '.join(map(str, seeds))} | paper | mean | each seed |", "|---|---|---|---|",
+        row("no ego data: the exo encoder reads ego clips, after Init", 38.9, lambda s: probes[s]["exo encoder, after Init"]["outcomes"]),
+        row("the same, exo encoder after stage 1", "", lambda s: probes[s]["exo encoder, after stage 1"]["outcomes"]),
+        row("+ narrated ego clips: the learner after Init", 45.2, lambda s: probes[s]["learner, after Init"]["outcomes"]),
+        row("+ pairs, x only: after stage 2", 47.8, lambda s: cells["x only", s]["outcomes"]["stage2"]),
+        row("+ instruction data, x only: after stage 3", 49.7, lambda s: cells["x only", s]["outcomes"]["stage3"]),
+        row("full, after stage 2", "", lambda s: cells["full", s]["outcomes"]["stage2"]),
+        row("full, after stage 3", 55.6, lambda s: cells["full", s]["outcomes"]["stage3"]),
+        row("full, a grey clip in the place of each", "", lambda s: probes[s]["blind, after stage 3"]["outcomes"])])
+
+
+def inside(cells: dict) -> str:
+    """What run.py --probes measured, mean over seeds."""
+    lines = []
+    for name in ("full", "no KL", "shuffled pairs"):
+        found = [line for line in recorded() if line.get("probe") == name]
+        if found:
+            mean = {key: np.mean([line["features"][key] for line in found]) for key in found[0]["features"] if key != "KL"}
+            mean |= {f"KL, {key}": np.mean([line["features"]["KL"][key] for line in found]) for key in found[0]["features"]["KL"]}
+            lines.append(f"{name}, {len(found)} seeds: " + ", ".join(f"{key} {value:.3f}" for key, value in mean.items()))
+        if found and name == "full":
+            for at in ("start", "end"):
+                norms = {key: np.mean([line["gradients"][at][key] for line in found]) for key in found[0]["gradients"][at]}
+                lines.append(f"gradient norms, {at} of stage 2: " + ", ".join(f"{key} {value:.3f}" for key, value in norms.items()))
+            qa = [100 * line["narrations"]["blind, after stage 3"]["qa"] for line in found]
+            lines.append(f"questions answered about a grey clip: {np.mean(qa):.1f} %")
+    return "\n".join(lines)
 
 
 def main():
@@ -102,14 +170,16 @@ def main():
     if args.figures:
         print(*figures(cells, args.figures))
         return
-    print(table(cells, args.against, args.rows or list(ROWS)))
+    swept = [name for name in ROWS if name.split(" ")[0] in SWEEPS]
+    print(table(cells, args.against, args.rows or [name for name in ROWS if name not in swept]))
+    print(f"\n{stages_table(cells)}\n\n{sweep_table(cells)}\n\n{inside(cells)}\n")
     for stage, key, what in (("stage1", "exo_em", "the demonstrator itself, on exo clips, after stage 1"),
                              ("stage3", "mcq_inter", "full, text to clip, inter"), ("stage3", "mcq_intra", "full, text to clip, intra"),
                              ("stage3", "qa", "full, questions")):
         values = [100 * cell["figures"][stage][key] for (row, _), cell in cells.items() if row == "full"]
         if values:
             print(f"{what}: {np.mean(values):.1f} (seeds {', '.join(f'{v:.1f}' for v in sorted(values))})")
-    for row in ("full", "no KL", "shuffled pairs", "full, one in ten narrated", "shuffled pairs, one in ten narrated"):
+    for row in ("full", "no KL", "shuffled pairs", "full, 720 steps", "full, one in ten narrated", "shuffled pairs, one in ten narrated"):
         kl = [(c["figures"]["stage2"]["kl_true"], c["figures"]["stage2"]["kl_shuffled"]) for (r, _), c in cells.items() if r == row]
         if kl:
             print(f"{row}: KL of true partners {np.mean([a for a, _ in kl]):.3f}, of shuffled ones {np.mean([b for _, b in kl]):.3f}")

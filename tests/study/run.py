@@ -3,12 +3,13 @@
     python tests/study/run.py --quick                       # one seed of the rows that decide
     python tests/study/run.py --core --minutes 90           # all rows, five seeds; stops in time, goes on when called again
     python tests/study/run.py --sweep pairs --minutes 60    # ego | pairs | noise | views
+    python tests/study/run.py --probes                      # what is inside the models that are still cached
     python tests/study/run.py --verify                      # after a change of code: are the numbers still the same?
 
 It only calls data.py and train.py as a user would. A cell is (row, seed): its world, stages 0 to 3 and both
 benchmarks; stages that cells share are trained once. Every finished cell is one line of results.jsonl, with the
 outcome of every test clip, so that report.py can compare rows clip by clip. A cell that is there is not run again
-while the code is the same, or was shown by --verify to give the same numbers.
+while the code is the same, or was shown by --verify to give the same numbers (on one kind of CPU: others round otherwise).
 """
 import argparse
 import ast
@@ -24,9 +25,12 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import torch
+
 REPO = Path(__file__).parents[2]
 RESULTS = Path(__file__).with_name("results.jsonl")
 SEEDS = range(5)
+CPU = torch.backends.cpu.get_cpu_capability()           # AVX2, AVX512: kernels round differently, so numbers equal to the digit need the same
 
 
 @dataclass(frozen=True)
@@ -61,11 +65,16 @@ QUICK = ("full", "x only", "shuffled pairs", "no KL")
 FEW = "--pairs 3000 --narrated 0.1"                     # much synchronized video, of which one moment in ten is told
 for name in QUICK:
     ROWS[f"{name}, one in ten narrated"] = Row(world=FEW, stage2=ROWS[name].stage2)
-SWEEPS = {                      # knob of the world: its values; each with F and without
-    "ego": [("--ego", v) for v in (250, 1000, 4000)], "pairs": [("--pairs", v) for v in (300, 1200, 4800)],
-    "noise": [("--noise", v) for v in (0, 1, 2)], "views": [("--exo-cams", v) for v in (1, 2, 4)]}
-for sweep, knobs in SWEEPS.items():
-    for flag, value in knobs:
+    ROWS[f"{name}, 720 steps"] = Row(stage2=f"{ROWS[name].stage2} --steps 720".strip())
+for weight in (1, 10):                                  # 0.1 is "full", 0 is "no G, no cycle": what would the cycle need?
+    ROWS[f"cycle weight {weight}"] = Row(stage2=f"--ccl-weight {weight}")
+    ROWS[f"cycle weight {weight}, one in ten narrated"] = Row(world=FEW, stage2=f"--ccl-weight {weight}")
+ROWS["no G, no cycle, one in ten narrated"] = Row(world=FEW, stage2="--no-cycle")
+SWEEPS = {                      # knob of the world: its default ("full", "x only") and other values, each with F and without
+    "ego": (1000, 250, 4000), "pairs": (1200, 300, 4800), "noise": (1, 0, 2), "views": (2, 1, 4)}
+for sweep, (default, *values) in SWEEPS.items():
+    flag = {"views": "--exo-cams"}.get(sweep, f"--{sweep}")
+    for value in values:
         ROWS[f"{sweep} {value}"] = Row(world=f"{flag} {value}")
         ROWS[f"{sweep} {value}, x only"] = Row(world=f"{flag} {value}", stage2="--no-mapping")
 
@@ -100,31 +109,50 @@ def command(folder: Path, *words) -> Path:
     return folder
 
 
-def run_cell(name: str, seed: int, out: Path) -> dict:
-    """World, stages and scores of one row at one seed; whatever is there already is not made again."""
-    row, began = ROWS[name], time.time()
+def places(row: Row, seed: int, out: Path) -> tuple[Path, dict[int, Path]]:
+    """Where the world of a row is, and its stages; rows that begin alike share them. Stage 0 is the default world's,
+    unless it would see another one."""
     label = hashlib.sha256(row.world.encode()).hexdigest()[:8] if row.world else "default"
-    root = out / code_hash() / f"seed{seed}" / label
-    world = command(root / "toy", "data.py", "toy", "--out", root / "toy", "--seed", seed, *row.world.split())
-    if {*row.world.split()} & {"--corpus", "--ego", "--noise", "--fov", "--scale"}:     # stage 0 sees these
-        base = command(root / "stage0", "train.py", "--stage", 0, "--data", world, "--out", root / "stage0", "--seed", seed)
-    else:
-        plain = root.with_name("default")
-        toy = command(plain / "toy", "data.py", "toy", "--out", plain / "toy", "--seed", seed)
-        base = command(plain / "stage0", "train.py", "--stage", 0, "--data", toy, "--out", plain / "stage0", "--seed", seed)
-    previous, flags, figures, outcomes = base, "", {}, {}
+    root, flags = out / code_hash() / f"seed{seed}" / label, ""
+    seen = {*row.world.split()} & {"--corpus", "--ego", "--noise", "--fov", "--scale"}
+    stages = {0: (root if seen else root.with_name("default")) / "stage0"}
     for stage in (1, 2, 3):
         flags += getattr(row, f"stage{stage}") + "|"
-        folder = root / f"stage{stage}-{hashlib.sha256(flags.encode()).hexdigest()[:8]}"
-        previous = command(folder, "train.py", "--stage", stage, "--data", world, "--base", base, "--init", previous,
-                           "--out", folder, "--seed", seed, *getattr(row, f"stage{stage}").split())
+        stages[stage] = root / f"stage{stage}-{hashlib.sha256(flags.encode()).hexdigest()[:8]}"
+    return root / "toy", stages
+
+
+def run_cell(name: str, seed: int, out: Path) -> dict:
+    """World, stages and scores of one row at one seed; whatever is there already is not made again."""
+    row, began, figures, outcomes = ROWS[name], time.time(), {}, {}
+    world, stages = places(row, seed, out)
+    command(world, "data.py", "toy", "--out", world, "--seed", seed, *row.world.split())
+    plain = stages[0].with_name("toy")
+    command(plain, "data.py", "toy", "--out", plain, "--seed", seed, *(row.world.split() if plain == world else ()))
+    command(stages[0], "train.py", "--stage", 0, "--data", plain, "--out", stages[0], "--seed", seed)
+    for stage in (1, 2, 3):
+        folder = command(stages[stage], "train.py", "--stage", stage, "--data", world, "--base", stages[0], "--init", stages[stage - 1],
+                         "--out", stages[stage], "--seed", seed, *getattr(row, f"stage{stage}").split())
         figures[f"stage{stage}"] = json.loads((folder / "eval.json").read_text())
         rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
         right = "".join(str(int(r["said"] == r["text"])) for r in rows)
         outcomes[f"stage{stage}"] = f"{int('1' + right, 2):x}"  # a leading 1, then one bit a clip
-    state = json.loads(next(previous.glob("step_*/state.json")).read_text())    # it knows the revision that trained it
-    return dict(row=name, seed=seed, flags=vars(row), code=code_hash(), git=state["git"], seconds=round(time.time() - began),
+    state = json.loads(next(stages[3].glob("step_*/state.json")).read_text())    # it knows the revision that trained it
+    return dict(row=name, seed=seed, flags=vars(row), code=code_hash(), git=state["git"], cpu=CPU, seconds=round(time.time() - began),
                 figures=figures, outcomes=outcomes)
+
+
+def probe(out: Path):
+    """Look inside the trained models of `full` and of two controls, at every seed whose stages are still cached."""
+    there = {(line["probe"], line["seed"]) for line in recorded() if "probe" in line}
+    for name, seed in finished():
+        world, stages = places(ROWS[name], seed, out)
+        if name in ("full", "no KL", "shuffled pairs") and (name, seed) not in there and (stages[3] / "eval.json").is_file():
+            words = [word for stage, folder in stages.items() for word in (f"--stage{stage}", folder)]
+            done = subprocess.run([sys.executable, "tests/study/probe.py", "--world", world, *words, *["--only-features"] * (name != "full")],
+                                  cwd=REPO, stdout=subprocess.PIPE, text=True, check=True)
+            append(dict(probe=name, seed=seed, code=code_hash(), **json.loads(done.stdout.splitlines()[-1])))
+            print(f"looked inside {name}, seed {seed}", flush=True)
 
 
 def recorded() -> list[dict]:
@@ -148,8 +176,10 @@ def append(line: dict):
 
 
 def verify(out: Path):
-    """Run the latest cell again with the code as it is: equal to the digit, and all older cells hold."""
-    old = [line for line in recorded() if "row" in line][-1]
+    """Run this kind of CPU's latest cell again with the code as it is: equal to the digit, and all older cells hold."""
+    old = next((line for line in reversed(recorded()) if "row" in line and line["cpu"] == CPU), None)
+    if old is None:
+        raise SystemExit(f"no cell in {RESULTS} was made on a CPU with {CPU}: run one before the change, then --verify after it")
     new = run_cell(old["row"], old["seed"], out)
     if new["figures"] != old["figures"] or new["outcomes"] != old["outcomes"]:
         raise SystemExit(f"{old['row']}, seed {old['seed']}: the numbers changed; the cells of code {old['code']} are void")
@@ -165,19 +195,20 @@ def main():
     what.add_argument("--core", action="store_true")
     what.add_argument("--sweep", choices=SWEEPS)
     what.add_argument("--verify", action="store_true")
+    what.add_argument("--probes", action="store_true")
     parser.add_argument("--minutes", type=float, default=90, help="no cell is started that would end later")
     parser.add_argument("--seeds", type=int, nargs="*", default=None, help="of 0 1 2 3 4")
     parser.add_argument("--rows", nargs="*", choices=ROWS, default=None)
     parser.add_argument("--out", type=Path, default=REPO / "out/study")
     args = parser.parse_args()
-    if args.verify:
-        return verify(args.out.resolve())
+    if args.verify or args.probes:
+        return (verify if args.verify else probe)(args.out.resolve())
     sweeps = [name for name in ROWS if name.split(" ")[0] in SWEEPS]
     names = args.rows or (QUICK if args.quick else [n for n in ROWS if n not in sweeps] if args.core else
                           [n for n in sweeps if n.startswith(f"{args.sweep} ")])
     seeds = args.seeds if args.seeds is not None else [0] if args.quick else SEEDS
     there = finished()
-    cells = [(name, seed) for seed in seeds for name in names if (name, seed) not in there]
+    cells = [(name, seed) for name in names for seed in seeds if (name, seed) not in there]
     print(f"code {code_hash()}: {len(names) * len(seeds) - len(cells)} cells are there, {len(cells)} to run", flush=True)
     began, taken = time.time(), []                          # seconds of each finished cell
 
