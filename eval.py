@@ -298,7 +298,7 @@ def beat(out: str, rank: int):
 def explain(error: Exception, out: str, world: int) -> str:
     """The sentence of an error that a user can mend; of a time-out it names the rank that did not come. What
     else goes wrong is raised again."""
-    text = str(error).splitlines()[0][:300]
+    text = (str(error) or repr(error)).splitlines()[0][:300]
     if isinstance(error, (OSError, SafetensorError)) and not isinstance(error, FileNotFoundError):
         return f"{out} cannot be written or read: {text}"
     if not isinstance(error, RuntimeError):

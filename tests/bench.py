@@ -575,6 +575,11 @@ STEP_SIDES = {"composition": composed_step, "ours": our_step, "ours, --compile":
               "ours, float32": our_step}
 
 
+def computed(dtype):
+    """What the CPU multiplies in: bfloat16 where it has the instructions for it, else float32 (eval.py: Arithmetic)."""
+    return dtype if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
 def step_worker(pipe, side, stage, dtype, clips):
     """One side in a process of its own: answers "loss", "memory", "time", and "peak" (FLOP/s of a matmul)."""
     torch.set_num_threads(1)
@@ -586,7 +591,7 @@ def step_worker(pipe, side, stage, dtype, clips):
             step()
             pipe.send(time.process_time() - began)
         elif request == "peak":
-            a = torch.randn(2048, 2048)
+            a = torch.randn(2048, 2048, dtype=computed(dtype))
             began = time.process_time()
             for _ in range(4):
                 a @ a
@@ -622,7 +627,7 @@ def bench_step(args):
         run, phase = train.Run(cfg, 0, 1, torch.device("cpu"), False), train.phases(cfg)[0]
         flops = step_flops(run, phase, stage, batch)
         print(f"stage {stage}, {args.dtype}, {args.clips} clips: {flops / 1e9:.0f} GFLOP; first losses "
-              f"{ {side: round(value, 5) for side, value in loss.items()} }; matmul peak (float32) {max(peaks) / 1e9:.0f} GFLOP/s")
+              f"{ {side: round(value, 5) for side, value in loss.items()} }; matmul peak ({str(computed(dtype))[6:]}) {max(peaks) / 1e9:.0f} GFLOP/s")
         for side in pipes:
             ratios, seconds = [r["composition"] / r[side] for r in rounds], statistics.median(r[side] for r in rounds)
             rows.append(dict(bench="step", stage=stage, dtype=args.dtype, clips=args.clips, side=side, seconds=seconds,
@@ -724,46 +729,46 @@ def bench_scaling(args):
 
 
 def bench_run(args):
-    """Whole runs of the toy's stage 1 as a user starts them: start-up, share of time waiting for the loader, two
-    processes of one thread beside one."""
-    with tempfile.TemporaryDirectory() as folder:
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
+    """Whole runs of stage 1 as a user starts them, presets toy and small: start-up, share of time waiting for the
+    loader, two processes of one thread beside one."""
+    root, env, rows = Path(__file__).parents[1], os.environ | {"OMP_NUM_THREADS": "1"}, []
 
-        def command(out, *more, ranks=1, script="train.py"):
-            launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks] if ranks > 1 else []
-            words = [*launch, script, "--stage", 1, "--data", f"{folder}/toy", "--base", f"{folder}/stage0", "--init", f"{folder}/stage0", "--out",
-                     f"{folder}/{out}", "--no-eval", *more]
-            began = time.time()
-            done = subprocess.run([sys.executable, *map(str, words)], cwd=Path(__file__).parents[1], env=env, check=True, capture_output=True, text=True)
-            return time.time() - began, done.stdout
-        root = Path(__file__).parents[1]
-        subprocess.run([sys.executable, "data.py", "toy", "pairs", "corpus", "ego", "--out", f"{folder}/toy", "--scale", "0.3"], cwd=root, check=True,
-                       capture_output=True)
-        subprocess.run([sys.executable, "train.py", "--stage", "0", "--data", f"{folder}/toy", "--out", f"{folder}/stage0", "--steps", "2", "--no-eval"],
-                       cwd=root, check=True, capture_output=True)
-        seconds = min(command(f"start{i}", "--steps", 1)[0] for i in range(3))
-        print(f"from the command to one step and its checkpoint: {seconds:.1f} s", flush=True)
-        watch = Path(folder) / "watch.py"
+    def python(*words):
+        return subprocess.run([sys.executable, *map(str, words)], cwd=root, env=env, check=True, capture_output=True, text=True).stdout
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        python("data.py", "toy", "pairs", "corpus", "ego", "--out", folder / "toy", "--scale", "0.3")
+        watch = folder / "watch.py"
         watch.write_text(f"import sys, time\nsys.path.insert(0, {str(root)!r})\nimport data, train\nplain, waited = data.Loader.stream, []\n"
                          "def stream(self, *args):\n    batches = plain(self, *args)\n    while True:\n        began = time.perf_counter()\n"
                          "        try:\n            batch = next(batches)\n        except StopIteration:\n            return\n"
                          "        waited.append(time.perf_counter() - began)\n        yield batch\ndata.Loader.stream, began = stream, time.perf_counter()\n"
                          "train.main(sys.argv[1:])\nprint('WAITED', sum(waited[2:]))\n")
-        out = command("wait", "--steps", 60, script=watch)[1]
-        log = [json.loads(line) for line in (Path(folder) / "wait/log.jsonl").read_text().splitlines()]
-        share = float(out.rsplit("WAITED", 1)[1]) / sum(row["seconds"] for row in log[2:])
-        print(f"waiting for the loader (1 worker, 60 steps, without the first two): {share:.1%} of the time", flush=True)
-        ratios = []
-        for turn in range(args.rounds):
-            speeds = []
-            for ranks in (1, 2):
-                name = f"ranks{ranks}_{turn}"
-                command(name, "--steps", 40, ranks=ranks)
-                log = [json.loads(line) for line in (Path(folder) / f"{name}/log.jsonl").read_text().splitlines()]
-                speeds.append(statistics.median(row["clips_per_second"] for row in log[5:]))
-            ratios.append(speeds[1] / speeds[0])
-        print(f"two processes of one thread: {statistics.median(ratios):.2f}x the clips/s of one ({min(ratios):.2f}-{max(ratios):.2f})", flush=True)
-    return [dict(bench="run", seconds=seconds, waiting=share, ratio=statistics.median(ratios), low=min(ratios), high=max(ratios))]
+        for preset, steps, more in (("toy", 60, ()), ("small", 12, ("--optimizer", "adamw", "--batch", 16))):
+            base = folder / f"{preset}0"
+            python("train.py", "--stage", 0, "--preset", preset, "--data", folder / "toy", "--out", base, "--steps", 2, "--no-eval")
+
+            def stage1(out, steps, ranks=1, script="train.py"):
+                """-> (what it printed, its log)"""
+                launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks] if ranks > 1 else []
+                said = python(*launch, script, "--stage", 1, "--data", folder / "toy", "--base", base, "--init", base, "--preset", preset,
+                              "--out", folder / out, "--no-eval", "--steps", steps, *more)
+                return said, [json.loads(line) for line in (folder / out / "log.jsonl").read_text().splitlines()]
+            starts = []
+            for turn in range(3):
+                began = time.time()
+                stage1(f"{preset}_start{turn}", 1)
+                starts.append(time.time() - began)
+            said, log = stage1(f"{preset}_wait", steps, script=watch)
+            share = float(said.rsplit("WAITED", 1)[1]) / sum(row["seconds"] for row in log[2:])
+            ratios = []
+            for turn in range(args.rounds):
+                speeds = [statistics.median(row["clips_per_second"] for row in stage1(f"{preset}{ranks}_{turn}", steps, ranks)[1][4:]) for ranks in (1, 2)]
+                ratios.append(speeds[1] / speeds[0])
+            rows.append(dict(bench="run", preset=preset, seconds=min(starts), waiting=share, ratio=statistics.median(ratios), low=min(ratios), high=max(ratios)))
+            print("preset {preset}: from the command to one step and its checkpoint {seconds:.1f} s; waiting for the loader (1 worker) {waiting:.1%} of the "
+                  "time; two processes of one thread {ratio:.2f}x the clips/s of one ({low:.2f}-{high:.2f})".format(**rows[-1]), flush=True)
+    return rows
 
 
 def main():

@@ -270,3 +270,8 @@ def test_a_sign_of_life_needs_no_lock_and_frees_none(tmp_path):
         held = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(REPO)!r})\nimport data\n"
                                f"with data.file_lock({str(tmp_path / '.lock')!r}, wait=False): pass"], capture_output=True, text=True)
         assert "in use by process" in held.stderr
+
+
+def test_an_error_without_words_is_named_all_the_same():
+    import eval
+    assert eval.explain(OSError(), "out/mine", 1) == "out/mine cannot be written or read: OSError()"

@@ -71,7 +71,7 @@ for weight in (1, 10):                                  # 0.1 is "full", 0 is "n
     ROWS[f"cycle weight {weight}, one in ten narrated"] = Row(world=FEW, stage2=f"--ccl-weight {weight}")
 ROWS["no G, no cycle, one in ten narrated"] = Row(world=FEW, stage2="--no-cycle")
 SWEEPS = {                      # knob of the world: its default ("full", "x only") and other values, each with F and without
-    "ego": (1000, 250, 4000), "pairs": (1200, 300, 4800), "noise": (1, 0, 2), "views": (2, 1, 4)}
+    "ego": (1000, 250, 4000, 10_000), "pairs": (1200, 300, 4800), "noise": (1, 0, 2), "views": (2, 1, 4)}
 for sweep, (default, *values) in SWEEPS.items():
     flag = {"views": "--exo-cams"}.get(sweep, f"--{sweep}")
     for value in values:
