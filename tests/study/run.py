@@ -145,9 +145,10 @@ def run_cell(name: str, seed: int, out: Path) -> dict:
 def probe(out: Path):
     """Look inside the trained models of `full` and of two controls, at every seed whose stages are still cached."""
     there = {(line["probe"], line["seed"]) for line in recorded() if "probe" in line}
-    for name, seed in finished():
+    wanted = [cell for cell in finished() if cell[0] in ("full", "no KL", "shuffled pairs") and cell not in there]
+    for name, seed in wanted:
         world, stages = places(ROWS[name], seed, out)
-        if name in ("full", "no KL", "shuffled pairs") and (name, seed) not in there and (stages[3] / "eval.json").is_file():
+        if (stages[3] / "eval.json").is_file():
             words = [word for stage, folder in stages.items() for word in (f"--stage{stage}", folder)]
             done = subprocess.run([sys.executable, "tests/study/probe.py", "--world", world, *words, *["--only-features"] * (name != "full")],
                                   cwd=REPO, stdout=subprocess.PIPE, text=True, check=True)
