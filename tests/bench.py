@@ -13,8 +13,10 @@
 Every side of a comparison is a process of its own with one thread; the sides take turns, round by round.
 """
 import argparse
+import contextlib
 import ctypes
 import importlib.util
+import io
 import json
 import math
 import multiprocessing
@@ -654,7 +656,8 @@ def step_flops(run, phase, stage, batch):
 
 
 def bench_parts(args):
-    """Where a step of ours goes: CPU seconds of each part, which sum to the step (stage 1, 2, 3; preset small)."""
+    """Where a step of ours goes: CPU seconds of each part, which sum to the step (stage 1, 2, 3; preset small); reading
+    the clips (from the micro-world's videos) is a worker's, beside the step."""
     rows = []
     for stage in args.stages:
         batch = make_batch(stage, PRESETS["small"])
@@ -687,8 +690,21 @@ def bench_parts(args):
         for optimizer in optimizers:
             optimizer.step()
         spent["clipping and optimiser"] = time.process_time() - began
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            log = eval.Log(Path(folder) / "log.jsonl", 0)
+            log.start(0)
+            began = time.process_time()
+            log.step(10, 10, 8, len(batch.ids), {"loss": float(loss.detach())}, {"step": 10, "lr": 1e-4, "grad_norm": 1.0, "skipped": 0})
+            spent["logging"] = time.process_time() - began
+            phase = train.phases(train.parse(["--stage", str(stage)]))[0]
+            manifest = data.toy_split(folder, phase.split, data.World(**{phase.split: 8, "exo_cams": 2 if stage == 2 else 1}))
+            loader = data.Loader(data.read_manifest(manifest), PRESETS["small"], toy_words(folder), view=phase.view, text=phase.text, batch=8)
+            began = time.process_time()
+            loader.batch(0)
+            read = time.process_time() - began
         total = sum(spent.values())
-        print(f"stage {stage}: {total:.2f} s")
+        print(f"stage {stage}: {total:.2f} s; the worker reads the next batch in {read:.2f} s")
+        rows.append(dict(bench="parts", stage=stage, part="reading, in the worker", seconds=read))
         for name, seconds in spent.items():
             print(f"    {name:32} {seconds:7.3f} s {seconds / total:5.0%}")
             rows.append(dict(bench="parts", stage=stage, part=name, seconds=seconds))
