@@ -359,7 +359,7 @@ class VisionEncoder(nn.Module):
         x = rearrange(x, "n t d -> (n t) d")
         for block in self.blocks:
             x = block(x, seg)
-        x = rearrange(x, "(n t) d -> n t d", n=n)[:, 1:]                    # without the class token
+        x = rearrange(x, "(n t) d -> n t d", n=n)[:, 1:].contiguous()       # without the class token
         return rearrange(x, "n (h w) d -> n h w d", h=self.grid)            # (N, 24, 24, 1024)
 
     @classmethod

@@ -170,9 +170,11 @@ def main():
     if args.figures:
         print(*figures(cells, args.figures))
         return
-    swept = [name for name in ROWS if name.split(" ")[0] in SWEEPS]
-    print(table(cells, args.against, args.rows or [name for name in ROWS if name not in swept]))
-    print(f"\n{stages_table(cells)}\n\n{sweep_table(cells)}\n\n{inside(cells)}\n")
+    rows = args.rows or [name for name in ROWS if name.split(" ")[0] not in SWEEPS]
+    for setting in ("", *SETTINGS):
+        ours = [name for name in rows if next((s for s in SETTINGS if name.endswith(s)), "") == setting]
+        print(f"{table(cells, args.against, ours)}\n")
+    print(f"{stages_table(cells)}\n\n{sweep_table(cells)}\n\n{inside(cells)}\n")
     for stage, key, what in (("stage1", "exo_em", "the demonstrator itself, on exo clips, after stage 1"),
                              ("stage3", "mcq_inter", "full, text to clip, inter"), ("stage3", "mcq_intra", "full, text to clip, intra"),
                              ("stage3", "qa", "full, questions")):
