@@ -760,7 +760,7 @@ def bench_run(args):
                          "        try:\n            batch = next(batches)\n        except StopIteration:\n            return\n"
                          "        waited.append(time.perf_counter() - began)\n        yield batch\ndata.Loader.stream, began = stream, time.perf_counter()\n"
                          "train.main(sys.argv[1:])\nprint('WAITED', sum(waited[2:]))\n")
-        for preset, steps, more in (("toy", 60, ()), ("small", 12, ("--optimizer", "adamw", "--batch", 16))):
+        for preset, steps, more in (("toy", 60, ()), ("small", 8, ("--optimizer", "adamw", "--batch", 8))):
             base = folder / f"{preset}0"
             python("train.py", "--stage", 0, "--preset", preset, "--data", folder / "toy", "--out", base, "--steps", 2, "--no-eval")
 
