@@ -762,7 +762,7 @@ def bench_run(args):
                          "train.main(sys.argv[1:])\nprint('WAITED', sum(waited[2:]))\n")
         for preset, steps, more in (("toy", 60, ()), ("small", 8, ("--optimizer", "adamw", "--batch", 8))):
             base = folder / f"{preset}0"
-            python("train.py", "--stage", 0, "--preset", preset, "--data", folder / "toy", "--out", base, "--steps", 2, "--no-eval")
+            python("train.py", "--stage", 0, "--preset", preset, "--data", folder / "toy", "--out", base, "--steps", 2, "--batch", 8, "--no-eval")
 
             def stage1(out, steps, ranks=1, script="train.py"):
                 """-> (what it printed, its log)"""
