@@ -249,7 +249,7 @@ dist.destroy_process_group()
 
 def test_the_world_takes_a_kernel_only_if_it_passed_everywhere(tmp_path):
     (tmp_path / "ranks.py").write_text(RANKS)
-    _, out, _ = run("-m", "torch.distributed.run", "--nproc_per_node", 2, tmp_path / "ranks.py",
+    _, out, _ = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, tmp_path / "ranks.py",
                     env={"PYTHONPATH": str(REPO)})
     assert out.count("varlen: attention: varlen, for bfloat16") == 2 and out.count("not triton: error") == 2
 

@@ -12,7 +12,7 @@ from test_weights import videollama2            # noqa: F401 (a fixture)
 
 from model import Exo2Ego, load_checkpoint, newest_checkpoint
 
-RANKS = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+RANKS = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
 @pytest.mark.parametrize("stage", (2, 3))

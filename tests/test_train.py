@@ -62,7 +62,7 @@ def test_killed_and_resumed_equals_uninterrupted(toy, tmp_path):
     args = ["--stage", 2, "--data", toy / "toy", "--base", toy / "stage0", "--init", toy / "stage1", "--steps", 14,
             "--save-every", 2, "--batch", 8, "--no-eval", "--keep", 20]
     go(*args, "--out", tmp_path / "whole")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1", REPO / "train.py", *args, "--out",
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", REPO / "train.py", *args, "--out",
                tmp_path / "cut"]
     for victim in ("rank", "launcher"):
         launcher = subprocess.Popen([str(c) for c in command], env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -134,7 +134,7 @@ def test_accumulation_and_ranks_equal_one_batch(toy, tmp_path, stage):
         return weights(tmp_path / name), log(tmp_path / name)
     plain, plain_log = result("plain")
     for name, more, launch in (("micro", ["--micro-batch", 2], None),
-                               ("ranks", [], ["-m", "torch.distributed.run", "--nproc_per_node", "2"])):
+                               ("ranks", [], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"])):
         other, other_log = result(name, *more, launch=launch)
         close(plain, other, 5e-5)
         for a, b in zip(plain_log, other_log):
