@@ -94,7 +94,7 @@ class TrainConfig:
     workers: int = 1                                # loader processes a rank
     fsdp: bool = False                              # FSDP2 instead of DDP: a rank holds its share of it all
     checkpoint_activations: bool = False            # computed again in backward: less memory, more work
-    compile: bool = False                           # torch.compile of the blocks: a slow start, then faster
+    compile: bool = False                           # torch.compile of the blocks: a slow start, less memory
     plan: bool = False                              # print parameters, FLOPs and memory, allocate nothing
     timeout: int = 600                              # seconds until a silent rank ends the run
     max_bad: float = 0.01                           # share of samples that may be unreadable
