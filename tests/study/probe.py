@@ -17,6 +17,7 @@ import eval
 import train
 from data import manifest_of, read_manifest
 from model import load_checkpoint
+from run import pack
 
 
 def narrations(ckpt, rows, view="learner") -> str:
@@ -34,8 +35,7 @@ def narrations(ckpt, rows, view="learner") -> str:
         visual = eval.see(model, tokenizer, rows, "ego")
     said = eval.answer(model, tokenizer, visual, [eval.NARRATE] * len(rows))
     asked = eval.ask(model, tokenizer, rows, visual)[0]["qa"] if view == "blind" else None
-    bits = "".join(str(int(a == row["text"])) for a, row in zip(said, rows))
-    return {"outcomes": f"{int('1' + bits, 2):x}"} | ({"qa": asked} if asked is not None else {})
+    return {"outcomes": pack(a == row["text"] for a, row in zip(said, rows))} | ({"qa": asked} if asked is not None else {})
 
 
 @torch.no_grad()

@@ -25,9 +25,14 @@ PAPER = {   # averages of its Tables 3 and 5 (x only: the same data without Exo2
     "no LoRA": 53.2, "x only": 49.7}
 
 
+def unpack(outcomes: str) -> np.ndarray:
+    """One 0 or 1 a test clip, of what run.pack wrote."""
+    return np.array([int(bit) for bit in f"{int(outcomes, 16):b}"[1:]])
+
+
 def outcomes(cell: dict, stage: str) -> np.ndarray:
     """One 0 or 1 a test clip."""
-    return np.array([int(bit) for bit in f"{int(cell['outcomes'][stage], 16):b}"[1:]])
+    return unpack(cell["outcomes"][stage])
 
 
 def paired_bootstrap(a: list[np.ndarray], b: list[np.ndarray], draws: int = 10_000) -> tuple[float, float, float]:
@@ -128,7 +133,7 @@ def stages_table(cells: dict) -> str:
         return "stage by stage: run.py --probes has not been run"
 
     def row(label, paper, of):
-        values = [100 * np.mean([int(bit) for bit in f"{int(of(seed), 16):b}"[1:]]) for seed in seeds]
+        values = [100 * unpack(of(seed)).mean() for seed in seeds]
         return f"| {label} | {paper} | {np.mean(values):.1f} | {', '.join(f'{v:.1f}' for v in values)} |"
     return "\n".join([
         f"| seeds {', '.join(map(str, seeds))} | paper | mean | each seed |", "|---|---|---|---|",

@@ -109,6 +109,11 @@ def command(folder: Path, *words) -> Path:
     return folder
 
 
+def pack(right) -> str:
+    """The outcome of every clip as one hexadecimal number: a leading 1, then a bit a clip. report.unpack reads it."""
+    return f"{int('1' + ''.join(str(int(r)) for r in right), 2):x}"
+
+
 def places(row: Row, seed: int, out: Path) -> tuple[Path, dict[int, Path]]:
     """Where the world of a row is, and its stages; rows that begin alike share them. Stage 0 is the default world's,
     unless it would see another one."""
@@ -135,8 +140,7 @@ def run_cell(name: str, seed: int, out: Path) -> dict:
                          "--out", stages[stage], "--seed", seed, *getattr(row, f"stage{stage}").split())
         figures[f"stage{stage}"] = json.loads((folder / "eval.json").read_text())
         rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
-        right = "".join(str(int(r["said"] == r["text"])) for r in rows)
-        outcomes[f"stage{stage}"] = f"{int('1' + right, 2):x}"  # a leading 1, then one bit a clip
+        outcomes[f"stage{stage}"] = pack(r["said"] == r["text"] for r in rows)
     state = json.loads(next(stages[3].glob("step_*/state.json")).read_text())    # it knows the revision that trained it
     return dict(row=name, seed=seed, flags=vars(row), code=code_hash(), git=state["git"], cpu=CPU, seconds=round(time.time() - began),
                 figures=figures, outcomes=outcomes)
