@@ -451,19 +451,24 @@ def make_batch(stage, cfg, clips=8, views=2, text=(8, 200)):
                       torch.arange(moments), clips, [""] * moments, [""] * moments, [])
 
 
-def our_step(stage, batch, dtype=torch.float32, compile=False):
-    """-> (objective, a step): the objective of train.py, wrapped as train.py does; its optimiser AdamW on both sides."""
-    cfg = train.parse(["--stage", str(stage), "--preset", "small", "--optimizer", "adamw", *["--compile"] * compile])
-    phase, half = train.phases(cfg)[0], dtype == torch.bfloat16
+def our_objective(stage, preset, *more):
+    """-> (objective of train.py, wrapped as train.py does; what trains, by name; the run): random weights, no dropout."""
+    cfg = train.parse(["--stage", str(stage), "--preset", preset, *more])
+    run, phase = train.Run(cfg, 0, 1, torch.device("cpu"), cfg.dtype == "bfloat16"), train.phases(cfg)[0]
     torch.manual_seed(0)
-    model = Exo2Ego(replace(PRESETS["small"], mapping="resnet" if stage > 1 else "none", lora=stage == 3, lora_dropout=0.0))
+    model = Exo2Ego(replace(PRESETS[preset], mapping="resnet" if stage > 1 else "none", lora=stage == 3, lora_dropout=0.0))
     objective = train.Objective(model, None, phase, cfg, 1)
-    trained = train.set_trained(objective, phase, False, half)
+    trained = train.set_trained(objective, phase, False, run.bf16)
+    return eval.wrap(run, objective), trained, run
+
+
+def our_step(stage, batch, dtype=torch.float32, compile=False):
+    """-> (objective, a step): AdamW is the optimiser on both sides."""
+    objective, trained, run = our_objective(stage, "small", "--dtype", str(dtype)[6:], *["--compile"] * compile)
     optimizers = train.make_optimizers(trained, {n: 1e-4 for n in trained}, "adamw")
-    eval.wrap(train.Run(cfg, 0, 1, torch.device("cpu"), half), objective)
 
     def step():
-        with eval.precision(torch.device("cpu"), half):
+        with eval.precision(run.device, run.bf16):
             loss = objective(batch, float(batch.weights.sum()), batch.samples)["loss"]
             torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)

@@ -5,7 +5,6 @@
 Not collected by name: it needs a C++ compiler, and generated code can end the process it runs in.
 """
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,21 +15,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import bench
 import eval
-import train
-from model import PRESETS, Exo2Ego
+from model import PRESETS
 
 
 def objective(stage, *more):
-    cfg = train.parse(["--stage", str(stage), *more])
-    run, phase = train.Run(cfg, 0, 1, torch.device("cpu"), cfg.dtype == "bfloat16"), train.phases(cfg)[0]
-    torch.manual_seed(0)
-    model = Exo2Ego(replace(PRESETS["toy"], mapping="resnet" if stage > 1 else "none", lora=stage == 3, lora_dropout=0.0))
-    for name, p in model.named_parameters():                    # no layer may start as the identity
+    result, _, run = bench.our_objective(stage, "toy", *more)
+    torch.manual_seed(1)
+    for name, p in result.named_parameters():                   # no layer may start as the identity
         if "bn.weight" in name or "lora_b" in name:
             torch.nn.init.normal_(p, 0.1, 0.1)
-    result = train.Objective(model, None, phase, cfg, 1)
-    train.set_trained(result, phase, False, run.bf16)
-    return eval.wrap(run, result), run
+    return result, run
 
 
 def gradients(stage, batch, *more, made=None):
