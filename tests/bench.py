@@ -578,8 +578,8 @@ def timm_connector(ours):
     return theirs
 
 
-STEP_SIDES = {"composition": composed_step, "ours": our_step, "ours, --compile": partial(our_step, compile=True),
-              "ours, float32": our_step}
+STEP_SIDES = {"composition": composed_step, "composition, heap kept": composed_step, "ours": our_step,
+              "ours, --compile": partial(our_step, compile=True), "ours, float32": our_step}
 
 
 def computed(dtype):
@@ -590,6 +590,8 @@ def computed(dtype):
 def step_worker(pipe, side, stage, dtype, clips):
     """One side in a process of its own: answers "loss", "memory", "time", and "peak" (FLOP/s of a matmul)."""
     torch.set_num_threads(1)
+    if side != "composition":
+        train.keep_heap()                                                   # as train.py does
     batch = make_batch(stage, PRESETS["small"], clips)
     _, step = STEP_SIDES[side](stage, batch, torch.float32 if side.endswith("float32") else dtype)
     while request := pipe.recv():
@@ -609,7 +611,8 @@ def step_worker(pipe, side, stage, dtype, clips):
 
 def bench_step(args):
     """A training step of stages 1, 2, 3 at preset small, 8 clips with texts of 8-200 tokens, one thread: ours, eager
-    and compiled, beside the library composition, eager (stage 2: the literal recipe); share of the matmul peak."""
+    and compiled, beside the library composition, eager (stage 2: the literal recipe), as it is and with our setting of
+    glibc's heap; share of the matmul peak."""
     context, rows, dtype = multiprocessing.get_context("spawn"), [], getattr(torch, args.dtype)
     print(f"connector of the composition: {'timm' if importlib.util.find_spec('timm') else 'ours, timm is not installed'}")
     for stage in args.stages:
