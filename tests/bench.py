@@ -754,7 +754,7 @@ def bench_scaling(args):
 
 def bench_run(args):
     """Whole runs of stage 1 as a user starts them, presets toy and small: start-up, share of time waiting for the
-    loader, two processes of one thread beside one."""
+    loader, two processes of one thread beside one; small also on cached clips of a real size."""
     root, env, rows = Path(__file__).parents[1], os.environ | {"OMP_NUM_THREADS": "1"}, []
 
     def python(*words):
@@ -772,26 +772,35 @@ def bench_run(args):
             base = folder / f"{preset}0"
             python("train.py", "--stage", 0, "--preset", preset, "--data", folder / "toy", "--out", base, "--steps", 2, "--batch", 8, "--no-eval")
 
-            def stage1(out, steps, ranks=1, script="train.py"):
+            def stage1(out, steps, ranks=1, script="train.py", clips=folder / "toy"):
                 """-> (what it printed, its log)"""
                 launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks] if ranks > 1 else []
-                said = python(*launch, script, "--stage", 1, "--data", folder / "toy", "--base", base, "--init", base, "--preset", preset,
+                said = python(*launch, script, "--stage", 1, "--data", clips, "--base", base, "--init", base, "--preset", preset,
                               "--out", folder / out, "--no-eval", "--steps", steps, *more)
                 return said, [json.loads(line) for line in (folder / out / "log.jsonl").read_text().splitlines()]
+            def waiting(out, **clips):
+                """Share of the time, after two steps, in which the model waited for its loader."""
+                said, log = stage1(out, steps, script=watch, **clips)
+                return float(said.rsplit("WAITED", 1)[1]) / sum(row["seconds"] for row in log[2:])
             starts = []
             for turn in range(3):
                 began = time.time()
                 stage1(f"{preset}_start{turn}", 1)
                 starts.append(time.time() - began)
-            said, log = stage1(f"{preset}_wait", steps, script=watch)
-            share = float(said.rsplit("WAITED", 1)[1]) / sum(row["seconds"] for row in log[2:])
-            ratios = []
+            share, ratios = waiting(f"{preset}_wait"), []
             for turn in range(args.rounds):
                 speeds = [statistics.median(row["clips_per_second"] for row in stage1(f"{preset}{ranks}_{turn}", steps, ranks)[1][4:]) for ranks in (1, 2)]
                 ratios.append(speeds[1] / speeds[0])
             rows.append(dict(bench="run", preset=preset, seconds=min(starts), waiting=share, ratio=statistics.median(ratios), low=min(ratios), high=max(ratios)))
             print("preset {preset}: from the command to one step and its checkpoint {seconds:.1f} s; waiting for the loader (1 worker) {waiting:.1%} of the "
                   "time; two processes of one thread {ratio:.2f}x the clips/s of one ({low:.2f}-{high:.2f})".format(**rows[-1]), flush=True)
+        make_take(folder / "take.mp4", seconds=60)
+        moments = np.random.default_rng(0).uniform(0, 59, 8 * steps)
+        data.write_jsonl(folder / "take.jsonl", [{"id": str(i), "exo": [{"video": "take.mp4", "start": at, "end": at + 0.7}], "text": "Camera-wearer waits."}
+                                                 for i, at in enumerate(moments)])
+        python("data.py", "cache", folder / "take.jsonl", "--out", folder / "cached")
+        rows.append(dict(bench="run", preset=preset, clips="cached, 448 pixels", waiting=waiting("cached", clips=folder / "cached/manifest.jsonl")))
+        print("preset {preset}, {clips}: waiting for the loader {waiting:.1%} of the time".format(**rows[-1]))
     return rows
 
 
