@@ -476,7 +476,7 @@ def keep_heap():
     """glibc returns what a step freed to the kernel, which clears every page again in the next: 7-12 %."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)                                     # M_MMAP_MAX: no tensor is a mapping of its own
+        libc.mallopt(-4, 0)                                     # M_MMAP_MAX: no tensor is its own mapping
         libc.mallopt(-1, -1)                                    # M_TRIM_THRESHOLD: the heap never shrinks
 
 def main(argv: list[str] | None = None):
