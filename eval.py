@@ -560,14 +560,15 @@ def compiled(block):
 def wrap(run, objective, maths=None):
     """The objective as the ranks share it: blocks compiled, checkpointed; then DDP, or FSDP2 by block."""
     blocks = [m for m in objective.modules() if isinstance(m, BLOCKS)]
-    again = maths or precision(run.device, run.bf16)            # backward does not run in forward's context
+    def contexts():                                             # backward does not run in forward's
+        return contextlib.nullcontext(), maths or precision(run.device, run.bf16)
+    network.checkpoint = partial(checkpoint, use_reentrant=False, context_fn=contexts)  # model.py: recompute
     for block in blocks:
         block.__dict__.pop("forward", None)                     # of an earlier phase
         if run.cfg.compile:
             block.forward = compiled(block)
         if run.cfg.checkpoint_activations:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False,
-                                    context_fn=lambda: (contextlib.nullcontext(), again))
+            block.forward = partial(network.checkpoint, block.forward)
     if run.cfg.fsdp and (run.cfg.optimizer == "muon" or run.cfg.stage == 0):
         raise DataError("--fsdp needs --optimizer adamw (Muon wants whole matrices) and stage 1, 2 or 3")
     if run.cfg.fsdp:

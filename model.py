@@ -30,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 
 VIDEO = -1  # the id that stands for one visual token; it never reaches sentencepiece or the embedding
 IGNORE = -100               # the label of a token that is not supervised
@@ -122,11 +123,6 @@ class Segments:
     def packed(cls, lens: Sequence[int], device="cpu") -> Segments:
         """Whole sequences of these lengths, one after another."""
         return cls.cached(lens, lens, device)
-
-    @classmethod
-    def uniform(cls, count: int, length: int, device="cpu") -> Segments:
-        """`count` sequences of one length: the ViT's patches of each frame."""
-        return cls.packed((length,) * count, device)
 
 # the formula; flash attention in plain torch; torch's fused kernel; our tiles on a GPU; torch's packed kernel
 BACKENDS = ("reference", "tiled", "sdpa", "triton", "varlen")
@@ -318,6 +314,13 @@ def _tiled(q, k, v, causal, window, scale):
     return rearrange(out, "(b g) r t d -> b (g r) t d", b=batch).to(q.dtype)
 
 # -------------------------------------------------------------------------------------- VisionEncoder (CLIP)
+def recompute(fn, x: Tensor, *more: Tensor, least: int = 2 ** 20):
+    """fn(x, *more), a cheap chain that may end in a matmul: backward keeps x and more, and computes the chain
+    again as far as that matmul's input. Same bits, a quarter less memory; a small x is not worth the call."""
+    if x.numel() < least or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return fn(x, *more)                                     # the compiler decides this by itself
+    return checkpoint(fn, x, *more, use_reentrant=False)
+
 class ViTBlock(nn.Module):
     """Pre-LN transformer block with quick-GELU, as CLIP's."""
     def __init__(self, width: int, heads: int):
@@ -333,8 +336,8 @@ class ViTBlock(nn.Module):
         h = self.norm1(x)
         q, k, v = (rearrange(proj(h), "t (h d) -> t h d", h=self.heads) for proj in (self.q, self.k, self.v))
         x = x + self.out(rearrange(attention(q, k, v, seg, causal=False), "t h d -> t (h d)"))
-        h = F.silu(1.702 * self.fc1(self.norm2(x))) / 1.702                 # quick-GELU: h * sigmoid(1.702 h)
-        return x + self.fc2(h)
+        h = recompute(lambda x: self.fc1(self.norm2(x)), x)                 # (N * 577, 4096)
+        return x + recompute(lambda h: self.fc2(F.silu(1.702 * h) / 1.702), h)      # quick-GELU
 
 class VisionEncoder(nn.Module):
     """CLIP ViT whose output is layer -2's patch grid: LLaVA's and VideoLLaMA2's choice of features.
@@ -355,7 +358,7 @@ class VisionEncoder(nn.Module):
         x = F.linear(patches, self.patch_embedding.weight.flatten(1))       # stride = kernel: a matmul
         x = torch.cat([self.class_token.to(x.dtype).expand(n, 1, -1), x], dim=1)
         x = self.pre_norm(x + self.position)                                # (N, 577, 1024)
-        seg = Segments.uniform(n, x.shape[1], x.device)
+        seg = Segments.packed([x.shape[1]] * n, x.device)                   # each frame sees itself
         x = rearrange(x, "n t d -> (n t) d")
         for block in self.blocks:
             x = block(x, seg)
@@ -394,10 +397,13 @@ class ConvNorm(nn.Module):
         self.conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, groups=groups, bias=False)
         self.bn = nn.LayerNorm(c_out)                           # timm calls it bn whatever it is
 
-    def forward(self, x):
+    def project(self, x):
         if self.conv.kernel_size == (1, 1):
-            return self.bn(F.linear(x, self.conv.weight.flatten(1)))        # channels are last: no transposes
-        return self.bn(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+            return F.linear(x, self.conv.weight.flatten(1))                 # channels are last: no transposes
+        return self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+    def forward(self, x):
+        return self.bn(self.project(x))
 
 class SqueezeExcite(nn.Module):
     """Channels gated by what the whole frame shows."""
@@ -424,9 +430,9 @@ class RegNetBlock(nn.Module):
         nn.init.zeros_(self.conv3.bn.weight)
 
     def forward(self, x):                                                   # (N, 24, 24, 1024 or 4096)
-        h = F.silu(self.conv1(x))
-        h = self.se(F.silu(self.conv2(h)))
-        return F.silu(self.conv3(h) + self.downsample(x))                   # (N, 24, 24, 4096)
+        h = recompute(lambda h: self.conv2.project(F.silu(self.conv1.bn(h))), self.conv1.project(x))
+        h = recompute(lambda h: self.conv3.project(self.se(F.silu(self.conv2.bn(h)))), h)  # (N, 24, 24, 4096)
+        return recompute(lambda h, skip: F.silu(self.conv3.bn(h) + skip), h, self.downsample(x))
 
 def reg_stage(c_in: int, c_out: int, depth: int) -> nn.Sequential:
     """`depth` RegNet blocks under timm's names b1, b2, ..."""
@@ -583,7 +589,7 @@ class DecoderBlock(nn.Module):
         o = attention(q, k, v, seg, causal=True, window=self.window)
         x = x + self.out(rearrange(o, "t h d -> t (h d)"))
         h = self.norm2(x)
-        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+        return x + self.down(recompute(lambda gate, up: F.silu(gate) * up, self.gate(h), self.up(h)))
 
 # what activation checkpointing and FSDP take as one unit
 BLOCKS = (ViTBlock, RegNetBlock, ResBlock, FCBlock, DecoderBlock)
@@ -974,11 +980,6 @@ def own_tensors(path: Path, name: str = "model.safetensors") -> dict[str, Tensor
         raise ValueError(f"{path / name} cannot be read ({error}): remove {path} to fall back to the "
                          f"checkpoint before it") from None
 
-def checkpoint_tensors(path: Path, base: str | os.PathLike | None = None) -> dict[str, Tensor]:
-    """All tensors of a checkpoint on a base of ours: those of the base, overlaid with its own."""
-    root = base_of(path, base)
-    return (own_tensors(root) if root else {}) | own_tensors(path)
-
 def load_checkpoint(path: str | os.PathLike, base: str | os.PathLike | None = None,
                     vision: str | os.PathLike | None = None, tokenizer=None, **added):
     """-> Exo2Ego (eval mode), Tokenizer, state.json. `path` (run folder, `step_*`, published weights) has
@@ -997,7 +998,7 @@ def load_checkpoint(path: str | os.PathLike, base: str | os.PathLike | None = No
         tensors = own_tensors(folder) if root else {}
     else:
         model = Exo2Ego(replace(ModelConfig(**state["model"]), **added))
-        tensors = checkpoint_tensors(folder, base)
+        tensors = (own_tensors(root) if root else {}) | own_tensors(folder)
     tensors = {n: t for n, t in tensors.items() if not n.startswith("loss.")}
     try:
         missing, extra = model.load_state_dict(tensors, strict=False, assign=bool(published))

@@ -3,6 +3,7 @@ import json
 import re
 import shutil
 
+import bench
 import pytest
 import torch
 from conftest import REPO, flags, run
@@ -10,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from test_train import close, log, weights
 from test_weights import videollama2            # noqa: F401 (a fixture)
 
-from model import Exo2Ego, load_checkpoint, newest_checkpoint
+import eval
+import model as network
+from model import PRESETS, Exo2Ego, load_checkpoint, newest_checkpoint
 
 RANKS = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
@@ -46,6 +49,32 @@ def test_checkpointed_activations_change_nothing(toy, tmp_path):
     run(REPO / "train.py", *args, "--out", tmp_path / "b", "--checkpoint-activations")
     a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
     assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+@pytest.mark.parametrize("stage, dtype, most", [(1, "float32", 0.8), (2, "float32", 0.85), (3, "float32", 0.85), (1, "bfloat16", 0.88),
+                                                (3, "bfloat16", 0.88), (2, "stored", 0.85)])
+def test_recomputing_cheap_steps_changes_no_bit_and_no_matmul(monkeypatch, stage, dtype, most):
+    """model.py: recompute. The same loss and gradients, checkpointed or not, from fewer bytes at the peak. The FLOPs of a
+    step grow by the squeeze-excite gates alone, which see one pixel a frame; on a CPU without bfloat16 matmuls ("stored")
+    also by conv3 of the frozen connector, whose function saves nothing before it has run."""
+    twice = 1.003 if dtype == "stored" else 1.001
+    if dtype == "stored":
+        dtype = monkeypatch.setattr(eval, "precision", lambda *_: eval.Arithmetic(torch.float32)) or "bfloat16"
+    batch = bench.make_batch(stage, PRESETS["toy"])
+    exact = {}
+    for least in (2 ** 62, 0):
+        monkeypatch.setitem(network.recompute.__kwdefaults__, "least", least)
+        for saver in ([], ["--checkpoint-activations"]):
+            objective, trained, run = bench.our_objective(stage, "toy", "--dtype", dtype, *saver)
+            with eval.Meter([*objective.parameters(), *objective.buffers()]) as meter, eval.precision(run.device, run.bf16):
+                loss = objective(batch, float(batch.weights.sum()), batch.samples)["loss"]
+                torch.autograd.backward(loss)
+            exact[least, len(saver)] = loss, [p.grad for p in trained.values()], meter
+    loss, grads, meter = exact[2 ** 62, 0]
+    for (least, saver), (other, theirs, mine) in exact.items():
+        assert torch.equal(loss, other) and all(torch.equal(a, b) for a, b in zip(grads, theirs, strict=True)), (least, saver)
+        assert mine.flops <= twice * exact[2 ** 62, saver][2].flops
+    assert exact[0, 0][2].most < most * meter.most and exact[0, 1][2].most < 1.01 * exact[2 ** 62, 1][2].most
 
 
 def test_bfloat16_weights_on_any_cpu(toy, tmp_path):
