@@ -542,7 +542,7 @@ class Linear(nn.Linear):
         if self.lora_a is None:
             return y
         low = F.linear(F.dropout(x, self.lora_dropout, self.training), self.lora_a)
-        return y + self.lora_scale * F.linear(low, self.lora_b)
+        return y + F.linear(self.lora_scale * low, self.lora_b)             # scaled where it is small
 
 class KVCache:
     """Keys and values already computed, per layer, packed like the batch: `keys[l]` (tokens, HK, D)."""
