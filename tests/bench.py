@@ -667,6 +667,7 @@ def step_flops(run, phase, stage, batch):
 def bench_parts(args):
     """Where a step of ours goes: CPU seconds of each part, which sum to the step (stage 1, 2, 3; preset small); reading
     the clips (from the micro-world's videos) is a worker's, beside the step."""
+    train.keep_heap()
     rows = []
     for stage in args.stages:
         batch = make_batch(stage, PRESETS["small"])
@@ -722,6 +723,7 @@ def bench_parts(args):
 
 def bench_scaling(args):
     """A step's cost over clips, text length and frames (stage 1, preset small): seconds, and the slope on log axes."""
+    train.keep_heap()
     rows, small = [], PRESETS["small"]
     for knob, values in (("clips", (1, 2, 4, 8)), ("text", (64, 128, 256, 512, 1024)), ("frames", (4, 8, 16, 32))):
         seconds = []
