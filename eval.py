@@ -287,6 +287,16 @@ def listen(run: Run) -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
 
+def meet(backend: str, seconds: float):
+    """Join the other ranks, within `seconds`. torchrun keeps one store over its restarts, so a rank would
+    find the address of a dead one and wait in vain (pytorch#135712): on one machine each restart has names of
+    its own. Machines count their restarts apart: there, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun."""
+    alone = os.environ["WORLD_SIZE"] == os.environ.get("LOCAL_WORLD_SIZE")
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
+    store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
+    dist.init_process_group(backend, store=dist.PrefixStore(attempt, store), rank=rank, world_size=world,
+                            timeout=timedelta(seconds=seconds))
+
 def lock_of(out: str, rank: int) -> Path:
     """The lock file that a rank holds in its run folder; its time is the rank's last sign of life."""
     return Path(out) / (f".lock{rank}" if rank else ".lock")
@@ -1520,7 +1530,7 @@ def run_benches(args):
     """One benchmark, or all whose folder is there; alone or as one of torchrun's ranks."""
     rank, world = start_process()
     if world > 1:
-        dist.init_process_group("gloo", timeout=timedelta(days=7))      # ranks meet when the slowest is done
+        meet("gloo", 7 * 24 * 3600)                             # the others wait for the slowest
     model, tokenizer, state, folder, half = open_checkpoint(args)
     protocol = dict(ckpt=str(folder), weights=fingerprint(folder), stage=state["stage"], git=git_revision())
     there = [name for name in BENCHES if (Path(args.data) / name).is_dir()]

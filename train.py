@@ -12,7 +12,6 @@ import math
 import os
 import sys
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -26,8 +25,8 @@ from torch import Tensor, nn
 from data import (DataError, Loader, add_flags, file_lock, manifest_of, pick_device, read_manifest,
                   scatter_words, shuffle_pairs, start_process, toy_tokenizer, toy_world)
 from eval import (Log, Run, beat, choose_attention, describe, explain, feature_kl, listen, load_optimizers,
-                  lock_of, plan, precision, ready, resume_point, save_checkpoint, schedule, start_point,
-                  toy_benchmark, validate, whole, wrap)
+                  lock_of, meet, plan, precision, ready, resume_point, save_checkpoint, schedule,
+                  start_point, toy_benchmark, validate, whole, wrap)
 from model import (IGNORE, PRESETS, VIDEO, Exo2Ego, Tokenizer, fingerprint, load_checkpoint,
                    newest_checkpoint, own_tensors, read_state)
 
@@ -486,8 +485,7 @@ def main(argv: list[str] | None = None):
     try:
         prepare(cfg)
         if world > 1:
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo",
-                                    timeout=timedelta(seconds=cfg.timeout))
+            meet("nccl" if torch.cuda.is_available() else "gloo", cfg.timeout)
         with file_lock(lock_of(cfg.out, rank), wait=False):
             train(cfg if world > 1 else replace(cfg, fsdp=False), rank, world)
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:

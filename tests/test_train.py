@@ -91,6 +91,27 @@ def test_killed_and_resumed_equals_uninterrupted(toy, tmp_path):
     assert steps("cut") == steps("whole")
 
 
+RESTARTS = """
+import os, signal, time
+import torch.distributed as dist
+import eval
+eval.meet("gloo", 60)
+attempt, rank = os.environ["TORCHELASTIC_RESTART_COUNT"], dist.get_rank()
+print(f"rank {rank} met the other in attempt {attempt};\\n", end="", flush=True)
+dist.barrier()
+if attempt != "4":
+    os.kill(os.getpid(), signal.SIGKILL) if rank else time.sleep(60)
+"""
+
+
+def test_restarted_ranks_find_each_other_and_not_the_dead(tmp_path):
+    """With the store's names as torchrun leaves them, one restart in two fails or hangs for five minutes."""
+    (tmp_path / "ranks.py").write_text(RESTARTS)
+    _, said, _ = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "--max-restarts", 4,
+                     tmp_path / "ranks.py", env={"PYTHONPATH": str(REPO)}, timeout=200)
+    assert sorted(said.split("\n"))[1:] == [f"rank {rank} met the other in attempt {n};" for rank in (0, 1) for n in range(5)]
+
+
 @pytest.mark.parametrize("at", (1, 9, 10))                  # within "language", before and within "init ego"
 def test_stage_0_resumes_across_its_phases(toy, tmp_path, at):
     args = ["--stage", 0, "--data", toy / "toy", "--steps", 3, "--batch", 8, "--no-eval", "--save-every", 1, "--keep", 99]
