@@ -1,5 +1,4 @@
-"""Everything before a tensor reaches the network: video, manifests, the loader, and a micro-world to learn
-from.
+"""Everything before a tensor reaches the network: video, manifests, the loader; a micro-world to learn from.
 
     python data.py toy --out out/toy            # render the micro-world: mp4 files, JSON lines, a tokenizer
     python data.py show out/toy/val.jsonl       # contact sheet: ego above exo, text below
@@ -51,8 +50,7 @@ from torch import Tensor
 
 from model import IGNORE, PRESETS, VIDEO, ModelConfig, Tokenizer
 
-# the prompt of a row's `text` (our choice: the paper names none for stages 1, 2)
-NARRATE = "Narrate the video."
+NARRATE = "Narrate the video."  # the prompt of a row's `text` (our choice: the paper names none for it)
 MAX_SIDE, MAX_PIXELS = 16384, 64 << 20  # refused before a frame of such a size is decoded
 OPEN_OPTIONS = {  # FFmpeg opens more than files: playlists, URLs, concat scripts. We do not.
     "protocol_whitelist": "file",
@@ -61,8 +59,7 @@ TICK = Fraction(1, 90_000)      # of a cached file's clock
 IMAGES = {".png": "png_pipe", ".jpg": "jpeg_pipe", ".jpeg": "jpeg_pipe"}
 
 class DataError(ValueError):
-    """Bad input: the message names the file, line or field, and the way out; `reason` is its kind, in a
-    word."""
+    """Bad input: the message names file, line or field, and the way out; `reason` is its kind, in a word."""
     def __init__(self, message: str, reason: str = "unreadable"):
         super().__init__(message)
         self.reason = reason
@@ -339,6 +336,14 @@ class Batch:
     texts: list[str]                    # their narrations
     skipped: list[str]                  # samples that could not be read, with the reason
 
+    def __getstate__(self) -> dict:
+        """Workers hand frames over in shared memory, the rest by value, cheaper than a descriptor each."""
+        return {k: v.numpy() if isinstance(v, Tensor) and v.dim() == 1 else v for k, v in vars(self).items()}
+
+    def __setstate__(self, state: dict):
+        for key, v in state.items():
+            setattr(self, key, torch.from_numpy(v) if isinstance(v, np.ndarray) else v)
+
     def to(self, device) -> Batch:
         parts = (getattr(self, f.name) for f in fields(self))
         return Batch(*(p.to(device, non_blocking=True) if isinstance(p, Tensor) else p for p in parts))
@@ -600,8 +605,7 @@ def write_line(canvas: np.ndarray, text: str, top: int, left: int, colour):
         left += 6
 
 def contact_sheet(path: str | os.PathLike, items: list[tuple[list, list]], columns: int = 2):
-    """A PNG of items: clips (T, 3, S, S) as rows of frames, one above the other, with lines of (text, RGB)
-    below."""
+    """A PNG of items: clips (T, 3, S, S) as rows of frames, one above another; lines of (text, RGB)."""
     tiles = []
     for clips, lines in items:
         zoom = max(1, 96 // clips[0].shape[-1])
@@ -697,8 +701,7 @@ def questions(verb: str, colour: str, pattern: str, hand: str, rng: np.random.Ge
     return [{"user": q, "assistant": a} for q, a in pairs]
 
 class Camera:
-    """An affine camera per frame: pixel = origin + M (x, y) - lift * height, with table units x right, y
-    away."""
+    """An affine camera per frame: pixel = origin + M (x, y) - lift * height, table units, x right, y away."""
     def __init__(self, centre, angle, zoom, tilt: float):
         frames = len(centre)
         cos, sin = np.cos(angle), np.sin(angle)
@@ -760,8 +763,7 @@ class Canvas:
         inv = camera.inverse[which][:, :, :, None, None]
         x, y = inv[:, 0, 0] * dx + inv[:, 0, 1] * dy, inv[:, 1, 0] * dx + inv[:, 1, 1] * dy
         cover = 0.5 - shape(x, y) * camera.scale[which, None, None].astype(np.float32)
-        # windows may hang over the edge
-        rows_in, cols_in = ((0 <= line) & (line < SIDE) for line in (rows, cols))
+        rows_in, cols_in = ((0 <= line) & (line < SIDE) for line in (rows, cols))   # may hang over the edge
         # paint only what is covered
         f, r, c = np.nonzero((cover > 0) & rows_in[:, :, None] & cols_in[:, None, :])
         cover = np.minimum(cover[f, r, c], 1)[:, None]
@@ -810,8 +812,7 @@ def block_paint(colour: str, pattern: str):
     return paint
 
 def act(plan: dict, rng: np.random.Generator) -> dict:
-    """Motion of the scene, frame by frame: hands (F, 2) and heights (F,), blocks, and the tool of each
-    clip."""
+    """Motion of the scene, frame by frame: hands (F, 2) and heights (F,), blocks, the tool of each clip."""
     frames = CLIPS * CLIP_FRAMES
     hands = {side: np.array(rest) + rng.normal(0, 0.01, (frames, 2)) for side, rest in REST.items()}
     lift = {side: np.zeros(frames) for side in REST}
@@ -945,8 +946,7 @@ def _scene_job(job):
     return make_scene(*job)
 
 def toy_split(out: str | os.PathLike, split: str, world: World = World()) -> Path:
-    """The manifest of one split of the micro-world, rendered when first needed (under a lock, in all
-    cores)."""
+    """The manifest of one split of the micro-world, rendered when first needed (under a lock)."""
     out = Path(out)
     manifest = out / f"{split}.jsonl"
     with file_lock(out / ".lock", wait=True):
