@@ -287,7 +287,7 @@ def listen(run: Run) -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-def meet(backend: str, seconds: float):
+def join_ranks(backend: str, seconds: float):
     """Join the other ranks, within `seconds`. torchrun keeps one store over its restarts, so a rank would
     find the address of a dead one and wait in vain (pytorch#135712): on one machine each restart has names of
     its own. Machines count their restarts apart: there, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun."""
@@ -1530,7 +1530,7 @@ def run_benches(args):
     """One benchmark, or all whose folder is there; alone or as one of torchrun's ranks."""
     rank, world = start_process()
     if world > 1:
-        meet("gloo", 7 * 24 * 3600)                             # the others wait for the slowest
+        join_ranks("gloo", 7 * 24 * 3600)                       # the others wait for the slowest
     model, tokenizer, state, folder, half = open_checkpoint(args)
     protocol = dict(ckpt=str(folder), weights=fingerprint(folder), stage=state["stage"], git=git_revision())
     there = [name for name in BENCHES if (Path(args.data) / name).is_dir()]

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from data import (DataError, Loader, add_flags, file_lock, manifest_of, pick_device, read_manifest,
                   scatter_words, shuffle_pairs, start_process, toy_tokenizer, toy_world)
-from eval import (Log, Run, beat, choose_attention, describe, explain, feature_kl, listen, load_optimizers,
-                  lock_of, meet, plan, precision, ready, resume_point, save_checkpoint, schedule,
+from eval import (Log, Run, beat, choose_attention, describe, explain, feature_kl, join_ranks, listen,
+                  load_optimizers, lock_of, plan, precision, ready, resume_point, save_checkpoint, schedule,
                   start_point, toy_benchmark, validate, whole, wrap)
 from model import (IGNORE, PRESETS, VIDEO, Exo2Ego, Tokenizer, fingerprint, load_checkpoint,
                    newest_checkpoint, own_tensors, read_state)
@@ -485,7 +485,7 @@ def main(argv: list[str] | None = None):
     try:
         prepare(cfg)
         if world > 1:
-            meet("nccl" if torch.cuda.is_available() else "gloo", cfg.timeout)
+            join_ranks("nccl" if torch.cuda.is_available() else "gloo", cfg.timeout)
         with file_lock(lock_of(cfg.out, rank), wait=False):
             train(cfg if world > 1 else replace(cfg, fsdp=False), rank, world)
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:

@@ -95,7 +95,7 @@ RESTARTS = """
 import os, signal, time
 import torch.distributed as dist
 import eval
-eval.meet("gloo", 60)
+eval.join_ranks("gloo", 60)
 attempt, rank = os.environ["TORCHELASTIC_RESTART_COUNT"], dist.get_rank()
 print(f"rank {rank} met the other in attempt {attempt};\\n", end="", flush=True)
 dist.barrier()
