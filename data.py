@@ -17,6 +17,7 @@ import contextlib
 import csv
 import fcntl
 import hashlib
+import inspect
 import io
 import json
 import math
@@ -654,7 +655,7 @@ REST = {"left": (-0.62, 0.0), "right": (0.62, 0.0)}        # where an idle hand 
 @dataclass(frozen=True)
 class World:
     """The knobs of the micro-world: clips a split (no scene is in two), then what the study turns."""
-    seed: int = 0
+    seed: int = 0               # of all scenes
     corpus: int = 5000          # exo clips from any angle, narrated: the stand-in for VideoLLaMA2's corpora
     ego: int = 1000             # ego clips, narrated: the stand-in for EgoClip
     pairs: int = 1200           # synchronized ego + exo clips, narrated: the stand-in for Ego-ExoClip
@@ -1006,13 +1007,13 @@ class Build:
     """Flags of the builders; each builder takes the ones that concern it (BUILDERS)."""
     root: str                                       # where the data set was downloaded to; paths start here
     out: str                                        # the manifest to write
-    split: str = "train"
+    split: str = "train"                            # of the data set's own
     alpha: str = "4.9"                              # EgoClip's scale in seconds, or "mean": of these takes
     allow_outside: bool = False                     # links may lead out of the root
     beta: Literal["annotator", "take"] = "annotator"        # whose narrations set the mean gap
     views: Literal["all", "best"] = "all"           # every exo camera, or the annotator's choice
     subject: Literal["C", "any"] = "C"              # whose actions: the camera wearer's
-    keep_unsure: bool = False
+    keep_unsure: bool = False                       # narrations that are marked as unsure
     keep_hidden: bool = False                       # narrations of what the ego camera does not see
     video_size: Literal["448", "full"] = "448"      # downscaled files where there are any
     prompt: Literal["base", "task", "cue"] = "cue"  # the paper's variants: + task details, + first-person cue
@@ -1070,7 +1071,7 @@ class Files:
         path = next((self.root / n for n in names if (self.root / n).is_file()), self.root / names[0])
         self.where = str(path)
         if not path.is_file():
-            raise DataError(f"{path} is missing: download it, or point --root at the folder that has it")
+            raise DataError(f"{path} is missing: download it, or name the folder that has it")
         return path.read_text(encoding="utf-8-sig")
 
     def each(self, items: Iterable) -> Iterator:
@@ -1582,17 +1583,20 @@ def command_show(args):
 
 def add_flags(parser: argparse.ArgumentParser, config: type, names: Sequence[str] | None = None):
     """One flag a field of a dataclass (or of `names`): a bool is a switch, a Literal has choices, no default
-    is required."""
+    is required; the comment on the field's line is its help."""
+    told = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(config), re.M))
     for f in (f for f in fields(config) if names is None or f.name in names):
         flag, hint = "--" + f.name.replace("_", "-"), get_type_hints(config)[f.name]
         kind = get_args(hint)[0] if isinstance(hint, UnionType) or get_origin(hint) is Union else hint
         choices = get_args(kind) or None                        # of a Literal
+        text = told.get(f.name, "").replace("%", "%%")
         if kind is bool:
-            parser.add_argument(flag, action="store_true")
+            parser.add_argument(flag, action="store_true", help=text)
         else:
+            default = None if f.default is MISSING else f.default
             parser.add_argument(flag, type=type(choices[0]) if choices else kind, choices=choices,
-                                required=f.default is MISSING,
-                                default=None if f.default is MISSING else f.default)
+                                required=f.default is MISSING, default=default,
+                                help=f"{text} ({default})" if default not in (None, "") else text)
 
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,

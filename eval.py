@@ -122,8 +122,7 @@ def answer(model: Exo2Ego, tokenizer: Tokenizer, visual: Tensor, questions: list
 
 def likelihood(model: Exo2Ego, tokenizer: Tokenizer, visual: Tensor, pairs: list[tuple[int, str]],
                batch: int = 250) -> np.ndarray:
-    """log p(narration | clip) in nats, summed over its tokens, for pairs (row of visual, text) -> numpy
-    (pairs,)."""
+    """log p(narration | clip) in nats, summed over its tokens, for pairs (row of visual, text) -> (n,)."""
     scores = []
     for i in range(0, len(pairs), batch):
         packs = [tokenizer.chat([{"user": NARRATE, "assistant": text}], visual.shape[1])
@@ -225,8 +224,7 @@ def choose_clip(model, tokenizer, rows, visual, n: int = 1000):
 
 @torch.no_grad()
 def partners(model, tokenizer, rows):
-    """KL(exo || F(ego)) of true partners and of shuffled ones: transfer has happened when true is well
-    below."""
+    """KL(exo || F(ego)) of true partners and of shuffled ones: after transfer true is well below."""
     if model.F is None:
         return {}
     exo, estimate = [], []
@@ -289,8 +287,8 @@ def listen(run: Run) -> Iterator[None]:
 
 def join_ranks(backend: str, seconds: float):
     """Join the other ranks, within `seconds`. torchrun keeps one store over its restarts, so a rank would
-    find the address of a dead one and wait in vain (pytorch#135712): on one machine each restart has names of
-    its own. Machines count their restarts apart: there, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun."""
+    find the addresses of the dead (pytorch#135712): on one machine each restart has names of its own. Several
+    count theirs apart: there start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1."""
     alone = os.environ["WORLD_SIZE"] == os.environ.get("LOCAL_WORLD_SIZE")
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
     store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
@@ -479,7 +477,7 @@ def start_point(init: str, stage: int) -> tuple[Path, dict]:
     """The last checkpoint of the finished run `init` of this stage, and its state; all else is refused."""
     folder = newest_checkpoint(init)
     if folder is None:
-        raise DataError(f"--init {init}: no checkpoint there; run torchrun train.py --stage {stage}")
+        raise DataError(f"--init {init}: no checkpoint there; torchrun train.py --stage {stage} --out {init}")
     state = read_state(folder)
     if state["stage"] != stage or state["step"] < state["steps"]:
         raise DataError(f"--init {init} is of stage {state['stage']} at step {state['step']} of "
@@ -1492,6 +1490,8 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--check-attention", action="store_true", help=check_attention.__doc__)
     parser.add_argument("--export-hf", nargs=2, metavar=("CKPT", "DIR"), help=export_hf.__doc__)
     args = parser.parse_args(argv)
+    if args.ask and not args.video:
+        parser.error("--ask needs --video FILE")
     try:
         if args.check_attention:
             if failures := check_attention():
@@ -1511,7 +1511,7 @@ def main(argv: list[str] | None = None):
             if args.video:
                 converse(model, tokenizer, args.video, args.ask, args.start, args.end)
                 return
-            print(f"{folder}: stage {state['stage']}, step {state['step']}")
+            print(f"{folder}: stage {state['stage']}, step {state['step']} of {state['steps']}")
             toy_benchmark(model, tokenizer, args.data, state["stage"], folder.parent)
     except (DataError, ValueError, FileNotFoundError) as error:
         sys.exit(f"eval.py: {error}")

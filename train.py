@@ -1,4 +1,4 @@
-"""Train Exo2Ego, stage by stage. The table below is the paper's method; one loop runs every row of it.
+"""Train Exo2Ego, stage by stage. The stage table is the paper's method; one loop runs every row of it.
 
     torchrun train.py --stage 1                        # makes the micro-world and stage 0 if they are missing
     torchrun --nproc_per_node 2 train.py --stage 2     # any number of processes: the same batches
@@ -72,11 +72,11 @@ PAPER = {
 class TrainConfig:
     """Every flag. None: the stage table's row, or what the comment says. FREE ones may change on resuming."""
     stage: Literal[0, 1, 2, 3]                      # 0 Init | 1 demonstrator | 2 guidance | 3 self-practice
-    preset: Literal["toy", "small", "7b"] = "toy"
+    preset: Literal["toy", "small", "7b"] = "toy"   # all sizes; 7b is the paper's
     data: str = "out/toy"                           # a manifest (.jsonl), or the micro-world's folder
     root: str | None = None                         # where the manifest's paths start (its folder)
-    base: str | None = None                         # untouched weights: stage0, or a VideoLLaMA2 or Mistral
-    vision: str | None = None                       # directory, with a CLIP directory where it has no eyes
+    base: str | None = None                         # untouched weights, a folder (stage0 beside --out)
+    vision: str | None = None                       # a CLIP directory, where --base has no vision tower
     tokenizer: str | None = None                    # a tokenizer.model (the one beside the weights)
     init: str | None = None                         # checkpoint to start from (stage{N-1} beside --out)
     out: str | None = None                          # run folder (out/stage{N})
@@ -85,9 +85,9 @@ class TrainConfig:
     batch: int | None = None                        # samples a step over all ranks
     micro_batch: int | None = None                  # samples a forward of one rank (batch / ranks)
     lr: float | None = None  # peak rate of the fastest part; the others keep their ratio
-    seed: int = 0
+    seed: int = 0                                   # of new weights and of the order of samples
     dtype: Literal["bfloat16", "float32"] | None = None     # compute (bfloat16 on CUDA, else float32)
-    optimizer: Literal["muon", "adamw"] | None = None       # (muon; adamw for 7b)
+    optimizer: Literal["muon", "adamw"] | None = None       # of matrices (muon; adamw for 7b)
     save_every: int | None = None                   # steps; the last step is always saved
     keep: int = 2                                   # checkpoints kept
     val_every: int | None = None                    # steps between validation losses
@@ -101,18 +101,18 @@ class TrainConfig:
     allow_outside: bool = False                     # manifest paths may leave their root
     overfit: bool = False                           # train on the first batch only
     no_eval: bool = False                           # skip the benchmark at the end
-    no_kl: bool = False                             # the paper's ablations ...
-    no_cycle: bool = False                          # (no G either)
-    forward_cycle_only: bool = False
-    no_mapping: bool = False                        # x alone: no F, no G, no losses on them
-    mapping: Literal["resnet", "mlp"] = "resnet"
-    no_lora: bool = False
-    contrastive: float | None = None                # ... weight of InfoNCE between F(x) and y; a control:
-    shuffle_pairs: bool = False                     # wrong exo partners; and the open points
+    no_kl: bool = False                             # the paper's ablation: no KL(exo || F(ego))
+    no_cycle: bool = False                          # the paper's ablation: no cycle consistency, so no G
+    forward_cycle_only: bool = False                # the paper's ablation: |G(F(x)) - x| alone
+    no_mapping: bool = False                        # the paper's ablation: x alone, neither F nor G
+    mapping: Literal["resnet", "mlp"] = "resnet"    # of which blocks F and G are; mlp is an ablation
+    no_lora: bool = False                           # the paper's ablation: stage 3 without LoRA
+    contrastive: float | None = None                # weight of InfoNCE between F(x) and y (0)
+    shuffle_pairs: bool = False                     # our control: wrong exo partners
     kl_space: Literal["connector", "vit"] = "connector"     # where exo and F(ego) are compared
-    kl_weight: float | None = None
-    ccl_weight: float | None = None
-    kl_temperature: float = 1.0
+    kl_weight: float | None = None                  # instead of the stage table's
+    ccl_weight: float | None = None                 # instead of the stage table's
+    kl_temperature: float = 1.0                     # of the softmax over channels
 
 FREE = {"out", "save_every", "keep", "val_every", "workers", "timeout", "micro_batch", "no_eval", "max_bad",
         "fsdp", "checkpoint_activations", "plan"}
@@ -468,6 +468,8 @@ def prepare(cfg: TrainConfig):
     with file_lock(Path(cfg.base).parent / ".stage0.lock", wait=True):
         newest = newest_checkpoint(cfg.base)
         if newest is None or read_state(newest)["step"] < read_state(newest)["steps"]:
+            if cfg.stage > 1:
+                start_point(cfg.init, cfg.stage - 1)            # minutes before it would be missed
             train(parse(["--stage", "0", "--preset", cfg.preset, "--data", cfg.data, "--seed", str(cfg.seed),
                          "--out", cfg.base, "--workers", str(cfg.workers)]))
 

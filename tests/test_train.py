@@ -1,4 +1,5 @@
 """Training is exact: resuming, accumulating, splitting over ranks; and only what the stage table names moves."""
+import argparse
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import torch
 from conftest import REPO, flags, run
 from safetensors.torch import load_file
 
+import data
 import train
 from model import base_of, load_checkpoint, newest_checkpoint, own_tensors
 
@@ -110,6 +112,20 @@ def test_restarted_ranks_find_each_other_and_not_the_dead(tmp_path):
     _, said, _ = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "--max-restarts", 4,
                      tmp_path / "ranks.py", env={"PYTHONPATH": str(REPO)}, timeout=200)
     assert sorted(said.split("\n"))[1:] == [f"rank {rank} met the other in attempt {n};" for rank in (0, 1) for n in range(5)]
+
+
+def test_every_flag_says_what_it_does():
+    for config in (train.TrainConfig, data.World, data.Build):
+        parser = argparse.ArgumentParser()
+        data.add_flags(parser, config)
+        silent = [action.dest for action in parser._actions if not (action.help or "").split("(")[0].strip(" %")]
+        assert not silent and parser.format_help(), f"no comment on the line of {silent}"
+
+
+def test_a_missing_stage_is_named_before_anything_is_made(tmp_path):
+    code, _, said = run("train.py", "--stage", 3, "--data", tmp_path / "toy", "--out", tmp_path / "stage3", check=False)
+    assert code == 2 and said == f"train.py: --init {tmp_path / 'stage2'}: no checkpoint there; torchrun train.py --stage 2 --out {tmp_path / 'stage2'}\n"
+    assert not (tmp_path / "toy").exists()
 
 
 @pytest.mark.parametrize("at", (1, 9, 10))                  # within "language", before and within "init ego"
