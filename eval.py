@@ -287,8 +287,8 @@ def listen(run: Run) -> Iterator[None]:
 
 def join_ranks(backend: str, seconds: float):
     """Join the other ranks, within `seconds`. torchrun keeps one store over its restarts, so a rank would
-    find the addresses of the dead (pytorch#135712): on one machine each restart has names of its own. Several
-    count theirs apart: there start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1."""
+    find the addresses of the dead (pytorch#135712): on one machine each restart has names of its own. Many
+    machines count apart: there start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1."""
     alone = os.environ["WORLD_SIZE"] == os.environ.get("LOCAL_WORLD_SIZE")
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
     store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
