@@ -124,9 +124,7 @@ def test_readme_commands_run(toy, tmp_path):
                 words += ["--steps", "2"]
             else:
                 words = [str(REPO / words[1]), *words[2:]]
-            if "my.mp4" in words or "your.jsonl" in words:
-                words = [str(toy / "toy/val/ego/0.mp4") if w == "my.mp4" else
-                         str(toy / "toy/instruct.jsonl") if w == "your.jsonl" else w for w in words]
+            words = [str(toy / "toy/instruct.jsonl") if w == "your.jsonl" else w for w in words]
             run(*shlex.split(" ".join(words)), cwd=tmp_path)
             ran += 1
     assert ran >= 5
@@ -134,6 +132,7 @@ def test_readme_commands_run(toy, tmp_path):
 
 def test_six_lines_of_python(toy):
     block = re.search(r"```python\n(.*?)```", README, re.S)[1]
-    code = block.replace('"out/stage3"', repr(str(toy / "stage3"))).replace('"my.mp4"', repr(str(toy / "toy/val/ego/0.mp4")))
+    code = block.replace('"out/stage3"', repr(str(toy / "stage3"))).replace('"out/toy/test/ego/0.mp4"', repr(str(toy / "toy/val/ego/0.mp4")))
+    assert code.count(str(toy)) == 2
     _, out, _ = run("-c", f"import sys; sys.path.insert(0, {str(REPO)!r})\n{code}")
     assert out.strip()
