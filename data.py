@@ -492,7 +492,7 @@ class _Steps(torch.utils.data.Dataset):
 
 def _or_raise(item):
     if isinstance(item, ValueError):
-        raise item
+        raise type(item)(*item.args)    # not `item`: its traceback would hold it, and workers stay alive
     return item
 
 def _start_worker(_):

@@ -93,6 +93,16 @@ def test_killed_and_resumed_equals_uninterrupted(toy, tmp_path):
     assert steps("cut") == steps("whole")
 
 
+def test_a_run_that_its_loader_refuses_ends(toy, tmp_path):
+    """It hung once: the error's traceback held the workers, which wait for their parent's word."""
+    rows = [json.loads(line) for line in (toy / "toy/pairs.jsonl").read_text().splitlines()]
+    rows[1]["text"] = "wipes the block " * 300
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, _, said = run("train.py", "--stage", 1, "--data", tmp_path / "long.jsonl", "--root", toy / "toy", "--base", toy / "stage0", "--init",
+                        toy / "stage0", "--out", tmp_path / "out", "--steps", 90, "--batch", 8, "--no-eval", check=False, timeout=60)
+    assert code == 2 and "tokens, over 256: shorten" in said and "Traceback" not in said
+
+
 RESTARTS = """
 import os, signal, time
 import torch.distributed as dist
