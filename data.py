@@ -21,7 +21,7 @@ import inspect
 import io
 import json
 import math
-import multiprocessing
+import multiprocessing.util
 import os
 import re
 import signal
@@ -466,6 +466,13 @@ class Loader:
         if len(ids) > self.cfg.max_length:
             raise DataError(f"row {row['id']!r} has {len(ids)} tokens, over {self.cfg.max_length}: shorten")
         return ids, labels
+    def __getitem__(self, step: int) -> list[Batch] | ValueError:
+        """What torch's DataLoader asks a worker for: an error raised there would be a traceback."""
+        try:
+            return self.batch(step)
+        except ValueError as error:
+            return error
+
 
     def stream(self, start: int, stop: int, workers: int = 1, repeat: bool = False,
                timeout: float = 600) -> Iterator[list[Batch]]:
@@ -473,26 +480,15 @@ class Loader:
         `repeat`: batch(0) every time."""
         steps = [0] * (stop - start) if repeat else range(start, stop)
         loader = torch.utils.data.DataLoader(
-            _Steps(self), sampler=steps, batch_size=None, num_workers=workers,
+            self, sampler=steps, batch_size=None, num_workers=workers,
             worker_init_fn=_start_worker, prefetch_factor=2 if workers else None,
             pin_memory=torch.cuda.is_available(), timeout=timeout if workers else 0,
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None)
         return map(_or_raise, iter(loader))
 
-class _Steps(torch.utils.data.Dataset):
-    """The loader as a dataset indexed by step: what torch's DataLoader hands to its workers."""
-    def __init__(self, loader: Loader):
-        self.loader = loader
-
-    def __getitem__(self, step: int) -> list[Batch] | ValueError:
-        try:
-            return self.loader.batch(step)
-        except ValueError as error:                             # raised in a worker it would be a traceback
-            return error
-
 def _or_raise(item):
     if isinstance(item, ValueError):
-        raise type(item)(*item.args)    # not `item`: its traceback would hold it, and workers stay alive
+        raise item
     return item
 
 def _start_worker(_):
@@ -500,6 +496,13 @@ def _start_worker(_):
         signal.signal(number, signal.SIG_IGN)                   # still needs its batches to end the step
     torch.set_num_threads(1)
     die_with_parent()
+def _end_workers():
+    """At exit, before multiprocessing sends the SIGTERM that they ignore, and waits for them for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)               # torch's handler would call it a failure
+    for worker in (child for child in multiprocessing.active_children() if child.daemon):
+        worker.kill()
+multiprocessing.util.Finalize(None, _end_workers, exitpriority=0)
+
 
 def die_with_parent():
     """End this process within two seconds of its parent's death: kill -9 must not leave orphans."""

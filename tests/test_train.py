@@ -105,6 +105,33 @@ def test_a_run_that_its_loader_refuses_ends(toy, tmp_path):
 
 RESTARTS = """
 import os, signal, time
+BROKEN = """
+import sys, time
+sys.path.insert(0, {repo!r})
+import data, torch, train
+read = data.read_clip
+def hang(*args):
+    if torch.utils.data.get_worker_info():
+        time.sleep(600)
+    return read(*args)
+def bug(*_):
+    raise TypeError("the bug of a fork")
+if {hangs}:
+    data.read_clip = hang
+else:
+    train.Objective.vtg = bug
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("hangs, code, words", [(True, 2, "a loader worker died or hangs"), (False, 1, "the bug of a fork")])
+def test_a_run_ends_whatever_its_workers_do(toy, tmp_path, hangs, code, words):
+    """multiprocessing waits at exit for its children, and these ignore its SIGTERM: a bug in a loss was a hang."""
+    ended, _, said = run("-c", BROKEN.format(repo=str(REPO), hangs=hangs), *flags(toy, 1), "--out", tmp_path / "out", "--steps", 90,
+                         "--timeout", 3, "--no-eval", check=False, timeout=60)
+    assert ended == code and words in said and said.count("Traceback") == 1 - hangs, said
+
+
 import torch.distributed as dist
 import eval
 eval.join_ranks("gloo", 60)
