@@ -181,8 +181,7 @@ def _image(path: Path):
         raise DataError(f"{path} holds no image")
     return frame
 
-# one a process: it keeps its tables, and making them costs more than using them
-_reformatter = VideoReformatter()
+_reformatter = VideoReformatter()   # one a process: making its tables costs more than using them
 
 def _pixels(frame, size: int, fit: str = "pad") -> np.ndarray:
     """One frame as RGB (3, S, S), upright: scaled to fit inside the square, or to cover it (crop)."""
@@ -623,11 +622,8 @@ def contact_sheet(path: str | os.PathLike, items: list[tuple[list, list]], colum
     height = max(tile.shape[0] for tile in tiles)
     tiles = [np.pad(t, ((0, height - t.shape[0]), (0, 0), (0, 0)), constant_values=255) for t in tiles]
     tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)
-    write_png(path, rearrange(np.stack(tiles), "(r c) h w k -> (r h) (c w) k", c=columns))
-
-def write_png(path: str | os.PathLike, image: np.ndarray):
-    """uint8 (H, W, 3) -> a PNG file."""
-    Path(path).write_bytes(encode_png(image))
+    sheet = rearrange(np.stack(tiles), "(r c) h w k -> (r h) (c w) k", c=columns)
+    Path(path).write_bytes(encode_png(sheet))
 
 def encode_png(image: np.ndarray) -> bytes:
     """uint8 (H, W, 3) -> PNG, through FFmpeg's encoder."""
@@ -768,8 +764,7 @@ class Canvas:
         x, y = inv[:, 0, 0] * dx + inv[:, 0, 1] * dy, inv[:, 1, 0] * dx + inv[:, 1, 1] * dy
         cover = 0.5 - shape(x, y) * camera.scale[which, None, None].astype(np.float32)
         rows_in, cols_in = ((0 <= line) & (line < SIDE) for line in (rows, cols))   # may hang over the edge
-        # paint only what is covered
-        f, r, c = np.nonzero((cover > 0) & rows_in[:, :, None] & cols_in[:, None, :])
+        f, r, c = np.nonzero((cover > 0) & rows_in[:, :, None] & cols_in[:, None, :])   # paint no others
         cover = np.minimum(cover[f, r, c], 1)[:, None]
         paint = colour(x[f, r, c], y[f, r, c]) if callable(colour) else np.array(colour, np.float32)
         index = which[f], rows[f, r], cols[f, c]

@@ -9,7 +9,7 @@ import pytest
 from test_data import numbered
 
 import data
-from data import BUILDERS, EGOIT, DataError, read_clip, read_manifest, write_jsonl, write_png
+from data import BUILDERS, EGOIT, DataError, encode_png, read_clip, read_manifest, write_jsonl
 
 
 def write(path, content):
@@ -214,8 +214,8 @@ def test_openeqa(tmp_path):
     folder = openeqa(tmp_path) / "frames/hm3d-v0/000-hm3d-BFRyYbPCCPE"
     folder.mkdir(parents=True)
     for i in range(6):
-        write_png(folder / f"{i}-rgb.png", np.full((16, 16, 3), 40 * i, np.uint8))
-        write_png(folder / f"{i}-depth.png", np.full((16, 16, 3), 255, np.uint8))
+        (folder / f"{i}-rgb.png").write_bytes(encode_png(np.full((16, 16, 3), 40 * i, np.uint8)))
+        (folder / f"{i}-depth.png").write_bytes(encode_png(np.full((16, 16, 3), 255, np.uint8)))
     build("openeqa", tmp_path)
     row = read_manifest(tmp_path / "out.jsonl")[0]
     frames = read_clip(row["ego"]["video"], None, None, 6, 16, None, row["ego"]["fps"])
@@ -428,7 +428,7 @@ def test_a_manifest_beside_its_cache_trains(tmp_path, toy):
     folder = tmp_path / "walk"
     folder.mkdir()
     for i in range(9):
-        write_png(folder / f"{i}-rgb.png", np.full((48, 48, 3), 20 * i, np.uint8))
+        (folder / f"{i}-rgb.png").write_bytes(encode_png(np.full((48, 48, 3), 20 * i, np.uint8)))
     write_jsonl(tmp_path / "m.jsonl", [{"id": "w", "ego": {"video": "walk", "fps": 3}, "text": "Camera-wearer walks."}])
     loader = data.Loader(read_manifest(tmp_path / "m.jsonl"), PRESETS["toy"], data.Tokenizer(toy / "toy" / "tokenizer.model"), view="ego", batch=1)
     batch = loader.batch(0)[0]
