@@ -283,7 +283,7 @@ def _check_row(row, where: str, base: Path, allow_outside: bool) -> dict:
         if not isinstance(fps := clip.get("fps", 1), (int, float)) or not 0 < fps < 1000:
             raise DataError(f'{where}: "fps" is {fps!r}: images a second, more than 0')
         real = _real(str(base), clip["video"].replace("\0", "?"))
-        if not allow_outside and not real.startswith(f"{base}{os.sep}"):
+        if not allow_outside and not real.startswith(os.path.join(base, "")):
             raise DataError(f"{where}: {clip['video']} is outside {base}: pass --root or --allow-outside")
         clip["video"] = real
     turns = row.get("turns", [])

@@ -104,6 +104,11 @@ def test_links_do_not_leave_the_root(tmp_path):
     assert read_manifest(inside / "m.jsonl", allow_outside=True)
 
 
+def test_the_root_may_be_the_whole_disk(tmp_path):
+    (tmp_path / "m.jsonl").write_text(json.dumps({"id": "a", "ego": {"video": str(tmp_path / "v.mp4")}}) + "\n")
+    assert read_manifest(tmp_path / "m.jsonl", root="/")[0]["ego"]["video"] == str(tmp_path / "v.mp4")
+
+
 def loader(toy, view="pair", split="pairs", **options):
     tokenizer = Tokenizer(toy / "toy" / "tokenizer.model")
     return Loader(read_manifest(toy / "toy" / f"{split}.jsonl"), PRESETS["toy"], tokenizer, view=view,
