@@ -985,7 +985,9 @@ def manifest_of(data: str | os.PathLike, split: str) -> Path:
 def toy_tokenizer(out: str | os.PathLike, world: World) -> Path:
     """A sentencepiece BPE model with byte fallback (as Mistral's), trained on the text of the exo corpus."""
     path = Path(out) / "tokenizer.model"
-    if not path.is_file():
+    with file_lock(path.with_name(".tokenizer.lock"), wait=True):
+        if path.is_file():
+            return path
         rows = read_manifest(toy_split(out, "corpus", world))
         lines = [f"[INST] \n{turn['user']} [/INST] {turn['assistant']}" for row in rows
                  for turn in row["turns"] + [{"user": NARRATE, "assistant": row["text"]}]]

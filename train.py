@@ -461,13 +461,15 @@ def fit_or_refuse(run: Run, phase: Phase) -> bool:
     return run.cfg.plan
 
 def prepare(cfg: TrainConfig):
+    def missing():
+        newest = newest_checkpoint(cfg.base)
+        return newest is None or read_state(newest)["step"] < read_state(newest)["steps"]
     """Make a missing stage 0, by whichever process gets the lock first; the others wait and find it done."""
     if (cfg.stage == 0 or cfg.plan or cfg.preset == "7b" or Path(cfg.data).suffix == ".jsonl"
-            or cfg.stage == 1 and cfg.init != cfg.base):
+            or cfg.stage == 1 and cfg.init != cfg.base or not missing()):
         return
-    with file_lock(Path(cfg.base).parent / ".stage0.lock", wait=True):
-        newest = newest_checkpoint(cfg.base)
-        if newest is None or read_state(newest)["step"] < read_state(newest)["steps"]:
+    with file_lock(lock_of(cfg.base, 0), wait=True):
+        if missing():
             if cfg.stage > 1:
                 start_point(cfg.init, cfg.stage - 1)            # minutes before it would be missed
             train(parse(["--stage", "0", "--preset", cfg.preset, "--data", cfg.data, "--seed", str(cfg.seed),
