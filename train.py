@@ -234,9 +234,12 @@ class Objective(nn.Module):
     @torch.no_grad()
     def measure(self, loader: Loader, samples: int = 256):
         """The cycle's constant, stored in the checkpoint: spread of exo features per patch and channel."""
-        batches = (loader.micro_batch(range(i, i + 32)) for i in range(0, min(samples, loader.samples), 32))
-        y = torch.cat([self.model.grid(self.model.exo_vit, b.exo.to(self.loss.std.device)) for b in batches])
-        self.loss.std.copy_(y.flatten(0, 1).float().std(0).clamp(min=1e-3))
+        n, total, squares, samples = 0, 0, 0, min(samples, loader.samples)
+        for i in range(0, samples, loader.micro):               # sums: 256 grids of 7b are 10 GB
+            frames = loader.micro_batch(range(i, min(i + loader.micro, samples))).exo.to(self.loss.std.device)
+            y = self.model.grid(self.model.exo_vit, frames).flatten(0, 1).cpu().double()    # (m T, h, w, D)
+            n, total, squares = n + len(y), total + y.sum(0), squares + y.square().sum(0)
+        self.loss.std.copy_(((squares - total ** 2 / n) / (n - 1)).sqrt().clamp(min=1e-3))
 
     # -- stage 0 of the micro-world: our stand-ins for downloading Mistral and CLIP
     def language(self, batch) -> dict[str, Tensor]:
