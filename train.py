@@ -49,11 +49,10 @@ class Phase:
 
 # The micro-world: rates (on Muon's scale), steps and weights are our choice, from trials.
 TOY = {
-    0: (Phase("language", dict(decoder=3e-3), "corpus", "text", dict(vtg=1), 64, 110, 1, 0.08, text="mix"),
-        Phase("clip", dict(exo_vit=1.5e-2, loss=1.5e-2), "corpus", "exo", dict(clip=1), 48, 150, 1, 0.08),
-        Phase("init exo", dict(exo_vit=3e-3, exo_connector=1e-2), "corpus", "exo", dict(vtg=1), 48, 80, 1,
-              0.08),
-        Phase("init ego", dict(ego_vit=3e-3, ego_connector=1e-3), "ego", "ego", dict(vtg=1), 32, 80, 1, 0.08,
+    0: (Phase("language", dict(decoder=3e-3), "corpus", "text", dict(vtg=1), 64, 110, 0.08, text="mix"),
+        Phase("clip", dict(exo_vit=1.5e-2, loss=1.5e-2), "corpus", "exo", dict(clip=1), 48, 150, 0.08),
+        Phase("init exo", dict(exo_vit=3e-3, exo_connector=1e-2), "corpus", "exo", dict(vtg=1), 48, 80, 0.08),
+        Phase("init ego", dict(ego_vit=3e-3, ego_connector=1e-3), "ego", "ego", dict(vtg=1), 32, 80, 0.08,
               copies=(("exo_vit", "ego_vit"), ("exo_connector", "ego_connector")))),
     1: (Phase("demonstrator self-preparation", dict(exo_vit=3e-3, exo_connector=3e-3), "pairs", "exo",
               dict(vtg=1), 32, 120),),
@@ -115,6 +114,7 @@ class TrainConfig:
     kl_temperature: float = 1.0                     # of the softmax over channels
 
 FREE = {"out", "save_every", "keep", "val_every", "workers", "timeout", "micro_batch", "no_eval", "max_bad",
+ZERO = {"stage", "seed", "workers", "max_bad", "contrastive", "kl_weight", "ccl_weight"}        # may be 0
         "fsdp", "checkpoint_activations", "plan"}
 
 def parse(argv: list[str] | None = None) -> TrainConfig:
@@ -122,6 +122,9 @@ def parse(argv: list[str] | None = None) -> TrainConfig:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser, TrainConfig)
+    for name, value in vars(cfg).items():
+        if type(value) in (int, float) and name not in ZERO and not value > 0:
+            parser.error(f"--{name.replace('_', '-')} {value}: a number above 0 is needed")
     cfg = TrainConfig(**vars(parser.parse_args(argv)))
     out = Path(cfg.out or f"out/stage{cfg.stage}")
     return replace(cfg, out=str(out), base=cfg.base or str(out.parent / "stage0"),
@@ -131,11 +134,10 @@ def parse(argv: list[str] | None = None) -> TrainConfig:
 def phases(cfg: TrainConfig) -> tuple[Phase, ...]:
     """The rows of this run: the table's, changed by the flags."""
     rows = (PAPER if cfg.preset == "7b" else TOY).get(cfg.stage)
-    if rows is None:
-        raise DataError(f"--stage {cfg.stage} --preset {cfg.preset} is not trained here: pass --base")
+    if rows is None or cfg.plan and cfg.stage == 0:
+        raise DataError("stage 0 is the micro-world's own: --preset 7b and --plan are of stages 1, 2 and 3")
     no_cycle = cfg.no_mapping or cfg.no_cycle
-    gone = {"F": cfg.no_mapping, "G": no_cycle, "lora": cfg.no_lora, "ccl": no_cycle,
-            "kl": cfg.no_mapping or cfg.no_kl}
+    gone = dict(F=cfg.no_mapping, G=no_cycle, ccl=no_cycle, kl=cfg.no_mapping or cfg.no_kl, lora=cfg.no_lora)
     given = dict(kl=cfg.kl_weight, ccl=cfg.ccl_weight, contrastive=cfg.contrastive) if cfg.stage == 2 else {}
 
     def change(row: Phase) -> Phase:

@@ -293,7 +293,8 @@ REFUSED = [
     (["--stage", "1", "--preset", "huge"], "--preset: invalid choice: 'huge'"), (["--stage", "1", "--bach", "3"], "--bach"),
     (["--stage", "1", "--st", "3"], "--st"), (["--stage", "1", "--init", "{toy}/nowhere"], "no checkpoint"),
     (["--stage", "1", "--batch", "7", "--micro-batch", "2"], "multiple"),
-    (["--stage", "1", "--data", "{toy}/no.jsonl"], "no.jsonl"),
+    (["--stage", "1", "--data", "{toy}/no.jsonl"], "no.jsonl"), (["--stage", "1", "--lr", "0"], "--lr 0.0: a number above 0"),
+    (["--stage", "1", "--micro-batch", "-2"], "--micro-batch -2: a number"), (["--stage", "0", "--plan"], "--plan are of stages"),
     (["--stage", "1", "--out", "{toy}/stage1", "--seed", "9"], "seed=0"),
     (["--stage", "1", "--data", "{tmp}/missing.jsonl", "--steps", "40"], "--max-bad")]
 
