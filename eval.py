@@ -202,6 +202,8 @@ def choose_clip(model, tokenizer, rows, visual, n: int = 1000):
     the five moments of one scene. All five have different narrations. Figures, and each item's outcome."""
     rng, count = np.random.default_rng(0), min(n, len(rows))
     figures, outcomes = {}, []
+    if (different := len({row["text"] for row in rows})) < 9:   # a scene's five, four others
+        raise DataError(f"the test split tells {different} things, a choice needs 9: render a larger --test")
     for kind in ("inter", "intra"):
         candidates = []
         for i in range(count):

@@ -8,7 +8,7 @@ import torch
 from conftest import REPO, run
 
 import eval as evaluation
-from data import NARRATE, read_manifest
+from data import NARRATE, DataError, read_manifest
 from model import load_checkpoint
 
 
@@ -58,6 +58,13 @@ def test_batched_answers_equal_single_ones(toy):
     asked = [row["turns"][0]["user"] for row in rows]
     alone = [evaluation.answer(model, tokenizer, visual[i:i + 1], [q])[0] for i, q in enumerate(asked)]
     assert evaluation.answer(model, tokenizer, visual, asked) == alone
+
+
+def test_a_world_too_small_for_a_choice_is_refused(toy):
+    """It looked for four other narrations for ever."""
+    rows = read_manifest(toy / "toy" / "test.jsonl")[:5]
+    with pytest.raises(DataError, match="tells 5 things, a choice needs 9"):
+        evaluation.choose_clip(None, None, rows, None)
 
 
 def test_ask_one_video(toy):
