@@ -354,7 +354,8 @@ class Log:
                             f"{max_bad}; the lines above name them")
 
     def start(self, done: int):
-        """A phase begins, of which `done` steps are over already."""
+        """A phase begins, of which `done` steps are over already, with what they skipped."""
+        self.skipped *= done > 0
         self.began = self.clock = time.monotonic()
         self.first = done
 
@@ -369,7 +370,7 @@ class Log:
             text = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
             text = (f"step {done}/{length} | {text} | {each:.3f} s/step | {samples / each:.0f} clips/s | "
                     f"ETA {(length - done) * each:.0f} s")
-        self.write(row | losses | dict(seconds=took, clips_per_second=samples / took,
+        self.write(row | losses | dict(skipped=self.skipped, seconds=took, clips_per_second=samples / took,
                                        tokens_per_second=tokens / took, max_memory_bytes=memory), text)
 
 def moments_of(optimizers: list) -> dict[str, Tensor]:

@@ -446,8 +446,7 @@ def run_phase(run: Run, model: Exo2Ego, tokenizer: Tokenizer, phase: Phase, load
             optimizer.zero_grad(set_to_none=True)
         log.skip(micro, int(skipped), (step + 1 - start) * phase.batch, cfg.max_bad)
         log.step(step + 1 - start, length, samples, tokens, losses, dict(
-            step=step + 1, steps=run.total, lr=share * max(phase.trains.values()), grad_norm=norm,
-            skipped=log.skipped))
+            step=step + 1, steps=run.total, lr=share * max(phase.trains.values()), grad_norm=norm))
         if val and (step + 1) % cfg.val_every == 0:
             validate(run, objective, val, step + 1, log)
         if step + 1 == start + length or stop or cfg.save_every and (step + 1) % cfg.save_every == 0:
