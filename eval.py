@@ -301,13 +301,9 @@ def lock_of(out: str, rank: int) -> Path:
     """The lock file that a rank holds in its run folder; its time is the rank's last sign of life."""
     return Path(out) / (f".lock{rank}" if rank else ".lock")
 
-def beat(out: str, rank: int):
-    """A sign of life, before the ranks meet; stage 0 as a part of stage 1 holds no lock of its own."""
-    lock_of(out, rank).touch()
-
-def explain(error: Exception, out: str, world: int) -> str:
-    """The sentence of an error that a user can mend; of a time-out it names the rank that did not come. What
-    else goes wrong is raised again."""
+def explain(error: Exception, out: str, rank: int, world: int) -> str:
+    """The sentence of an error that a user can mend; of a time-out it names the rank, other than this, that
+    was silent for longest. What else goes wrong is raised again."""
     text = (str(error) or repr(error)).splitlines()[0][:300]
     if isinstance(error, (OSError, SafetensorError)) and not isinstance(error, FileNotFoundError):
         return f"{out} cannot be written or read: {text}"
@@ -317,10 +313,11 @@ def explain(error: Exception, out: str, world: int) -> str:
         return f"a loader worker died or hangs; the same command goes on from the last checkpoint ({text})"
     if world == 1 or not re.search("timed out|timeout|connection (closed|reset)", text, re.IGNORECASE):
         raise error
-    last = {rank: lock_of(out, rank).stat().st_mtime for rank in range(world)}
+    locks = {other: lock_of(out, other) for other in range(world) if other != rank}
+    last = {other: lock.stat().st_mtime if lock.is_file() else 0 for other, lock in locks.items()}
     late = min(last, key=last.get)
-    return (f"the ranks waited in vain for rank {late}, last heard of {time.time() - last[late]:.0f} s ago "
-            f"(--timeout); {text}")
+    heard = f"last heard of {time.time() - last[late]:.0f} s ago" if last[late] else "never heard of"
+    return f"the ranks waited in vain for rank {late}, {heard} (--timeout); {text}"
 
 class Log:
     """log.jsonl, one object a step, cut back to the step that a run resumes from; and the progress line."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from data import (DataError, Loader, add_flags, file_lock, manifest_of, pick_device, read_manifest,
                   scatter_words, shuffle_pairs, start_process, toy_tokenizer, toy_world)
-from eval import (Log, Run, beat, choose_attention, describe, explain, feature_kl, join_ranks, listen,
+from eval import (Log, Run, choose_attention, describe, explain, feature_kl, join_ranks, listen,
                   load_optimizers, lock_of, plan, precision, ready, resume_point, save_checkpoint, schedule,
                   start_point, toy_benchmark, validate, whole, wrap)
 from model import (IGNORE, PRESETS, VIDEO, Exo2Ego, Tokenizer, fingerprint, load_checkpoint,
@@ -423,7 +423,7 @@ def run_phase(run: Run, model: Exo2Ego, tokenizer: Tokenizer, phase: Phase, load
         micro = [batch.to(run.device) for batch in next(batches)]
         counts = torch.tensor([[b.weights.sum(), b.samples, len(b.skipped), len(b.ids), run.stop > 0]
                                for b in micro]).sum(0)
-        beat(cfg.out, run.rank)                                 # a rank that hangs is known by its silence
+        lock_of(cfg.out, run.rank).touch()                      # a rank that hangs is known by its silence
         supervised, samples, skipped, tokens, stop = run.sum(counts.to(run.device))     # over the whole step
         sums = {}
         for i, batch in enumerate(micro):
@@ -492,12 +492,12 @@ def main(argv: list[str] | None = None):
         keep_heap()
     try:
         prepare(cfg)
-        if world > 1:
-            join_ranks("nccl" if torch.cuda.is_available() else "gloo", cfg.timeout)
-        with file_lock(lock_of(cfg.out, rank), wait=False):
+        with file_lock(lock_of(cfg.out, rank), wait=False):     # a sign of life, before the ranks meet
+            if world > 1:
+                join_ranks("nccl" if torch.cuda.is_available() else "gloo", cfg.timeout)
             train(cfg if world > 1 else replace(cfg, fsdp=False), rank, world)
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:
-        print(f"train.py: {explain(error, cfg.out, world)}", file=sys.stderr, flush=True)
+        print(f"train.py: {explain(error, cfg.out, rank, world)}", file=sys.stderr, flush=True)
         os._exit(2) if world > 1 else sys.exit(2)  # the others must not wait for a rank that gave up
     if world > 1:
         dist.destroy_process_group()

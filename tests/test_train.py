@@ -339,22 +339,29 @@ def test_a_half_written_checkpoint_is_never_taken(toy, tmp_path):
     assert newest_checkpoint(tmp_path / "s") == finished
 
 
-def test_a_sign_of_life_needs_no_lock_and_frees_none(tmp_path):
-    """Stage 0, when stage 1 makes it, holds no lock in its folder; touching a lock that is held must not open the file."""
-    import data
-    import eval
-    eval.beat(str(tmp_path), 0)
-    assert (tmp_path / ".lock").is_file()
+def test_a_sign_of_life_frees_no_lock(tmp_path):
+    """Closing a second descriptor of the file would: touch must not open it."""
     with data.file_lock(tmp_path / ".lock", wait=False):
-        eval.beat(str(tmp_path), 0)
+        eval.lock_of(str(tmp_path), 0).touch()
         held = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(REPO)!r})\nimport data\n"
                                f"with data.file_lock({str(tmp_path / '.lock')!r}, wait=False): pass"], capture_output=True, text=True)
         assert "in use by process" in held.stderr
 
 
 def test_an_error_without_words_is_named_all_the_same():
-    import eval
-    assert eval.explain(OSError(), "out/mine", 1) == "out/mine cannot be written or read: OSError()"
+    assert eval.explain(OSError(), "out/mine", 0, 1) == "out/mine cannot be written or read: OSError()"
+
+
+def test_a_rank_that_does_not_come_is_named_and_never_ones_own(tmp_path):
+    late = RuntimeError("Timed out after 3 seconds waiting for clients")
+    for rank in (0, 1):
+        eval.lock_of(tmp_path, rank).touch()
+    os.utime(eval.lock_of(tmp_path, 0), (1, 1))                 # of an earlier run: this rank is 0
+    os.utime(eval.lock_of(tmp_path, 1), (2, time.time() - 50))
+    assert "in vain for rank 1, last heard of 50 s ago" in eval.explain(late, tmp_path, 0, 2)
+    assert "in vain for rank 2, never heard of" in eval.explain(late, tmp_path, 0, 3)
+    with pytest.raises(RuntimeError):
+        eval.explain(RuntimeError("a bug"), tmp_path, 0, 2)
 
 
 FAULTS = """
