@@ -465,13 +465,13 @@ class Loader:
         if len(ids) > self.cfg.max_length:
             raise DataError(f"row {row['id']!r} has {len(ids)} tokens, over {self.cfg.max_length}: shorten")
         return ids, labels
+
     def __getitem__(self, step: int) -> list[Batch] | ValueError:
         """What torch's DataLoader asks a worker for: an error raised there would be a traceback."""
         try:
             return self.batch(step)
         except ValueError as error:
             return error
-
 
     def stream(self, start: int, stop: int, workers: int = 1, repeat: bool = False,
                timeout: float = 600) -> Iterator[list[Batch]]:
@@ -495,13 +495,13 @@ def _start_worker(_):
         signal.signal(number, signal.SIG_IGN)                   # still needs its batches to end the step
     torch.set_num_threads(1)
     die_with_parent()
+
 def _end_workers():
     """At exit, before multiprocessing sends the SIGTERM that they ignore, and waits for them for ever."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)               # torch's handler would call it a failure
     for worker in (child for child in multiprocessing.active_children() if child.daemon):
         worker.kill()
 multiprocessing.util.Finalize(None, _end_workers, exitpriority=0)
-
 
 def die_with_parent():
     """End this process within two seconds of its parent's death: kill -9 must not leave orphans."""
@@ -1604,8 +1604,9 @@ def main(argv: list[str] | None = None):
     commands = parser.add_subparsers(dest="command", required=True)
 
     def add(name, function, *places):
-        own = commands.add_parser(name, help=function.__doc__.split("\n")[0], description=function.__doc__,
-                                  allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+        first = " ".join(function.__doc__.split()).split(". ")[0].rstrip(".")
+        own = commands.add_parser(name, help=first, description=function.__doc__, allow_abbrev=False,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
         own.set_defaults(run=command_build if name in BUILDERS else function)
         for place in places:
             own.add_argument(place)

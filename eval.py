@@ -133,8 +133,8 @@ def likelihood(model: Exo2Ego, tokenizer: Tokenizer, visual: Tensor, pairs: list
     return torch.cat(scores).cpu().numpy()
 
 # ----------------------------------------------------------------------------------------- the toy benchmark
-def toy_benchmark(model: Exo2Ego, tokenizer: Tokenizer, data: str, stage: int, out: Path,
-                  init: Path | None = None) -> dict:
+def toy_benchmark(model: Exo2Ego, tokenizer: Tokenizer, data: str, stage: int, out: str | os.PathLike,
+                  init: str | os.PathLike | None = None) -> dict:
     """The figures of a stage on clips of unseen scenes, printed as `key: value` and kept in out/eval.json;
     what the model said of each clip in out/predictions.jsonl.
 
@@ -145,7 +145,7 @@ def toy_benchmark(model: Exo2Ego, tokenizer: Tokenizer, data: str, stage: int, o
     if Path(data).suffix == ".jsonl":
         return {}
     model.eval()
-    began, world = time.time(), toy_world(data)
+    began, world, out = time.time(), toy_world(data), Path(out)
     demonstrator = stage <= 1
     split, view = ("exo_test", "exo") if demonstrator else ("test", "ego")
     rows = read_manifest(toy_split(data, split, world))
@@ -646,9 +646,9 @@ def measure_step(run, phase, objective, checkpointed: bool) -> tuple[int, float]
     objective.zero_grad(set_to_none=True)
     return meter.most, meter.flops / batch.samples
 
-def plan(run, phase, objective) -> str | None:
-    """Print what a stage needs, a rank, in every way to run it; nothing is allocated. Returns the sentence
-    that refuses this run if it cannot fit, or None."""
+def plan(run, phase, objective):
+    """Print what a stage needs, a rank, in every way to run it; nothing is allocated. A run that cannot fit
+    is refused, by the flag that helps."""
     model, cfg, kinds = objective.model, run.cfg, (True, False)
     lines = [f"stage {cfg.stage} ({phase.name}), preset {cfg.preset}, {run.world} ranks, "
              f"{'bfloat16' if run.bf16 else 'float32'}"]
@@ -677,7 +677,8 @@ def plan(run, phase, objective) -> str | None:
     need = needs[cfg.checkpoint_activations, "FSDP" if cfg.fsdp else "DDP"]
     flag = ("--checkpoint-activations" if not cfg.checkpoint_activations else "--micro-batch 1"
             if (cfg.micro_batch or phase.batch // run.world) > 1 else "--fsdp on more ranks")
-    return None if need <= room else f"a rank needs {need:.1f} GB and has {room:.1f}: use {flag}"
+    if need > room and not cfg.plan:
+        raise DataError(f"a rank needs {need:.1f} GB and has {room:.1f}: use {flag}")
 
 def memory_of(device: torch.device) -> int:
     """Bytes of a GPU, or of this machine's memory divided by the processes on it."""
@@ -1494,9 +1495,8 @@ def main(argv: list[str] | None = None):
         parser.error("--ask needs --video FILE")
     try:
         if args.check_attention:
-            if failures := check_attention():
-                sys.exit(f"{failures} checks failed")
-            return
+            failures = check_attention()
+            sys.exit(f"{failures} checks failed" if failures else 0)
         if args.export_hf:
             export_hf(*args.export_hf, args.base, args.vision)
             return

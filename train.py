@@ -7,7 +7,6 @@ The same command again resumes, bit for bit. Every step is one object in out/sta
 """
 import argparse
 import ctypes
-import hashlib
 import math
 import os
 import sys
@@ -27,7 +26,7 @@ from data import (DataError, Loader, add_flags, file_lock, manifest_of, pick_dev
 from eval import (Log, Run, choose_attention, describe, explain, feature_kl, join_ranks, listen,
                   load_optimizers, lock_of, plan, precision, ready, resume_point, save_checkpoint, schedule,
                   start_point, toy_benchmark, validate, whole, wrap)
-from model import (IGNORE, PRESETS, VIDEO, Exo2Ego, Tokenizer, fingerprint, load_checkpoint,
+from model import (IGNORE, PRESETS, VIDEO, Exo2Ego, Tokenizer, fingerprint, hash_of, load_checkpoint,
                    newest_checkpoint, own_tensors, read_state)
 
 # ------------------------------------------------------------------------------------------- the stage table
@@ -41,8 +40,8 @@ class Phase:
     losses: dict[str, float]            # weight of each term
     batch: int                          # samples a step over all ranks
     steps: int = 0                      # 0: epochs decide
-    epochs: int = 1
     warmup: float = 0.03                # share of the steps; then cosine down to `floor` of the peak
+    epochs: int = 1
     floor: float = 0.05
     text: str = "text"                  # what is supervised: the narration ("text"), answers ("turns"), "mix"
     copies: tuple = ()                  # parts that start as a copy: (from, to)
@@ -114,18 +113,18 @@ class TrainConfig:
     kl_temperature: float = 1.0                     # of the softmax over channels
 
 FREE = {"out", "save_every", "keep", "val_every", "workers", "timeout", "micro_batch", "no_eval", "max_bad",
-ZERO = {"stage", "seed", "workers", "max_bad", "contrastive", "kl_weight", "ccl_weight"}        # may be 0
         "fsdp", "checkpoint_activations", "plan"}
+ZERO = {"stage", "seed", "workers", "max_bad", "contrastive", "kl_weight", "ccl_weight"}        # may be 0
 
 def parse(argv: list[str] | None = None) -> TrainConfig:
     """The command line: one flag a field; unknown, abbreviated and misspelt ones are refused by name."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser, TrainConfig)
+    cfg = TrainConfig(**vars(parser.parse_args(argv)))
     for name, value in vars(cfg).items():
         if type(value) in (int, float) and name not in ZERO and not value > 0:
             parser.error(f"--{name.replace('_', '-')} {value}: a number above 0 is needed")
-    cfg = TrainConfig(**vars(parser.parse_args(argv)))
     out = Path(cfg.out or f"out/stage{cfg.stage}")
     return replace(cfg, out=str(out), base=cfg.base or str(out.parent / "stage0"),
                    init=cfg.init or str(out.parent / f"stage{max(cfg.stage - 1, 0)}"),
@@ -243,16 +242,15 @@ class Objective(nn.Module):
             n, total, squares = n + len(y), total + y.sum(0), squares + y.square().sum(0)
         self.loss.std.copy_(((squares - total ** 2 / n) / (n - 1)).sqrt().clamp(min=1e-3))
 
-    # -- stage 0 of the micro-world: our stand-ins for downloading Mistral and CLIP
     def language(self, batch) -> dict[str, Tensor]:
-        """The decoder learns to read facts from a prefix: words of the narration, scattered, and noise."""
+        """Stage 0, instead of a download: the decoder learns to read scattered, noisy words before a text."""
         words = [self.tokenizer.encode(text) for text in batch.texts]
         mixture = scatter_words(words, self.model.cfg.visual_tokens, self.model.cfg.vocab)
         visual = mixture.to(batch.ids.device) @ self.model.decoder.embedding.weight         # (B, slots, W)
         return {"vtg": self.vtg(visual + 0.1 * torch.randn_like(visual), batch)}
 
     def clip(self, batch) -> dict[str, Tensor]:
-        """CLIP's InfoNCE between frames and narrations; the text tower, a bag of words, is thrown away."""
+        """Stage 0: CLIP's InfoNCE of frames and narrations; its text tower, a bag of words, is not kept."""
         grid = self.model.grid(self.model.exo_vit, batch.exo[:, ::2])  # every second frame: (B, T/2, h, w, D)
         image = self.loss.image(rearrange(grid, "b t h w d -> (b t) (h w) d").amax(1))
         words = [self.tokenizer.encode(text) for text in batch.texts]
@@ -324,7 +322,7 @@ def make_loader(run: Run, phase: Phase, model: Exo2Ego, tokenizer: Tokenizer, sp
     rows = read_manifest(path, cfg.root, cfg.allow_outside)
     if cfg.shuffle_pairs and phase.view == "pair" and not split:
         rows = shuffle_pairs(rows, cfg.seed)
-    run.record.setdefault("manifest", hashlib.sha256(path.read_bytes()).hexdigest()[:16])
+    run.record.setdefault("manifest", hash_of(path)[:16])
     return Loader(rows, model.cfg, tokenizer, view=phase.view, text=phase.text, batch=phase.batch,
                   micro=cfg.micro_batch, seed=cfg.seed, rank=run.rank, world=run.world, train=not split,
                   video_tokens=model.cfg.visual_tokens * (1 + (phase.view != "exo" and model.F is not None)))
@@ -350,8 +348,7 @@ def build(run: Run) -> tuple[Exo2Ego, Tokenizer | None]:
         added = new | lora if cfg.plan else new if cfg.stage == 2 else lora
         model, tokenizer, state = load_checkpoint(source, base, cfg.vision, cfg.tokenizer, **added)
         if tokenizer.size > model.cfg.vocab:
-            raise DataError(f"{tokenizer.path} has {tokenizer.size} pieces, the decoder {model.cfg.vocab}: "
-                            f"pass the decoder's own as --tokenizer")
+            raise DataError(f"{tokenizer.path} has more pieces than the decoder: pass its own as --tokenizer")
         run.record |= dict(init=fingerprint(source), base_hash=fingerprint(base),
                            vision=os.path.abspath(cfg.vision) if cfg.vision else state.get("vision"),
                            base=os.path.relpath(base if published else base.parent, cfg.out))
@@ -388,8 +385,7 @@ def train(cfg: TrainConfig, rank: int = 0, world: int = 1):
         if cfg.fsdp or done == run.total:                       # whole again, for one process
             model = load_checkpoint(cfg.out, vision=cfg.vision)[0]
         with precision(run.device, bf16):
-            toy_benchmark(ready(model, run.device, bf16), tokenizer, cfg.data, cfg.stage, Path(cfg.out),
-                          Path(cfg.init))
+            toy_benchmark(ready(model, run.device, bf16), tokenizer, cfg.data, cfg.stage, cfg.out, cfg.init)
 
 def run_phase(run: Run, model: Exo2Ego, tokenizer: Tokenizer, phase: Phase, loader: Loader, start: int,
               length: int, folder: Path | None, log):
@@ -460,15 +456,14 @@ def fit_or_refuse(run: Run, phase: Phase) -> bool:
         model, _ = build(replace(run, record={}, cfg=replace(run.cfg, plan=True)))
         objective = Objective(model, None, phase, run.cfg, run.world).to("meta")
     set_trained(objective, phase, False, run.bf16)
-    if (problem := plan(run, phase, objective)) and not run.cfg.plan:
-        raise DataError(problem)
+    plan(run, phase, objective)
     return run.cfg.plan
 
 def prepare(cfg: TrainConfig):
+    """Make a missing stage 0, by whichever process gets the lock first; the others wait and find it done."""
     def missing():
         newest = newest_checkpoint(cfg.base)
         return newest is None or read_state(newest)["step"] < read_state(newest)["steps"]
-    """Make a missing stage 0, by whichever process gets the lock first; the others wait and find it done."""
     if (cfg.stage == 0 or cfg.plan or cfg.preset == "7b" or Path(cfg.data).suffix == ".jsonl"
             or cfg.stage == 1 and cfg.init != cfg.base or not missing()):
         return
@@ -481,8 +476,7 @@ def prepare(cfg: TrainConfig):
 
 def keep_heap():
     """glibc returns what a step freed to the kernel, which clears every page again in the next: 7-12 %."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):           # Linux
         libc.mallopt(-4, 0)                                     # M_MMAP_MAX: no tensor is its own mapping
         libc.mallopt(-1, -1)                                    # M_TRIM_THRESHOLD: the heap never shrinks
 

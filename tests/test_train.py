@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from conftest import REPO, flags, run
 from safetensors.torch import load_file
 
 import data
+import eval
 import train
 from model import base_of, load_checkpoint, newest_checkpoint, own_tensors
 
@@ -103,8 +105,6 @@ def test_a_run_that_its_loader_refuses_ends(toy, tmp_path):
     assert code == 2 and "tokens, over 256: shorten" in said and "Traceback" not in said
 
 
-RESTARTS = """
-import os, signal, time
 BROKEN = """
 import sys, time
 sys.path.insert(0, {repo!r})
@@ -132,6 +132,8 @@ def test_a_run_ends_whatever_its_workers_do(toy, tmp_path, hangs, code, words):
     assert ended == code and words in said and said.count("Traceback") == 1 - hangs, said
 
 
+RESTARTS = """
+import os, signal, time
 import torch.distributed as dist
 import eval
 eval.join_ranks("gloo", 60)
@@ -163,6 +165,52 @@ def test_a_missing_stage_is_named_before_anything_is_made(tmp_path):
     code, _, said = run("train.py", "--stage", 3, "--data", tmp_path / "toy", "--out", tmp_path / "stage3", check=False)
     assert code == 2 and said == f"train.py: --init {tmp_path / 'stage2'}: no checkpoint there; torchrun train.py --stage 2 --out {tmp_path / 'stage2'}\n"
     assert not (tmp_path / "toy").exists()
+
+
+def test_stage_0_is_made_under_its_own_lock(tmp_path, monkeypatch):
+    """So that a train.py --stage 0 beside it is refused."""
+    second = []
+
+    def busy(cfg):
+        code = f"import data\nwith data.file_lock({cfg.out + '/.lock'!r}, wait=False): pass"
+        second.append(run("-c", code, check=False)[2])
+    monkeypatch.setattr(train, "train", busy)
+    train.prepare(train.parse(["--stage", "1", "--out", str(tmp_path / "stage1")]))
+    assert f"is in use by process {os.getpid()}" in second[0]
+
+
+def test_ranks_that_start_from_nothing_make_one_world(tmp_path):
+    run(REPO / "data.py", "toy", "corpus", "ego", "--out", tmp_path / "toy", "--corpus", 60, "--ego", 30)
+    (tmp_path / "toy/tokenizer.model").unlink()
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 4, REPO / "train.py", "--stage", 0,
+               "--data", tmp_path / "toy", "--out", tmp_path / "stage0", "--steps", 1, "--batch", 8, "--no-eval"]
+    run(*command, timeout=120)
+    assert newest_checkpoint(tmp_path / "stage0").name == "step_000004"
+
+
+def test_the_cycles_constant_is_the_spread_of_exo_features(toy):
+    cfg = train.parse([str(a) for a in flags(toy, 2)])
+    run_ = eval.Run(cfg, 0, 1, torch.device("cpu"), False)
+    phase = train.phases(cfg)[0]
+    model, tokenizer = train.build(run_)
+    for micro in (32, 8, 1):
+        loader = train.make_loader(replace(run_, cfg=replace(cfg, micro_batch=micro)), phase, model, tokenizer)
+        objective = train.Objective(model, tokenizer, phase, cfg, 1)
+        objective.measure(loader)
+        with torch.no_grad():
+            y = torch.cat([model.grid(model.exo_vit, loader.micro_batch(range(i, i + 1)).exo) for i in range(loader.samples)])
+        torch.testing.assert_close(objective.loss.std, y.flatten(0, 1).std(0).clamp(min=1e-3), rtol=1e-5, atol=1e-7)
+
+
+def test_skips_are_counted_against_their_own_phase(tmp_path):
+    log = eval.Log(None, 0)
+    log.start(0)
+    log.skip([], 4, 1000, 0.01)
+    log.start(0)                                                # the next phase
+    log.skip([], 4, 100, 0.01)
+    log.start(3)                                                # resumed inside it
+    with pytest.raises(data.DataError, match="8 of 120 samples"):
+        log.skip([], 4, 120, 0.01)
 
 
 @pytest.mark.parametrize("at", (1, 9, 10))                  # within "language", before and within "init ego"
