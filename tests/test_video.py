@@ -13,7 +13,7 @@ from conftest import REPO
 from test_data import FPS, number, numbered
 
 import data
-from data import DataError, open_video, read_clip, write_png
+from data import DataError, encode_png, open_video, read_clip
 
 SIDE = 48
 
@@ -114,8 +114,8 @@ def test_a_folder_of_images_is_a_video(tmp_path):
     folder = tmp_path / "walk"
     folder.mkdir()
     for i in range(60):
-        write_png(folder / f"{i:05d}-rgb.png", picture(i))
-        write_png(folder / f"{i:05d}-depth.png", np.zeros((SIDE, SIDE, 3), np.uint8))
+        (folder / f"{i:05d}-rgb.png").write_bytes(encode_png(picture(i)))
+        (folder / f"{i:05d}-depth.png").write_bytes(encode_png(np.zeros((SIDE, SIDE, 3), np.uint8)))
     assert [number(f) for f in read_clip(folder, 1.0, 2.0, 5, SIDE, fps=10)] == [11, 13, 15, 17, 19]
     assert [number(f) for f in read_clip(folder, None, None, 6, SIDE)] == [5, 15, 25, 35, 45, 55]       # 3 a second
     (folder / "00060-rgb.png").symlink_to(tmp_path / "elsewhere.png")
