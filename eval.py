@@ -53,8 +53,9 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 from data import (COLOURS, NARRATE, PATTERNS, VERBS, Batch, DataError, Files, Loader, contact_sheet, convert,
-                  encode_png, frame_rate, git_revision, pick_device, progress, read_clip, read_manifest,
-                  show_prompt, start_process, toy_split, toy_world, wearer, write_jsonl, write_whole)
+                  encode_png, file_lock, frame_rate, git_revision, pick_device, progress, read_clip,
+                  read_manifest, show_prompt, start_process, toy_split, toy_world, wearer, write_jsonl,
+                  write_whole)
 import model as network
 from model import (BACKENDS, BLOCKS, CLIP_NAMES, IGNORE, MISTRAL_NAMES, VIDEO, DecoderBlock, Exo2Ego, KVCache,
                    Segments, Tokenizer, attention, fingerprint, hash_of, load_checkpoint, newest_checkpoint,
@@ -1139,6 +1140,8 @@ def egobench(model: Exo2Ego, tokenizer: Tokenizer, o, protocol: dict, rank: int,
     if rank:
         return
     done = read_predictions(out, name, protocol)
+        for old in out.glob(f"{name}.rank*.jsonl"):             # of more ranks than there are now
+            old.unlink()
     write_jsonl(out / f"{name}.jsonl", [protocol, *(done[item.id] for item in items)])
     for extra in out.glob(f"{name}.rank*.jsonl"):
         extra.unlink()
@@ -1266,7 +1269,7 @@ def retrieve(seen: Seen, item: Item, texts, shortlist: int = 16) -> dict:
         dual, best = alone / (1 + np.abs(alone).max()), np.array([], int)
         gain = alone[best]
     else:
-        dual = (words @ F.normalize(seen.pooled - centre, dim=-1)).cpu().numpy()
+        dual = (words * F.normalize(seen.pooled - centre, dim=-1)).sum(-1).cpu().numpy()    # in float32
         best = np.argsort(-dual, kind="stable")[:shortlist]
         gain = seen.score([(NARRATE, item.options[i]) for i in best])[:, 1] - alone[best]
     return {"dual": base64.b64encode(dual.astype(np.float16).tobytes()).decode(),
@@ -1310,7 +1313,8 @@ def summarise(bench: Bench, items: list[Item], predictions: list[dict], o) -> di
     known = [(item, p) for item, p in zip(items, predictions) if item.answer is not None]
     merged: dict[str, list] = {}                                # the orders of one question are averaged
     for item, p in known:
-        merged.setdefault(item.id.split("#")[0], []).append(outcome(item, p))
+        key = item.id.split("#")[0] if o.answer == "letter" else item.id
+        merged.setdefault(key, []).append(outcome(item, p))
     results = [float(np.mean(values)) for values in merged.values()]
     chance = float(np.mean([1 / (len(item.options) or len(item.clips)) if item.options or len(item.clips) > 1
                             else 0 for item, _ in known]))
@@ -1371,6 +1375,8 @@ td, th {padding: .3rem .5rem; border-bottom: 1px solid #ddd; text-align: left; v
 .bar i {position: absolute; top: 0; bottom: 0} .right {color: #14823c} .wrong {color: #b92828}
 .item {border: 1px solid #ddd; border-radius: 6px; padding: .7rem; margin: .8rem 0}
 .item img {max-width: 100%} td small {display: block; min-width: 13rem} td {min-width: 4.5rem}</style>
+    if not len(each):
+        raise DataError(f"none of these {len(items)} items has a label to rank")
 <h1>EgoBench</h1><p>Per cent; intervals are 95 %. In the bars: the interval (blue), the score (black), chance
 (red). The last columns follow protocols of their own.</p><div class=wide>
 <table><tr><th>benchmark<th>ours<th><th>n<th>chance<th>blind<th>paper<th>best open<th>protocol</tr>"""
@@ -1539,7 +1545,8 @@ def run_benches(args):
         raise DataError(f"{args.data} has none of the folders {', '.join(BENCHES)}")
     for args.bench in names:
         try:
-            with precision(next(model.parameters()).device, half):
+            lock = Path(args.out) / f".{args.bench}{'-blind' * args.blind}.lock{rank}"
+            with precision(next(model.parameters()).device, half), file_lock(lock, wait=False):
                 egobench(model, tokenizer, args, protocol, rank, world)
         except KeyboardInterrupt:
             sys.exit(f"\nstopped: what is done is in {args.out}/{args.bench}.jsonl, the same command goes on")

@@ -416,6 +416,35 @@ def test_errors_are_tried_again_and_other_questions_refused(sets, toy, tmp_path)
     assert wrong.returncode and "none of 4 videos is there" in wrong.stderr
 
 
+def test_what_more_ranks_left_is_not_taken_for_news(sets, toy, tmp_path, scored):
+    """A killed run of two ranks, whose second had errors; then one process does all."""
+    lines = [json.loads(line) for line in (scored / "vln-qa.jsonl").read_text().splitlines()]
+    stale = [lines[0]] + [{"id": row["id"], "item": row["item"], "error": "gone"} for row in lines[1:]]
+    (tmp_path / "vln-qa.rank1.jsonl").write_text("".join(json.dumps(row) + "\n" for row in stale))
+    bench(sets, tmp_path, toy, "vln-qa")
+    assert json.loads((tmp_path / "vln-qa.json").read_text())["unreadable"] == 0
+
+
+def test_two_runs_into_one_folder_are_refused(sets, toy, tmp_path):
+    import data
+    with data.file_lock(tmp_path / ".vln-qa.lock0", wait=False):
+        second = bench(sets, tmp_path, toy, "vln-qa", check=False)
+    assert second.returncode and "is in use by process" in second.stderr and not (tmp_path / "vln-qa.jsonl").exists()
+
+
+def test_retrieval_under_autocast(learner):
+    """CUDA's default: a product in bfloat16 cannot become numpy, and its cosines would tie."""
+    model, tokenizer = learner
+    item = eval.Item("0", [{}], "?", ["The left hand.", "It is red.", "I cut it."], [1, 0, 0])
+    frames, scores = torch.randint(0, 255, (1, 4, 3, 48, 48), dtype=torch.uint8), []
+    for half in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+            seen = Seen(model, tokenizer, model.encode_ego(frames))
+            texts = eval.text_side(model, tokenizer, [item], blind=True)
+            scores.append(eval.similarity(eval.retrieve(seen, item, texts), 3))
+    assert np.abs(scores[0] - scores[1]).max() < 0.05           # bfloat16 of the features themselves
+
+
 def test_unread_videos_are_ranked_last_and_hidden_answers_are_none():
     items = [eval.Item(str(i), [{}], "?", ["a", "b"], [i % 2]) for i in range(20)]
     good = [{"scores": [-1.0 - (i % 2), -2.0 + (i % 2)]} for i in range(20)]
