@@ -239,7 +239,8 @@ def read_manifest(path: str | os.PathLike, root: str | os.PathLike | None = None
             raise DataError(f"{where} is not JSON ({error}): one object a line") from None
         rows.append(_check_row(row, where, base, allow_outside))
     if skip and (bad := path.with_suffix(".bad.jsonl")).is_file():
-        wrong = {entry["id"]: entry["videos"] for entry in map(json.loads, bad.read_text().splitlines())}
+        wrong = {entry["id"]: {_real(str(base), video) for video in entry["videos"]}
+                 for entry in map(json.loads, bad.read_text().splitlines())}
         kept = [row for row in (_without(row, wrong.get(row["id"], ())) for row in rows) if row]
         if wrong:
             print(f"{bad}: {len(rows) - len(kept)} of {len(rows)} rows are left out, and bad exo views of "
@@ -1423,6 +1424,7 @@ def command_check(args):
     """Read every clip once, in all cores; report what is wrong by kind and file, write the skip list."""
     rows = read_manifest(args.manifest, args.root, args.allow_outside, skip=False)
     bad, kinds, seen = {}, Counter(), set()
+    base = os.path.realpath(args.root or Path(args.manifest).parent)
     if len({row["id"] for row in rows}) < len(rows):
         raise DataError(f"{args.manifest}: ids repeat, so a skip list could not name rows: make them differ")
 
@@ -1444,7 +1446,7 @@ def command_check(args):
         for kind, sentence, _ in found:
             print(f"{name}: {kind}: {sentence}")
     write_jsonl(Path(args.manifest).with_suffix(".bad.jsonl"), [
-        {"id": name, "videos": [video for *_, video in found],
+        {"id": name, "videos": [os.path.relpath(video, base) for *_, video in found],
          "reasons": [f"{kind}: {text}" for kind, text, _ in found]}
         for name, found in bad.items()])
     share = len(bad) / len(rows)

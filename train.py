@@ -113,7 +113,7 @@ class TrainConfig:
     kl_temperature: float = 1.0                     # of the softmax over channels
 
 FREE = {"out", "save_every", "keep", "val_every", "workers", "timeout", "micro_batch", "no_eval", "max_bad",
-        "fsdp", "checkpoint_activations", "plan"}
+        "fsdp", "checkpoint_activations", "plan", "base", "init"}       # those two are known by their hashes
 ZERO = {"stage", "seed", "workers", "max_bad", "contrastive", "kl_weight", "ccl_weight"}        # may be 0
 
 def parse(argv: list[str] | None = None) -> TrainConfig:
@@ -322,7 +322,8 @@ def make_loader(run: Run, phase: Phase, model: Exo2Ego, tokenizer: Tokenizer, sp
     rows = read_manifest(path, cfg.root, cfg.allow_outside)
     if cfg.shuffle_pairs and phase.view == "pair" and not split:
         rows = shuffle_pairs(rows, cfg.seed)
-    run.record.setdefault("manifest", hash_of(path)[:16])
+    files = filter(Path.is_file, (path, path.with_suffix(".bad.jsonl")))        # the skip list counts too
+    run.record.setdefault("manifest", "+".join(hash_of(file)[:16] for file in files))
     return Loader(rows, model.cfg, tokenizer, view=phase.view, text=phase.text, batch=phase.batch,
                   micro=cfg.micro_batch, seed=cfg.seed, rank=run.rank, world=run.world, train=not split,
                   video_tokens=model.cfg.visual_tokens * (1 + (phase.view != "exo" and model.F is not None)))
