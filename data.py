@@ -1327,6 +1327,7 @@ def conversations(files: Files, o: Build) -> Iterator[dict]:
     Still images are left out, and counted: this model reads videos."""
     roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
+        record = json.loads(record) if lines else record
     def rows(record):
         video = record.get("image") or record.get("video")
         video = video["video"] if isinstance(video, dict) else video
@@ -1344,7 +1345,7 @@ def conversations(files: Files, o: Build) -> Iterator[dict]:
                o.view: clip if o.view == "ego" else [clip], "text": turns[0]["assistant"],
                "source": "conversations"}
     lines = o.file.endswith(".jsonl")
-    yield from files.tolerant(map(json.loads, files.text(o.file).splitlines()) if lines else
+    yield from files.tolerant(filter(str.strip, files.text(o.file).split("\n")) if lines else
                               files.json(o.file), rows)
 
 BUILDERS = {    # command: the builder, and the flags of Build that it takes besides --root and --out
@@ -1517,7 +1518,9 @@ def command_cache(args):
     wanted: dict[tuple, set] = {}
     for clip in (clip for row in rows for clip in clips_of(row)):
         wanted.setdefault((clip["video"], clip.get("fps")), set()).add((clip.get("start"), clip.get("end")))
-    target = {key: f"{hashlib.sha256(repr(key).encode()).hexdigest()[:20]}.mp4" for key in wanted}
+    made = {key: repr((key, sorted(clips, key=str), args.frames, args.size, args.fit))
+            for key, clips in wanted.items()}                   # another cache in this folder has other names
+    target = {key: f"{hashlib.sha256(what.encode()).hexdigest()[:20]}.mp4" for key, what in made.items()}
     jobs = [(key, sorted(clips, key=str), str(out / target[key]), args.frames, args.size, args.fit)
             for key, clips in wanted.items()]
     errors = {}

@@ -264,6 +264,9 @@ def test_conversations(tmp_path, capsys):
     write(tmp_path / "lines.jsonl", "".join(json.dumps(r) + "\n" for r in [records[0], records[0], records[1] | {"image": None, "video": "v.mkv"},
                                                                            records[1] | {"image": "still.jpg"}]))
     rows = build("conversations", tmp_path, "--file", "lines.jsonl")        # ids repeat in the real files; stills are no videos
+    odd = json.dumps(records[0] | {"conversations": [{"from": "human", "value": "a\u2028b"}, {"from": "gpt", "value": "c"}]}, ensure_ascii=False)
+    (tmp_path / "odd.jsonl").write_text(odd + "\n\n")           # a line separator inside a string, an empty line at the end
+    assert build("conversations", tmp_path, "--file", "odd.jsonl")["0"]["turns"][0]["user"] == "a\u2028b"
     assert list(rows) == ["0", "0#2", "x_0"] and rows["x_0"]["ego"]["video"] == "v.mkv" and "still image: 1" in capsys.readouterr().out
     for change, words in (({"conversations": [{"from": "human", "value": "odd"}]}, "take turns"),
                           ({"conversations": [{"from": "robot", "value": "?"}, {"from": "gpt", "value": "!"}]}, "robot"),
@@ -398,6 +401,12 @@ def test_cache_shows_the_same_frames(tmp_path):
         first = int(old["ego"]["start"] * 10 + 1e-6)
         assert all(first <= number(f) < old["ego"]["end"] * 10 for f in drawn)      # never a frame of another clip
     assert len(list((tmp_path / "c").glob("*.mp4"))) == 1
+    (tmp_path / "c/manifest.jsonl").rename(tmp_path / "c/first.jsonl")
+    before = [read_clip(row["ego"]["video"], row["ego"]["start"], row["ego"]["end"], 4, 48) for row in read_manifest(tmp_path / "c/first.jsonl")]
+    write_jsonl(tmp_path / "other.jsonl", [{"id": "a", "ego": {"video": "a.mp4", "start": 2.5, "end": 3.5}, "text": "x"}])
+    data.main(["cache", str(tmp_path / "other.jsonl"), "--size", "48", "--frames", "4", "--out", str(tmp_path / "c")])
+    after = [read_clip(row["ego"]["video"], row["ego"]["start"], row["ego"]["end"], 4, 48) for row in read_manifest(tmp_path / "c/first.jsonl")]
+    assert all(np.array_equal(a, b) for a, b in zip(before, after))     # another cache beside it left the first alone
 
 
 def test_cache_leaves_out_what_cannot_be_read_and_says_so(tmp_path, capsys):
