@@ -26,6 +26,7 @@ import signal
 import sys
 import time
 import weakref
+import traceback
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -307,8 +308,8 @@ def explain(error: Exception, out: str, rank: int, world: int) -> str:
     was silent for longest. What else goes wrong is raised again."""
     text = (str(error) or repr(error)).splitlines()[0][:300]
     if isinstance(error, (OSError, SafetensorError)) and not isinstance(error, FileNotFoundError):
-        return f"{out} cannot be written or read: {text}"
-    if not isinstance(error, RuntimeError):
+        return f"{getattr(error, 'filename', None) or out} cannot be written or read: {text}"
+    if isinstance(error, DataError):
         return str(error)
     if "DataLoader" in text:
         return f"a loader worker died or hangs; the same command goes on from the last checkpoint ({text})"
@@ -316,6 +317,9 @@ def explain(error: Exception, out: str, rank: int, world: int) -> str:
         raise error
     locks = {other: lock_of(out, other) for other in range(world) if other != rank}
     last = {other: lock.stat().st_mtime if lock.is_file() else 0 for other, lock in locks.items()}
+    if not isinstance(error, RuntimeError):                     # perhaps a bug: then where it is helps
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        return f"{error} ({Path(last.filename).name}:{last.lineno})"
     late = min(last, key=last.get)
     heard = f"last heard of {time.time() - last[late]:.0f} s ago" if last[late] else "never heard of"
     return f"the ranks waited in vain for rank {late}, {heard} (--timeout); {text}"
@@ -501,7 +505,8 @@ def describe(run, phase, objective, loader: Loader, length: int):
     """Before the first step of a phase: the arithmetic, what trains, and what the model is fed."""
     print(f"\n== stage {run.cfg.stage}: {phase.name} == {length} steps x {phase.batch} of {loader.samples} "
           f"samples ({phase.batch // loader.micro} micro batches x {loader.micro} on {run.world} ranks)")
-    for name, module in objective.model.named_children():
+    own = [("loss", objective.loss)] * bool([*objective.loss.parameters()])
+    for name, module in [*objective.model.named_children(), *own]:
         on, off = (sum(p.numel() for p in module.parameters() if p.requires_grad == g) for g in (True, False))
         print(f"   {name:14} {on:>10,} trained {off:>10,} frozen")
     print(f"   losses {phase.losses}, rates {phase.trains}, {run.cfg.optimizer}, {run.device}, "

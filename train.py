@@ -173,6 +173,8 @@ class Objective(nn.Module):
 
     def vtg(self, visual: Tensor, batch) -> Tensor:
         """Vision-grounded text generation: next-token cross-entropy of each supervised token."""
+        if wrong := {*terms} ^ {*self.phase.losses} or {n for n, t in terms.items() if t.dim() != 1}:
+            raise DataError(f"{wrong}: a loss is a weight in the stage table and a term of shape (samples,)")
         if not batch.lens:  # no row with text: a stand-in of weight 0, so that all ranks run the same blocks
             ids = torch.tensor([VIDEO] * visual.shape[1] + [1], device=batch.ids.device)
             batch = replace(batch, ids=ids, labels=ids.where(ids > 0, IGNORE), weights=ids * 0,
@@ -261,7 +263,7 @@ class Objective(nn.Module):
         same = torch.tensor([[float(a == b) for b in batch.texts] for a in batch.texts], device=image.device)
         right = same.repeat_interleave(grid.shape[1], 0)        # equal narrations are equally right
         both = sum((logits.log_softmax(d) * right / right.sum(d, keepdim=True)).sum(d).mean() for d in (0, 1))
-        return {"clip": -both / 2 * len(text)}
+        return {"clip": (-both / 2 * len(text))[None]}
 
 # -------------------------------------------------------------------------------------------- the optimisers
 class Muon(torch.optim.Optimizer):
