@@ -312,9 +312,8 @@ def file_lock(path: str | os.PathLike, wait: bool):
             fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError:
             file.seek(0)
-            holder = file.read().strip() or "?"
-            raise DataError(f"{Path(path).parent} is in use by process {holder}: wait for it, or choose "
-                            f"another --out") from None
+            raise DataError(f"{Path(path).parent} is in use by process {file.read().strip() or '?'}: wait "
+                            f"for it, or choose another --out") from None
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
@@ -370,14 +369,12 @@ class Loader:
         if train and 0 < (silent := sum(not told(row) for row in rows)) < len(rows):
             print(f"{silent} of {len(rows)} rows have no text: left out, only stage 2 uses them")
             rows = list(filter(told, rows))
-        self.rows = rows
-        self.cfg, self.tokenizer, self.view, self.text = cfg, tokenizer, view, text
+        self.rows, self.cfg, self.tokenizer, self.view, self.text = rows, cfg, tokenizer, view, text
         self.batch_size, self.micro = batch, micro or max(1, batch // world)
-        self.seed, self.train = seed, train
-        self.rank, self.world = rank, world
+        self.seed, self.train, self.rank, self.world = seed, train, rank, world
         self.video_tokens = cfg.visual_tokens if video_tokens is None else video_tokens
         if batch % (self.micro * world):
-            raise DataError(f"--batch {batch} is no multiple of --micro-batch {self.micro} x {world} ranks")
+            raise DataError(f"--batch {batch} is no multiple of {self.micro} (--micro-batch) x {world} ranks")
         need = {"exo": ("exo",), "ego": ("ego",), "pair": ("ego", "exo"), "text": ()}[view]
         for row in rows:
             for key in need + (() if told(row) else ("text",)):
@@ -968,6 +965,8 @@ def _claim_world(out: Path, world: World):
     """A folder holds one world: refuse other knobs by name."""
     file = out / "world.json"
     if not file.is_file():
+        if others := [f for f in out.iterdir() if not f.name.startswith(".")]:
+            raise DataError(f"{others[0]} is there and no micro-world: choose a new folder, or pass a .jsonl")
         write_whole(file, json.dumps(asdict(world)))
     made = asdict(toy_world(out))
     for key, value in asdict(world).items():
@@ -1327,8 +1326,8 @@ def conversations(files: Files, o: Build) -> Iterator[dict]:
     Still images are left out, and counted: this model reads videos."""
     roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
-        record = json.loads(record) if lines else record
     def rows(record):
+        record = json.loads(record) if lines else record
         video = record.get("image") or record.get("video")
         video = video["video"] if isinstance(video, dict) else video
         if video is None or Path(video).suffix.lower() in (*IMAGES, ".gif", ".webp", ".bmp"):

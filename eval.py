@@ -13,6 +13,7 @@ import argparse
 import ast
 import base64
 import contextlib
+import ctypes
 import hashlib
 import html
 import itertools
@@ -25,8 +26,8 @@ import shutil
 import signal
 import sys
 import time
-import weakref
 import traceback
+import weakref
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -141,11 +142,10 @@ def toy_benchmark(model: Exo2Ego, tokenizer: Tokenizer, data: str, stage: int, o
     what the model said of each clip in out/predictions.jsonl.
 
     Stages 0 and 1: the demonstrator on exo clips. Stage 2: the learner's narrations, KL of true and shuffled
-    partners. Stage 3: narrations, text-to-clip choice among 5, questions. A manifest that is not the micro-
-    world has none.
+    partners. Stage 3: narrations, text-to-clip choice among 5, questions.
     """
-    if Path(data).suffix == ".jsonl":
-        return {}
+    if not (Path(data) / "world.json").is_file():
+        raise DataError(f"{data} is no micro-world: ask about your own videos (--video, --bench)")
     model.eval()
     began, world, out = time.time(), toy_world(data), Path(out)
     demonstrator = stage <= 1
@@ -299,6 +299,12 @@ def join_ranks(backend: str, seconds: float):
     dist.init_process_group(backend, store=dist.PrefixStore(attempt, store), rank=rank, world_size=world,
                             timeout=timedelta(seconds=seconds))
 
+def keep_heap():
+    """glibc returns what a step freed to the kernel, which clears every page again in the next: 7-12 %."""
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):           # Linux
+        libc.mallopt(-4, 0)                                     # M_MMAP_MAX: no tensor is its own mapping
+        libc.mallopt(-1, -1)                                    # M_TRIM_THRESHOLD: the heap never shrinks
+
 def lock_of(out: str, rank: int) -> Path:
     """The lock file that a rank holds in its run folder; its time is the rank's last sign of life."""
     return Path(out) / (f".lock{rank}" if rank else ".lock")
@@ -311,15 +317,15 @@ def explain(error: Exception, out: str, rank: int, world: int) -> str:
         return f"{getattr(error, 'filename', None) or out} cannot be written or read: {text}"
     if isinstance(error, DataError):
         return str(error)
+    if not isinstance(error, RuntimeError):                     # perhaps a bug: then where it is helps
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        return f"{error} ({Path(last.filename).name}:{last.lineno})"
     if "DataLoader" in text:
         return f"a loader worker died or hangs; the same command goes on from the last checkpoint ({text})"
     if world == 1 or not re.search("timed out|timeout|connection (closed|reset)", text, re.IGNORECASE):
         raise error
     locks = {other: lock_of(out, other) for other in range(world) if other != rank}
     last = {other: lock.stat().st_mtime if lock.is_file() else 0 for other, lock in locks.items()}
-    if not isinstance(error, RuntimeError):                     # perhaps a bug: then where it is helps
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        return f"{error} ({Path(last.filename).name}:{last.lineno})"
     late = min(last, key=last.get)
     heard = f"last heard of {time.time() - last[late]:.0f} s ago" if last[late] else "never heard of"
     return f"the ranks waited in vain for rank {late}, {heard} (--timeout); {text}"
@@ -353,7 +359,7 @@ class Log:
         self.skipped += number
         if self.skipped > max_bad * max(seen, 500):
             raise DataError(f"{self.skipped} of {seen} samples could not be read, more than --max-bad "
-                            f"{max_bad}; the lines above name them")
+                            f"{max_bad}; the lines above name them, python data.py check all of them")
 
     def start(self, done: int):
         """A phase begins, of which `done` steps are over already, with what they skipped."""
@@ -471,6 +477,8 @@ def resume_point(out: str, config: dict, record: dict) -> Path | None:
     """The newest finished checkpoint of this very run, or None; another run's folder is refused by field."""
     folder = newest_checkpoint(out)
     state = read_state(folder) if folder else {}
+    if folder and os.environ.get("RANK", "0") == "0" and state["git"] != git_revision():
+        print(f"{folder} was made by code {state['git']}, {git_revision()} goes on with it")
     was = state.get("config", {}) | {key: state.get(key) for key in record}
     for key, value in (config | record).items():
         if folder and was.get(key) != value:
@@ -883,12 +891,13 @@ def look(model: Exo2Ego, tokenizer: Tokenizer, clip: dict | None) -> Seen:
 def converse(model: Exo2Ego, tokenizer: Tokenizer, video: str, question: str | None, start=None, end=None):
     """Answer one question about an ego video, or chat until an empty line. The video is read once."""
     seen = look(model, tokenizer, {"video": video, "start": start, "end": end})
-    while asked := question or input("? ").strip():
-        for piece in seen.speak(asked):
-            print(piece, end="", flush=True)
-        print(flush=True)
-        if question:
-            return
+    with contextlib.suppress(EOFError):                         # Ctrl-D
+        while asked := question or input("? ").strip():
+            for piece in seen.speak(asked):
+                print(piece, end="", flush=True)
+            print(flush=True)
+            if question:
+                return
 
 # ----------------------------------------------------------------------------------------- EgoBench: metrics
 def mean_of_nonzero(losses: Tensor) -> Tensor:
@@ -1131,6 +1140,8 @@ def egobench(model: Exo2Ego, tokenizer: Tokenizer, o, protocol: dict, rank: int,
     mine = {item.id: done[item.id] for item in items if item.id in done} if rank == 0 else {}
     if rank == 0:
         write_jsonl(own, [protocol, *mine.values()])
+        for old in out.glob(f"{name}.rank*.jsonl"):             # of more ranks than there are now
+            old.unlink()
     barrier()                                                   # now the other ranks' old files may go
     if rank:
         write_jsonl(own, [protocol])
@@ -1145,8 +1156,6 @@ def egobench(model: Exo2Ego, tokenizer: Tokenizer, o, protocol: dict, rank: int,
     if rank:
         return
     done = read_predictions(out, name, protocol)
-        for old in out.glob(f"{name}.rank*.jsonl"):             # of more ranks than there are now
-            old.unlink()
     write_jsonl(out / f"{name}.jsonl", [protocol, *(done[item.id] for item in items)])
     for extra in out.glob(f"{name}.rank*.jsonl"):
         extra.unlink()
@@ -1366,6 +1375,8 @@ def ranking_figures(bench: Bench, items: list[Item], predictions: list[dict]) ->
         score, chance = figures["mAP_avg"], by_chance["mAP_avg"]
         figures["nDCG_avg_chance"] = by_chance["nDCG_avg"]
         each = ranked_precision(sim, rel)
+    if not len(each):
+        raise DataError(f"none of these {len(items)} items has a label to rank")
     half = 1.96 * float(each.std()) / math.sqrt(len(each))
     return dict(score=score, score_chance=chance, score_lo=max(0.0, score - half),
                 score_hi=min(1.0, score + half), score_n=len(items)) | figures
@@ -1380,8 +1391,6 @@ td, th {padding: .3rem .5rem; border-bottom: 1px solid #ddd; text-align: left; v
 .bar i {position: absolute; top: 0; bottom: 0} .right {color: #14823c} .wrong {color: #b92828}
 .item {border: 1px solid #ddd; border-radius: 6px; padding: .7rem; margin: .8rem 0}
 .item img {max-width: 100%} td small {display: block; min-width: 13rem} td {min-width: 4.5rem}</style>
-    if not len(each):
-        raise DataError(f"none of these {len(items)} items has a label to rank")
 <h1>EgoBench</h1><p>Per cent; intervals are 95 %. In the bars: the interval (blue), the score (black), chance
 (red). The last columns follow protocols of their own.</p><div class=wide>
 <table><tr><th>benchmark<th>ours<th><th>n<th>chance<th>blind<th>paper<th>best open<th>protocol</tr>"""
@@ -1483,7 +1492,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--ckpt", help="run folder or step_* (the newest of out/stage3 ... out/stage0)")
     parser.add_argument("--base", help="where the untouched weights are, if they have moved")
     parser.add_argument("--vision", help="where the CLIP directory is, if it has moved")
-    parser.add_argument("--data", default="out/toy", help="the micro-world's folder, or the benchmarks'")
+    parser.add_argument("--data", help="the micro-world's folder (that of the training), or the benchmarks'")
     parser.add_argument("--video", help="ask about this file")
     parser.add_argument("--ask", help="the question; without it, a chat")
     parser.add_argument("--start", type=float, help="seconds")
@@ -1502,8 +1511,8 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--check-attention", action="store_true", help=check_attention.__doc__)
     parser.add_argument("--export-hf", nargs=2, metavar=("CKPT", "DIR"), help=export_hf.__doc__)
     args = parser.parse_args(argv)
-    if args.ask and not args.video:
-        parser.error("--ask needs --video FILE")
+    if args.ask and not args.video or args.bench and not args.data:
+        parser.error("--ask needs --video FILE, and --bench needs --data DIR")
     try:
         if args.check_attention:
             failures = check_attention()
@@ -1523,7 +1532,8 @@ def main(argv: list[str] | None = None):
                 converse(model, tokenizer, args.video, args.ask, args.start, args.end)
                 return
             print(f"{folder}: stage {state['stage']}, step {state['step']} of {state['steps']}")
-            toy_benchmark(model, tokenizer, args.data, state["stage"], folder.parent)
+            data = args.data or state.get("config", {}).get("data", "out/toy")
+            toy_benchmark(model, tokenizer, data, state["stage"], folder.parent)
     except (DataError, ValueError, FileNotFoundError) as error:
         sys.exit(f"eval.py: {error}")
 

@@ -669,13 +669,13 @@ class Decoder(nn.Module):
 
     def merge_lora(self):
         """Fold the low-rank updates into the weights; the outputs stay the same, to rounding."""
-        for m in self.lora_modules():
+        for m in (m for m in self.lora_modules() if m.lora_a is not None):
             m.weight.data += (m.lora_scale * m.lora_b @ m.lora_a).to(m.weight.dtype)
             m.merged, m.lora_a, m.lora_b = (m.lora_a, m.lora_b), None, None
 
     def unmerge_lora(self):
         """The opposite of merge_lora, to rounding."""
-        for m in self.lora_modules():
+        for m in (m for m in self.lora_modules() if m.lora_a is None and hasattr(m, "merged")):
             m.lora_a, m.lora_b = m.merged
             m.weight.data -= (m.lora_scale * m.lora_b @ m.lora_a).to(m.weight.dtype)
 

@@ -6,7 +6,6 @@
 The same command again resumes, bit for bit. Every step is one object in out/stageN/log.jsonl.
 """
 import argparse
-import ctypes
 import math
 import os
 import sys
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from data import (DataError, Loader, add_flags, file_lock, manifest_of, pick_device, read_manifest,
                   scatter_words, shuffle_pairs, start_process, toy_tokenizer, toy_world)
-from eval import (Log, Run, choose_attention, describe, explain, feature_kl, join_ranks, listen,
+from eval import (Log, Run, choose_attention, describe, explain, feature_kl, join_ranks, keep_heap, listen,
                   load_optimizers, lock_of, plan, precision, ready, resume_point, save_checkpoint, schedule,
                   start_point, toy_benchmark, validate, whole, wrap)
 from model import (IGNORE, PRESETS, VIDEO, Exo2Ego, Tokenizer, fingerprint, hash_of, load_checkpoint,
@@ -115,6 +114,8 @@ class TrainConfig:
 FREE = {"out", "save_every", "keep", "val_every", "workers", "timeout", "micro_batch", "no_eval", "max_bad",
         "fsdp", "checkpoint_activations", "plan", "base", "init"}       # those two are known by their hashes
 ZERO = {"stage", "seed", "workers", "max_bad", "contrastive", "kl_weight", "ccl_weight"}        # may be 0
+STAGE_2 = {"no_kl", "no_cycle", "forward_cycle_only", "no_mapping", "mapping", "contrastive", "shuffle_pairs",
+           "kl_space", "kl_weight", "ccl_weight", "kl_temperature"}     # would do nothing elsewhere
 
 def parse(argv: list[str] | None = None) -> TrainConfig:
     """The command line: one flag a field; unknown, abbreviated and misspelt ones are refused by name."""
@@ -125,6 +126,10 @@ def parse(argv: list[str] | None = None) -> TrainConfig:
     for name, value in vars(cfg).items():
         if type(value) in (int, float) and name not in ZERO and not value > 0:
             parser.error(f"--{name.replace('_', '-')} {value}: a number above 0 is needed")
+        if name in STAGE_2 and cfg.stage != 2 and not cfg.plan and value != getattr(TrainConfig, name):
+            parser.error(f"--{name.replace('_', '-')} is of stage 2, whose F and G stage 3 goes on with")
+    if cfg.data.endswith(".jsonl") != Path(cfg.data).is_file():
+        parser.error(f"--data {cfg.data}: a manifest is a file that ends in .jsonl, a micro-world a folder")
     out = Path(cfg.out or f"out/stage{cfg.stage}")
     return replace(cfg, out=str(out), base=cfg.base or str(out.parent / "stage0"),
                    init=cfg.init or str(out.parent / f"stage{max(cfg.stage - 1, 0)}"),
@@ -168,13 +173,13 @@ class Objective(nn.Module):
         """-> {"loss": the weighted sum, and each term} of one micro batch, as its share of the step."""
         token_share, sample_share = self.world / max(supervised, 1), self.world / samples
         terms = {"language": self.language, "clip": self.clip}.get(self.phase.name, self.see)(batch)
+        if wrong := {*terms} ^ {*self.phase.losses} or {n for n, t in terms.items() if t.dim() != 1}:
+            raise DataError(f"{wrong}: a loss is a weight in the stage table and a term of shape (samples,)")
         terms = {n: t.sum() * (token_share if n == "vtg" else sample_share) for n, t in terms.items()}
         return terms | {"loss": sum(self.phase.losses[name] * value for name, value in terms.items())}
 
     def vtg(self, visual: Tensor, batch) -> Tensor:
         """Vision-grounded text generation: next-token cross-entropy of each supervised token."""
-        if wrong := {*terms} ^ {*self.phase.losses} or {n for n, t in terms.items() if t.dim() != 1}:
-            raise DataError(f"{wrong}: a loss is a weight in the stage table and a term of shape (samples,)")
         if not batch.lens:  # no row with text: a stand-in of weight 0, so that all ranks run the same blocks
             ids = torch.tensor([VIDEO] * visual.shape[1] + [1], device=batch.ids.device)
             batch = replace(batch, ids=ids, labels=ids.where(ids > 0, IGNORE), weights=ids * 0,
@@ -352,6 +357,8 @@ def build(run: Run) -> tuple[Exo2Ego, Tokenizer | None]:
         model, tokenizer, state = load_checkpoint(source, base, cfg.vision, cfg.tokenizer, **added)
         if tokenizer.size > model.cfg.vocab:
             raise DataError(f"{tokenizer.path} has more pieces than the decoder: pass its own as --tokenizer")
+        if not published and replace(model.cfg, mapping="none", lora=False) != PRESETS[cfg.preset]:
+            raise DataError(f"{source} has other sizes than --preset {cfg.preset}: pass its own preset")
         run.record |= dict(init=fingerprint(source), base_hash=fingerprint(base),
                            vision=os.path.abspath(cfg.vision) if cfg.vision else state.get("vision"),
                            base=os.path.relpath(base if published else base.parent, cfg.out))
@@ -365,7 +372,13 @@ def train(cfg: TrainConfig, rank: int = 0, world: int = 1):
     """Run a stage to its end, then score it."""
     bf16 = cfg.dtype == "bfloat16" or cfg.dtype is None and torch.cuda.is_available()
     run, rows = Run(cfg, rank, world, pick_device(), bf16), phases(cfg)
-    if (cfg.plan or cfg.preset == "7b") and fit_or_refuse(run, rows[0]):
+    if cfg.plan or cfg.preset == "7b":                          # printed; what cannot fit is refused
+        with torch.device("meta"):
+            model, _ = build(replace(run, record={}, cfg=replace(cfg, plan=True)))
+            objective = Objective(model, None, rows[0], cfg, world).to("meta")
+        set_trained(objective, rows[0], False, bf16)
+        plan(run, rows[0], objective)
+    if cfg.plan:
         return
     model, tokenizer = build(run)
     run.attention = choose_attention(run.device, torch.bfloat16 if bf16 else torch.float32, model.cfg)
@@ -438,8 +451,7 @@ def run_phase(run: Run, model: Exo2Ego, tokenizer: Tokenizer, phase: Phase, load
         norm = float(whole(nn.utils.clip_grad_norm_(trained.values(), 1.0)))
         losses = dict(zip(sums, (total / world for total in run.sum(torch.stack(list(sums.values()))))))
         if not math.isfinite(losses["loss"] + norm):
-            names = sum((b.names for b in micro), [])
-            raise DataError(f"step {step + 1}: loss {losses['loss']}, norm {norm}, rank {run.rank}: {names}")
+            raise DataError(f"step {step + 1}: loss {losses['loss']}, norm {norm} {[b.names for b in micro]}")
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -452,15 +464,6 @@ def run_phase(run: Run, model: Exo2Ego, tokenizer: Tokenizer, phase: Phase, load
             save_checkpoint(run, objective, optimizers, step + 1, trained, log.skipped)
         if stop:
             sys.exit(f"stopped at step {step + 1}, saved: the same command goes on")
-
-def fit_or_refuse(run: Run, phase: Phase) -> bool:
-    """Print a stage's plan; refuse what cannot fit, by the flag that helps. True: no more was asked for."""
-    with torch.device("meta"):
-        model, _ = build(replace(run, record={}, cfg=replace(run.cfg, plan=True)))
-        objective = Objective(model, None, phase, run.cfg, run.world).to("meta")
-    set_trained(objective, phase, False, run.bf16)
-    plan(run, phase, objective)
-    return run.cfg.plan
 
 def prepare(cfg: TrainConfig):
     """Make a missing stage 0, by whichever process gets the lock first; the others wait and find it done."""
@@ -476,12 +479,6 @@ def prepare(cfg: TrainConfig):
                 start_point(cfg.init, cfg.stage - 1)            # minutes before it would be missed
             train(parse(["--stage", "0", "--preset", cfg.preset, "--data", cfg.data, "--seed", str(cfg.seed),
                          "--out", cfg.base, "--workers", str(cfg.workers)]))
-
-def keep_heap():
-    """glibc returns what a step freed to the kernel, which clears every page again in the next: 7-12 %."""
-    if hasattr(libc := ctypes.CDLL(None), "mallopt"):           # Linux
-        libc.mallopt(-4, 0)                                     # M_MMAP_MAX: no tensor is its own mapping
-        libc.mallopt(-1, -1)                                    # M_TRIM_THRESHOLD: the heap never shrinks
 
 def main(argv: list[str] | None = None):
     cfg, (rank, world) = parse(argv), start_process()

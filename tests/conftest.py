@@ -40,6 +40,10 @@ def flags(out, stage, name=None):
             "--init", out / f"stage{max(stage - 1, 0)}"]
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "upstream: what holds in this repository alone: line budgets, README's counts (forks: -m 'not upstream')")
+
+
 def pytest_collection_finish(session):
     """The suites of test_kernels.py, if they are asked for, run beside the other tests from the start."""
     if sys.platform == "linux" and not session.config.option.collectonly:

@@ -266,6 +266,13 @@ def test_another_world_in_the_same_folder_is_refused(toy):
     assert code != 0 and "corpus=60" in err
 
 
+def test_a_folder_of_other_things_is_no_micro_world(tmp_path):
+    (tmp_path / "own.mp4").write_bytes(b"")
+    with pytest.raises(DataError, match="own.mp4 is there and no micro-world"):
+        data.manifest_of(tmp_path, "pairs")
+    assert [f.name for f in tmp_path.iterdir() if f.name[0] != "."] == ["own.mp4"]
+
+
 def test_contact_sheet_shows_pictures_and_text(toy, tmp_path):
     run(REPO / "data.py", "show", toy / "toy" / "val.jsonl", "--n", 4, "--out", tmp_path / "s.png")
     import av

@@ -1,6 +1,8 @@
 """Scores mean what they say: chance for constant answers, ties shared, real greedy answers."""
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -74,8 +76,18 @@ def test_ask_one_video(toy):
     assert len(out.strip()) > 0
     code, _, err = run(REPO / "eval.py", "--ckpt", toy / "stage3", "--video", "gone.mp4", "--ask", "What?", check=False)
     assert code != 0 and "gone.mp4" in err and "Traceback" not in err
+    done = subprocess.run([sys.executable, REPO / "eval.py", "--ckpt", toy / "stage3", "--video", video], input="What am I doing?\n",
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr        # piped, or Ctrl-D
     code, _, err = run(REPO / "eval.py", "--ckpt", toy / "nowhere", check=False)
     assert code != 0 and "no checkpoint" in err and "Traceback" not in err
+
+
+def test_a_checkpoint_is_scored_on_the_world_it_was_trained_on(toy, tmp_path):
+    _, out, _ = run(REPO / "eval.py", "--ckpt", toy / "stage3")
+    assert "ego_em_n: 20" in out
+    code, _, err = run(REPO / "eval.py", "--ckpt", toy / "stage3", "--data", toy / "toy/test.jsonl", check=False)
+    assert code and "is no micro-world" in err
 
 
 def test_a_moved_base_is_named_and_another_one_refused(toy, tmp_path):

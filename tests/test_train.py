@@ -2,6 +2,7 @@
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -202,6 +203,48 @@ def test_the_cycles_constant_is_the_spread_of_exo_features(toy):
         torch.testing.assert_close(objective.loss.std, y.flatten(0, 1).std(0).clamp(min=1e-3), rtol=1e-5, atol=1e-7)
 
 
+def test_a_loss_of_a_fork_needs_a_weight_and_a_term_of_every_sample(toy, monkeypatch):
+    cfg = train.parse([str(a) for a in flags(toy, 2)] + ["--batch", "4"])
+    run_ = eval.Run(cfg, 0, 1, torch.device("cpu"), False)
+    phase = train.phases(cfg)[0]
+    model, tokenizer = train.build(run_)
+    batch = train.make_loader(run_, phase, model, tokenizer).batch(0)[0]
+    for losses, wrong in ((phase.losses | {"mine": 1}, "mine"), ({"vtg": 1, "kl": 1}, "ccl"), (phase.losses, "ccl")):
+        objective = train.Objective(model, tokenizer, replace(phase, losses=phase.losses), cfg, 1)
+        objective.phase = replace(phase, losses=losses)
+        if wrong == "ccl":
+            monkeypatch.setattr(objective, "cycle", lambda *_: torch.zeros(()))
+        if "ccl" not in losses:
+            monkeypatch.setattr(objective, "see", lambda b: {"vtg": torch.zeros(4), "kl": torch.zeros(4), "ccl": torch.zeros(4)})
+        with pytest.raises(data.DataError, match=f"{{'{wrong}'}}: a loss is a weight in the stage table"):
+            objective(batch, 4, 4)
+
+
+def test_a_skip_list_that_appears_between_runs_is_refused_and_moved_folders_are_not(toy, tmp_path):
+    rows = [json.loads(line) for line in (toy / "toy/pairs.jsonl").read_text().splitlines()]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copytree(toy / "stage0", tmp_path / "a/stage0")
+    args = ["--stage", 1, "--data", tmp_path / "m.jsonl", "--root", toy / "toy", "--batch", 4, "--steps", 2]
+    go(*args, "--out", tmp_path / "a/stage1")
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    code, out, _ = run(REPO / "train.py", *args, "--out", tmp_path / "b/stage1")
+    assert "is finished" in out
+    (tmp_path / "m.bad.jsonl").write_text(json.dumps({"id": rows[0]["id"], "videos": [rows[0]["exo"][0]["video"]]}) + "\n")
+    code, _, err = run(REPO / "train.py", *args, "--out", tmp_path / "b/stage1", check=False)
+    assert code == 2 and "holds a run with manifest=" in err
+
+
+def test_a_bug_is_named_with_its_place(tmp_path):
+    try:
+        first, second = "one",
+    except ValueError as error:
+        assert re.search(r"not enough values to unpack .* \(test_train.py:\d+\)$", eval.explain(error, "out", 0, 1))
+    try:
+        open(tmp_path)
+    except OSError as error:
+        assert f"{tmp_path} cannot be written or read" in eval.explain(error, "out", 0, 1)
+
+
 def test_skips_are_counted_against_their_own_phase(tmp_path):
     log = eval.Log(None, 0)
     log.start(0)
@@ -343,6 +386,10 @@ REFUSED = [
     (["--stage", "1", "--batch", "7", "--micro-batch", "2"], "multiple"),
     (["--stage", "1", "--data", "{toy}/no.jsonl"], "no.jsonl"), (["--stage", "1", "--lr", "0"], "--lr 0.0: a number above 0"),
     (["--stage", "1", "--micro-batch", "-2"], "--micro-batch -2: a number"), (["--stage", "0", "--plan"], "--plan are of stages"),
+    (["--stage", "3", "--no-mapping"], "--no-mapping is of stage 2"), (["--stage", "1", "--kl-weight", "3"], "--kl-weight is of stage 2"),
+    (["--stage", "1", "--preset", "small"], "other sizes than --preset small"),
+    (["--stage", "2", "--no-mapping", "--contrastive", "1"], "{'contrastive'}: a loss is a weight"),
+    (["--stage", "1", "--data", "{toy}/toy/world.json"], "a manifest is a file that ends in .jsonl"),
     (["--stage", "1", "--out", "{toy}/stage1", "--seed", "9"], "seed=0"),
     (["--stage", "1", "--data", "{tmp}/missing.jsonl", "--steps", "40"], "--max-bad")]
 

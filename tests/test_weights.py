@@ -285,7 +285,9 @@ def test_lora_merges_and_unmerges():
     ids = torch.randint(0, 512, (12,))
     before, weight = our_logits(decoder, ids), decoder.blocks[0].q.weight.clone()
     decoder.merge_lora()
+    decoder.merge_lora()                                        # a second call has nothing to do
     assert torch.allclose(our_logits(decoder, ids), before, atol=1e-4) and not torch.equal(decoder.blocks[0].q.weight, weight)
+    decoder.unmerge_lora()
     decoder.unmerge_lora()
     assert torch.allclose(decoder.blocks[0].q.weight, weight, atol=1e-6) and torch.allclose(our_logits(decoder, ids), before, atol=1e-4)
 
