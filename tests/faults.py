@@ -253,7 +253,8 @@ def refused_by_torchrun(words, text) -> bool:
     done = subprocess.run(words, capture_output=True, text=True, env=ENV, timeout=180)
     if done.returncode == 0 or text not in done.stderr + done.stdout:
         print(f"    expected {text!r}: {done.returncode} {done.stderr[-1500:]}", flush=True)
-    return done.returncode != 0 and text in done.stderr + done.stdout and not processes(words[-1])
+    out = words[words.index("--out") + 1]                       # orphans have two seconds to notice
+    return done.returncode != 0 and text in done.stderr + done.stdout and wait_for(lambda: not processes(out), 5)
 
 
 def numbers(root: Path):
