@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import copy
 import csv
 import fcntl
 import hashlib
@@ -485,7 +486,7 @@ class Loader:
 
 def _or_raise(item):
     if isinstance(item, ValueError):
-        raise item
+        raise copy.copy(item)           # the traceback of `item` would hold `item` itself, and so the workers
     return item
 
 def _start_worker(_):
@@ -738,8 +739,7 @@ def ego_camera(hand: np.ndarray, world: World, rng: np.random.Generator) -> Came
     return Camera(gaze + walk, roll, zoom, tilt=0.95)
 
 class Canvas:
-    """RGB frames (F, 48, 48, 3) and the one way to draw on them: a soft-edged shape in a window around a
-    point."""
+    """RGB frames (F, 48, 48, 3), and the one way to draw on them: a soft-edged shape around a point."""
     def __init__(self, background: np.ndarray, frames: int):
         self.rgb = np.empty((frames, SIDE, SIDE, 3), np.float32)
         self.rgb[:] = background
@@ -965,7 +965,7 @@ def _claim_world(out: Path, world: World):
     """A folder holds one world: refuse other knobs by name."""
     file = out / "world.json"
     if not file.is_file():
-        if others := [f for f in out.iterdir() if not f.name.startswith(".")]:
+        if others := [f for f in out.iterdir() if f.name[0] != "." and f.suffix != ".part"]:
             raise DataError(f"{others[0]} is there and no micro-world: choose a new folder, or pass a .jsonl")
         write_whole(file, json.dumps(asdict(world)))
     made = asdict(toy_world(out))
@@ -1446,7 +1446,8 @@ def command_check(args):
         for kind, sentence, _ in found:
             print(f"{name}: {kind}: {sentence}")
     write_jsonl(Path(args.manifest).with_suffix(".bad.jsonl"), [
-        {"id": name, "videos": [os.path.relpath(video, base) for *_, video in found],
+        {"id": name, "videos": [os.path.relpath(video, base) if video.startswith(os.path.join(base, "")) else
+                                video for *_, video in found],
          "reasons": [f"{kind}: {text}" for kind, text, _ in found]}
         for name, found in bad.items()])
     share = len(bad) / len(rows)

@@ -145,7 +145,7 @@ def toy_benchmark(model: Exo2Ego, tokenizer: Tokenizer, data: str, stage: int, o
     partners. Stage 3: narrations, text-to-clip choice among 5, questions.
     """
     if not (Path(data) / "world.json").is_file():
-        raise DataError(f"{data} is no micro-world: ask about your own videos (--video, --bench)")
+        raise DataError(f"--data {data} is no micro-world (data.py toy makes one); your own videos: --video")
     model.eval()
     began, world, out = time.time(), toy_world(data), Path(out)
     demonstrator = stage <= 1
@@ -318,8 +318,8 @@ def explain(error: Exception, out: str, rank: int, world: int) -> str:
     if isinstance(error, DataError):
         return str(error)
     if not isinstance(error, RuntimeError):                     # perhaps a bug: then where it is helps
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        return f"{error} ({Path(last.filename).name}:{last.lineno})"
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        return f"{error} ({Path(at.filename).name}:{at.lineno})" if at.name != "_or_raise" else str(error)
     if "DataLoader" in text:
         return f"a loader worker died or hangs; the same command goes on from the last checkpoint ({text})"
     if world == 1 or not re.search("timed out|timeout|connection (closed|reset)", text, re.IGNORECASE):
@@ -477,12 +477,12 @@ def resume_point(out: str, config: dict, record: dict) -> Path | None:
     """The newest finished checkpoint of this very run, or None; another run's folder is refused by field."""
     folder = newest_checkpoint(out)
     state = read_state(folder) if folder else {}
-    if folder and os.environ.get("RANK", "0") == "0" and state["git"] != git_revision():
-        print(f"{folder} was made by code {state['git']}, {git_revision()} goes on with it")
+    if folder and os.environ.get("RANK", "0") == "0" and state["git"] != (now := git_revision()):
+        print(f"{folder} was made by code {state['git']}, {now} goes on with it")
     was = state.get("config", {}) | {key: state.get(key) for key in record}
     for key, value in (config | record).items():
-        if folder and was.get(key) != value:
-            raise ValueError(f"{out} holds a run with {key}={was.get(key)}, this one has {value}: choose "
+        if folder and was.get(key) != value and key != "base":  # that may move: base_hash tells it
+            raise DataError(f"{out} holds a run with {key}={was.get(key)}, this one has {value}: choose "
                              f"another --out or remove the folder")
     return folder
 

@@ -128,7 +128,7 @@ def parse(argv: list[str] | None = None) -> TrainConfig:
             parser.error(f"--{name.replace('_', '-')} {value}: a number above 0 is needed")
         if name in STAGE_2 and cfg.stage != 2 and not cfg.plan and value != getattr(TrainConfig, name):
             parser.error(f"--{name.replace('_', '-')} is of stage 2, whose F and G stage 3 goes on with")
-    if cfg.data.endswith(".jsonl") != Path(cfg.data).is_file():
+    if cfg.data.endswith(".jsonl") != Path(cfg.data).is_file() and not cfg.plan:
         parser.error(f"--data {cfg.data}: a manifest is a file that ends in .jsonl, a micro-world a folder")
     out = Path(cfg.out or f"out/stage{cfg.stage}")
     return replace(cfg, out=str(out), base=cfg.base or str(out.parent / "stage0"),
@@ -247,7 +247,7 @@ class Objective(nn.Module):
             frames = loader.micro_batch(range(i, min(i + loader.micro, samples))).exo.to(self.loss.std.device)
             y = self.model.grid(self.model.exo_vit, frames).flatten(0, 1).cpu().double()    # (m T, h, w, D)
             n, total, squares = n + len(y), total + y.sum(0), squares + y.square().sum(0)
-        self.loss.std.copy_(((squares - total ** 2 / n) / (n - 1)).sqrt().clamp(min=1e-3))
+        self.loss.std.copy_(((squares - total ** 2 / n) / (n - 1)).clamp(min=1e-6).sqrt())
 
     def language(self, batch) -> dict[str, Tensor]:
         """Stage 0, instead of a download: the decoder learns to read scattered, noisy words before a text."""
@@ -329,7 +329,7 @@ def make_loader(run: Run, phase: Phase, model: Exo2Ego, tokenizer: Tokenizer, sp
     rows = read_manifest(path, cfg.root, cfg.allow_outside)
     if cfg.shuffle_pairs and phase.view == "pair" and not split:
         rows = shuffle_pairs(rows, cfg.seed)
-    files = filter(Path.is_file, (path, path.with_suffix(".bad.jsonl")))        # the skip list counts too
+    files = [f for f in (path, path.with_suffix(".bad.jsonl")) if f.is_file() and f.stat().st_size]     # both
     run.record.setdefault("manifest", "+".join(hash_of(file)[:16] for file in files))
     return Loader(rows, model.cfg, tokenizer, view=phase.view, text=phase.text, batch=phase.batch,
                   micro=cfg.micro_batch, seed=cfg.seed, rank=run.rank, world=run.world, train=not split,

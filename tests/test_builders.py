@@ -366,6 +366,11 @@ def test_check_names_what_is_wrong_and_training_skips_it(tmp_path, capsys):
     kept = read_manifest(manifest)
     assert [row["id"] for row in kept] == ["g0", "g1", "g2", "g3"] and "4 of 8 rows are left out" in capsys.readouterr().out
     data.main(["check", str(manifest), "--max-bad", "0.6"])
+    write_jsonl(tmp_path / "deep/x.jsonl", [{"id": "out", "ego": {"video": str(tmp_path / "black.mp4"), "start": 0, "end": 1}, "text": "x"},
+                                            {"id": "good", "ego": {"video": str(tmp_path / "a.mp4"), "start": 0, "end": 1}, "text": "x"}])
+    data.main(["check", str(tmp_path / "deep/x.jsonl"), "--max-bad", "0.6", "--allow-outside"])
+    (tmp_path / "deep").rename(tmp_path / "other")              # files that are named absolutely stay where they are
+    assert [row["id"] for row in read_manifest(tmp_path / "other/x.jsonl", allow_outside=True)] == ["good"]
     tmp_path.rename(tmp_path.with_name("moved"))                # the list goes with its files
     assert [row["id"] for row in read_manifest(tmp_path.with_name("moved") / manifest.name)] == ["g0", "g1", "g2", "g3"]
 

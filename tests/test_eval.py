@@ -87,7 +87,7 @@ def test_a_checkpoint_is_scored_on_the_world_it_was_trained_on(toy, tmp_path):
     _, out, _ = run(REPO / "eval.py", "--ckpt", toy / "stage3")
     assert "ego_em_n: 20" in out
     code, _, err = run(REPO / "eval.py", "--ckpt", toy / "stage3", "--data", toy / "toy/test.jsonl", check=False)
-    assert code and "is no micro-world" in err
+    assert code and "is no micro-world (data.py toy" in err
 
 
 def test_a_moved_base_is_named_and_another_one_refused(toy, tmp_path):

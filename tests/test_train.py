@@ -1,6 +1,7 @@
 """Training is exact: resuming, accumulating, splitting over ranks; and only what the stage table names moves."""
 import argparse
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -104,6 +105,10 @@ def test_a_run_that_its_loader_refuses_ends(toy, tmp_path):
     code, _, said = run("train.py", "--stage", 1, "--data", tmp_path / "long.jsonl", "--root", toy / "toy", "--base", toy / "stage0", "--init",
                         toy / "stage0", "--out", tmp_path / "out", "--steps", 90, "--batch", 8, "--no-eval", check=False, timeout=60)
     assert code == 2 and "tokens, over 256: shorten" in said and "Traceback" not in said
+    with pytest.raises(SystemExit):                             # in a notebook: no worker stays, of which a later collection waits ten seconds
+        go("--stage", 1, "--data", tmp_path / "long.jsonl", "--root", toy / "toy", "--base", toy / "stage0", "--init", toy / "stage0", "--out",
+           tmp_path / "again", "--steps", 90, "--batch", 8, "--no-eval")
+    assert not multiprocessing.active_children()
 
 
 BROKEN = """
@@ -201,6 +206,9 @@ def test_the_cycles_constant_is_the_spread_of_exo_features(toy):
         with torch.no_grad():
             y = torch.cat([model.grid(model.exo_vit, loader.micro_batch(range(i, i + 1)).exo) for i in range(loader.samples)])
         torch.testing.assert_close(objective.loss.std, y.flatten(0, 1).std(0).clamp(min=1e-3), rtol=1e-5, atol=1e-7)
+    model.grid = lambda vit, frames: torch.full((len(frames), 4, 4, 4, 96), 0.1)        # a still video: sums round below 0
+    objective.measure(loader)
+    assert (objective.loss.std == 1e-3).all()
 
 
 def test_a_loss_of_a_fork_needs_a_weight_and_a_term_of_every_sample(toy, monkeypatch):
@@ -227,6 +235,9 @@ def test_a_skip_list_that_appears_between_runs_is_refused_and_moved_folders_are_
     args = ["--stage", 1, "--data", tmp_path / "m.jsonl", "--root", toy / "toy", "--batch", 4, "--steps", 2]
     go(*args, "--out", tmp_path / "a/stage1")
     shutil.move(tmp_path / "a", tmp_path / "b")
+    code, out, _ = run(REPO / "train.py", *args, "--out", tmp_path / "b/stage1")
+    assert "is finished" in out
+    (tmp_path / "m.bad.jsonl").write_text("")                   # a check that found nothing
     code, out, _ = run(REPO / "train.py", *args, "--out", tmp_path / "b/stage1")
     assert "is finished" in out
     (tmp_path / "m.bad.jsonl").write_text(json.dumps({"id": rows[0]["id"], "videos": [rows[0]["exo"][0]["video"]]}) + "\n")
