@@ -84,14 +84,12 @@ PRESETS = {
         frames=4, image_size=48, patch=12, vit_width=96, vit_layers=3, vit_heads=3, stc_depth=1,
         stc_padding=0, map_blocks=4, map_downs=1, map_width=64, width=96, layers=2, heads=3, kv_heads=1,
         ff=256, vocab=512, rope_theta=1e4, max_length=256, lora_rank=16, lora_alpha=32, lora_dropout=0.0),
-    # Benchmarks and first tries on a GPU: our choice.
-    "small": ModelConfig(
+    "small": ModelConfig(           # benchmarks and first tries on a GPU: our choice
         frames=8, image_size=112, patch=14, vit_width=384, vit_layers=7, vit_heads=6, stc_depth=4,
         stc_padding=1, map_blocks=9, map_downs=1, map_width=128, width=512, layers=8, heads=8, kv_heads=2,
         ff=1536, vocab=32000, rope_theta=1e6, max_length=2048, lora_rank=64, lora_alpha=128,
         lora_dropout=0.1),
-    # The paper: two CLIP-L/14-336, VideoLLaMA2's connector, Mistral-7B-Instruct-v0.2.
-    "7b": ModelConfig(
+    "7b": ModelConfig(             # the paper: two CLIP-L/14-336, VideoLLaMA2's STC, Mistral-7B-Instruct-v0.2
         frames=16, image_size=336, patch=14, vit_width=1024, vit_layers=24, vit_heads=16, stc_depth=4,
         stc_padding=1, map_blocks=9, map_downs=2, map_width=512, width=4096, layers=32, heads=32, kv_heads=8,
         ff=14336, vocab=32000, rope_theta=1e6, max_length=4096, lora_rank=128, lora_alpha=256,
@@ -732,6 +730,8 @@ class Exo2Ego(nn.Module):
 
     def grid(self, vit: VisionEncoder, frames: Tensor) -> Tensor:
         """uint8 (B, T, 3, S, S) -> the ViT's grid (B, T, h, w, D)."""
+        if frames.dtype != torch.uint8:
+            raise ValueError(f"frames are uint8, 0 to 255, and are normalised here; these are {frames.dtype}")
         x = rearrange(frames, "b t c h w -> (b t) c h w").float()
         mean, std = (torch.tensor(v, device=x.device)[:, None, None] * 255 for v in (PIXEL_MEAN, PIXEL_STD))
         return rearrange(vit((x - mean) / std), "(b t) h w d -> b t h w d", b=len(frames))

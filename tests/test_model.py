@@ -149,6 +149,11 @@ def test_supervised_logits_are_the_full_ones_shifted():
     assert torch.equal(targets, ids[-3:]) and torch.allclose(logits, model.decoder.logits(hidden)[-4:-1], atol=1e-6)
 
 
+def test_frames_that_are_normalised_already_are_refused():
+    with pytest.raises(ValueError, match="frames are uint8, 0 to 255"):
+        Exo2Ego(PRESETS["toy"]).encode_ego(torch.rand(1, 4, 3, 48, 48))
+
+
 def test_patches_come_in_one_piece():
     """A view without the class token makes torch copy a connector's weights once for every row of patches when no
     gradient is wanted: 8 % of a stage-2 step."""
