@@ -1194,7 +1194,7 @@ def place_clips(items: list[Item], root: Path, allow_outside: bool, blind: bool)
                      root / stem.split("_")[0] / f"videos/{stem}.MP4"]
             places[name] = os.path.realpath(next((path for path in tries if path.is_file()), tries[0]))
         video = clip["video"] = places[name]
-        if not allow_outside and not video.startswith(base + os.sep):
+        if not allow_outside and not video.startswith(os.path.join(base, "")):
             raise DataError(f"{name} is outside {base}: pass --videos or --allow-outside")
         if "frames" in clip:
             if video not in rates:

@@ -9,6 +9,7 @@ import sys
 import time
 from argparse import Namespace
 from collections import namedtuple
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -430,6 +431,13 @@ def test_two_runs_into_one_folder_are_refused(sets, toy, tmp_path):
     with data.file_lock(tmp_path / ".vln-qa.lock0", wait=False):
         second = bench(sets, tmp_path, toy, "vln-qa", check=False)
     assert second.returncode and "is in use by process" in second.stderr and not (tmp_path / "vln-qa.jsonl").exists()
+
+
+def test_the_videos_may_be_named_from_the_root_of_the_disk(toy):
+    video = str((toy / "toy/val/ego/0.mp4").resolve())
+    items = [eval.Item("0", [{"video": video.lstrip("/")}])]
+    eval.place_clips(items, Path("/"), allow_outside=False, blind=False)
+    assert items[0].clips == [{"video": video}]
 
 
 def test_retrieval_under_autocast(learner):
