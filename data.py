@@ -1518,11 +1518,11 @@ def command_cache(args):
     wanted: dict[tuple, set] = {}
     for clip in (clip for row in rows for clip in clips_of(row)):
         wanted.setdefault((clip["video"], clip.get("fps")), set()).add((clip.get("start"), clip.get("end")))
-    made = {key: repr((key, sorted(clips, key=str), args.frames, args.size, args.fit))
-            for key, clips in wanted.items()}                   # another cache in this folder has other names
-    target = {key: f"{hashlib.sha256(what.encode()).hexdigest()[:20]}.mp4" for key, what in made.items()}
-    jobs = [(key, sorted(clips, key=str), str(out / target[key]), args.frames, args.size, args.fit)
-            for key, clips in wanted.items()]
+    wanted = {key: sorted(clips, key=str) for key, clips in wanted.items()}
+    form = args.frames, args.size, args.fit                     # another cache in this folder has other names
+    target = {key: f"{hashlib.sha256(repr((key, clips, *form)).encode()).hexdigest()[:20]}.mp4"
+              for key, clips in wanted.items()}
+    jobs = [(key, clips, str(out / target[key]), *form) for key, clips in wanted.items()]
     errors = {}
     with worker_pool() as pool:
         for key, bad in progress(pool.imap_unordered(_cache_job, jobs), len(jobs), "videos"):
