@@ -329,8 +329,8 @@ def make_loader(run: Run, phase: Phase, model: Exo2Ego, tokenizer: Tokenizer, sp
     rows = read_manifest(path, cfg.root, cfg.allow_outside)
     if cfg.shuffle_pairs and phase.view == "pair" and not split:
         rows = shuffle_pairs(rows, cfg.seed)
-    files = [f for f in (path, path.with_suffix(".bad.jsonl")) if f.is_file() and f.stat().st_size]     # both
-    run.record.setdefault("manifest", "+".join(hash_of(file)[:16] for file in files))
+    files = [f for f in (path, path.with_suffix(".bad.jsonl")) if f.is_file() and f.stat().st_size]
+    run.record.setdefault("manifest", "+".join(hash_of(f)[:16] for f in files))         # with its skip list
     return Loader(rows, model.cfg, tokenizer, view=phase.view, text=phase.text, batch=phase.batch,
                   micro=cfg.micro_batch, seed=cfg.seed, rank=run.rank, world=run.world, train=not split,
                   video_tokens=model.cfg.visual_tokens * (1 + (phase.view != "exo" and model.F is not None)))
@@ -355,8 +355,8 @@ def build(run: Run) -> tuple[Exo2Ego, Tokenizer | None]:
         base = source if state["base"] is None else base
         added = new | lora if cfg.plan else new if cfg.stage == 2 else lora
         model, tokenizer, state = load_checkpoint(source, base, cfg.vision, cfg.tokenizer, **added)
-        if tokenizer.size > model.cfg.vocab:
-            raise DataError(f"{tokenizer.path} has more pieces than the decoder: pass its own as --tokenizer")
+        if (pieces := tokenizer.size) > (vocab := model.cfg.vocab):
+            raise DataError(f"{tokenizer.path}: {pieces} pieces, the decoder {vocab}: pass its --tokenizer")
         if not published and replace(model.cfg, mapping="none", lora=False) != PRESETS[cfg.preset]:
             raise DataError(f"{source} has other sizes than --preset {cfg.preset}: pass its own preset")
         run.record |= dict(init=fingerprint(source), base_hash=fingerprint(base),
