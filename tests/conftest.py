@@ -15,10 +15,10 @@ os.environ["OMP_NUM_THREADS"] = "1"     # bit-equality holds for one number of t
 torch.set_num_threads(1)
 
 
-def run(*args, cwd=None, check=True, env=None, timeout=300):
+def run(*args, cwd=None, check=True, env=None, timeout=300, input=None):
     """A command of the repository, as a user types it: (exit code, stdout, stderr)."""
     done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd or REPO, capture_output=True, text=True,
-                          timeout=timeout, env=os.environ | (env or {}))
+                          timeout=timeout, env=os.environ | (env or {}), input=input)
     if check:
         assert done.returncode == 0, f"{args}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     return done.returncode, done.stdout, done.stderr

@@ -194,11 +194,15 @@ def test_ranks_that_start_from_nothing_make_one_world(tmp_path):
     assert newest_checkpoint(tmp_path / "stage0").name == "step_000004"
 
 
-def test_the_cycles_constant_is_the_spread_of_exo_features(toy):
-    cfg = train.parse([str(a) for a in flags(toy, 2)])
+def stage_2(toy, *more):
+    """What a run of stage 2 starts with."""
+    cfg = train.parse([*map(str, flags(toy, 2)), *more])
     run_ = eval.Run(cfg, 0, 1, torch.device("cpu"), False)
-    phase = train.phases(cfg)[0]
-    model, tokenizer = train.build(run_)
+    return cfg, run_, train.phases(cfg)[0], *train.build(run_)
+
+
+def test_the_cycles_constant_is_the_spread_of_exo_features(toy):
+    cfg, run_, phase, model, tokenizer = stage_2(toy)
     for micro in (32, 8, 1):
         loader = train.make_loader(replace(run_, cfg=replace(cfg, micro_batch=micro)), phase, model, tokenizer)
         objective = train.Objective(model, tokenizer, phase, cfg, 1)
@@ -212,13 +216,10 @@ def test_the_cycles_constant_is_the_spread_of_exo_features(toy):
 
 
 def test_a_loss_of_a_fork_needs_a_weight_and_a_term_of_every_sample(toy, monkeypatch):
-    cfg = train.parse([str(a) for a in flags(toy, 2)] + ["--batch", "4"])
-    run_ = eval.Run(cfg, 0, 1, torch.device("cpu"), False)
-    phase = train.phases(cfg)[0]
-    model, tokenizer = train.build(run_)
+    cfg, run_, phase, model, tokenizer = stage_2(toy, "--batch", "4")
     batch = train.make_loader(run_, phase, model, tokenizer).batch(0)[0]
     for losses, wrong in ((phase.losses | {"mine": 1}, "mine"), ({"vtg": 1, "kl": 1}, "ccl"), (phase.losses, "ccl")):
-        objective = train.Objective(model, tokenizer, replace(phase, losses=phase.losses), cfg, 1)
+        objective = train.Objective(model, tokenizer, phase, cfg, 1)
         objective.phase = replace(phase, losses=losses)
         if wrong == "ccl":
             monkeypatch.setattr(objective, "cycle", lambda *_: torch.zeros(()))
@@ -246,14 +247,12 @@ def test_a_skip_list_that_appears_between_runs_is_refused_and_moved_folders_are_
 
 
 def test_a_bug_is_named_with_its_place(tmp_path):
-    try:
+    with pytest.raises(ValueError) as bug:
         first, second = "one",
-    except ValueError as error:
-        assert re.search(r"not enough values to unpack .* \(test_train.py:\d+\)$", eval.explain(error, "out", 0, 1))
-    try:
+    assert re.search(r"not enough values to unpack .* \(test_train.py:\d+\)$", eval.explain(bug.value, "out", 0, 1))
+    with pytest.raises(OSError) as denied:
         open(tmp_path)
-    except OSError as error:
-        assert f"{tmp_path} cannot be written or read" in eval.explain(error, "out", 0, 1)
+    assert f"{tmp_path} cannot be written or read" in eval.explain(denied.value, "out", 0, 1)
 
 
 def test_skips_are_counted_against_their_own_phase(tmp_path):
