@@ -1014,6 +1014,8 @@ def load_checkpoint(path: str | os.PathLike, base: str | os.PathLike | None = No
 TILES = {("forward", 32): (128, 64, 4, 3), ("dq", 32): (128, 64, 8, 2), ("dkdv", 32): (32, 64, 4, 2),
          ("forward", 64): (128, 64, 8, 3), ("dq", 64): (128, 64, 8, 2), ("dkdv", 64): (32, 128, 8, 2),
          ("forward", 128): (128, 32, 8, 3), ("dq", 128): (128, 32, 8, 2), ("dkdv", 128): (32, 64, 8, 2)}
+# Hopper (sm_90) has more shared memory and multiplies a tile by 128 threads at once
+TILES_90 = TILES | {("forward", 64): (128, 128, 8, 2), ("forward", 128): (128, 128, 8, 2)}
 FLOAT32_TILES = {32: (32, 32, 8, 1), 64: (16, 32, 8, 1), 128: (32, 16, 8, 1)}
 
 @cache
@@ -1024,7 +1026,7 @@ def triton_kernels() -> dict:
     and results repeat bit for bit. static_range unrolls the walk into two loops, over tiles that are visible
     whole and over those to be masked (with a window: all). Scores are in base 2, exp2 being one instruction.
     """
-    global tl, bounds, key_walk, hide   # triton's interpreter looks for names among the module's globals
+    global tl, bounds, key_walk, hide, load     # triton's interpreter looks for names among the module's globals
     try:
         import triton
         import triton.language as tl
@@ -1056,25 +1058,33 @@ def triton_kernels() -> dict:
             seen = seen & (j > i - window)
         return tl.where(seen, s, float("-inf"))
 
+    @triton.jit
+    def load(at, inside, MASKED: tl.constexpr):
+        if MASKED:
+            return tl.load(at, mask=inside, other=0.0)
+        return tl.load(at)                          # a whole tile: all of it lies inside
+
     @triton.jit(do_not_specialize=["total", "heads", "kv_heads", "window"])
     def forward(q, k, v, o, lse, cu_q, cu_k, total, heads, kv_heads, window, scale, D: tl.constexpr,
                 CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-        tile, head = tl.program_id(0), tl.program_id(1)
+        tile, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)    # causal: the longest walks first
         q0, lq, k0, lk = bounds(cu_q, cu_k)
         if tile * BM >= lq:
             return
         rows, d = tile * BM + tl.arange(0, BM), tl.arange(0, D)
-        at_q = ((q0 + rows).to(tl.int64) * heads + head)[:, None] * D + d[None, :]
-        qi = tl.load(q + at_q, mask=rows[:, None] < lq, other=0.0)
+        first_q = (tl.cast(q0, tl.int64) * heads + head) * D        # where the segment's rows of this head start
+        first_k = (tl.cast(k0, tl.int64) * kv_heads + head // (heads // kv_heads)) * D
+        at_q = rows[:, None] * (heads * D) + d[None, :]
+        qi = tl.load(q + first_q + at_q, mask=rows[:, None] < lq, other=0.0)
         m, l = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
         acc = tl.zeros([BM, D], tl.float32)
         lo, tail, hi = key_walk(tile * BM + lk - lq, lk, window, CAUSAL, WINDOW, BM, BN)
         for masked in tl.static_range(1 if WINDOW else 0, 2):
             for j in range(tail if masked else lo, hi if masked else tail, BN):
                 keys = j + tl.arange(0, BN)
-                at_k = ((k0 + keys).to(tl.int64) * kv_heads + head // (heads // kv_heads)) * D
-                kj = tl.load(k + at_k[None, :] + d[:, None], mask=keys[None, :] < lk, other=0.0)    # (D, BN)
-                vj = tl.load(v + at_k[:, None] + d[None, :], mask=keys[:, None] < lk, other=0.0)    # (BN, D)
+                at_k = keys * (kv_heads * D)
+                kj = load(k + first_k + at_k[None, :] + d[:, None], keys[None, :] < lk, masked)     # (D, BN)
+                vj = load(v + first_k + at_k[:, None] + d[None, :], keys[:, None] < lk, masked)     # (BN, D)
                 s = tl.dot(qi, kj, input_precision="ieee") * (scale * 1.4426950408889634)   # log2(e)
                 if masked:
                     s = hide(s, (rows + lk - lq)[:, None], keys[None, :], lk, window, CAUSAL, WINDOW)
@@ -1085,22 +1095,24 @@ def triton_kernels() -> dict:
                 acc = tl.dot(p.to(vj.dtype), vj, acc * alpha[:, None], input_precision="ieee")
                 m = m_new
         some = tl.where(l == 0.0, 1.0, l)                       # a row without keys: o = 0, lse = inf
-        tl.store(o + at_q, (acc / some[:, None]).to(o.dtype.element_ty), mask=rows[:, None] < lq)
+        tl.store(o + first_q + at_q, (acc / some[:, None]).to(o.dtype.element_ty), mask=rows[:, None] < lq)
         lse_i = tl.where(l == 0.0, float("inf"), m + tl.log2(some))
         tl.store(lse + tl.cast(head, tl.int64) * total + q0 + rows, lse_i, mask=rows < lq)
 
     @triton.jit(do_not_specialize=["total", "heads", "kv_heads", "window"])
     def dq(q, k, v, do, lse, delta, dq, cu_q, cu_k, total, heads, kv_heads, window, scale, D: tl.constexpr,
            CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-        tile, head = tl.program_id(0), tl.program_id(1)
+        tile, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)    # causal: the longest walks first
         q0, lq, k0, lk = bounds(cu_q, cu_k)
         if tile * BM >= lq:
             return
         rows, d = tile * BM + tl.arange(0, BM), tl.arange(0, D)
-        at_q = ((q0 + rows).to(tl.int64) * heads + head)[:, None] * D + d[None, :]
+        first_q = (tl.cast(q0, tl.int64) * heads + head) * D
+        first_k = (tl.cast(k0, tl.int64) * kv_heads + head // (heads // kv_heads)) * D
+        at_q = rows[:, None] * (heads * D) + d[None, :]
         at_row = tl.cast(head, tl.int64) * total + q0 + rows
-        qi = tl.load(q + at_q, mask=rows[:, None] < lq, other=0.0)
-        do_i = tl.load(do + at_q, mask=rows[:, None] < lq, other=0.0)
+        qi = tl.load(q + first_q + at_q, mask=rows[:, None] < lq, other=0.0)
+        do_i = tl.load(do + first_q + at_q, mask=rows[:, None] < lq, other=0.0)
         lse_i = tl.load(lse + at_row, mask=rows < lq, other=float("inf"))
         delta_i = tl.load(delta + at_row, mask=rows < lq, other=0.0)
         dq_i = tl.zeros([BM, D], tl.float32)
@@ -1108,16 +1120,16 @@ def triton_kernels() -> dict:
         for masked in tl.static_range(1 if WINDOW else 0, 2):
             for j in range(tail if masked else lo, hi if masked else tail, BN):
                 keys = j + tl.arange(0, BN)
-                at_k = ((k0 + keys).to(tl.int64) * kv_heads + head // (heads // kv_heads)) * D
-                kj = tl.load(k + at_k[:, None] + d[None, :], mask=keys[:, None] < lk, other=0.0)    # (BN, D)
-                vj = tl.load(v + at_k[:, None] + d[None, :], mask=keys[:, None] < lk, other=0.0)
+                at_k = keys[:, None] * (kv_heads * D) + d[None, :]
+                kj = load(k + first_k + at_k, keys[:, None] < lk, masked)                   # (BN, D)
+                vj = load(v + first_k + at_k, keys[:, None] < lk, masked)
                 s = tl.dot(qi, tl.trans(kj), input_precision="ieee") * (scale * 1.4426950408889634)
                 if masked:
                     s = hide(s, (rows + lk - lq)[:, None], keys[None, :], lk, window, CAUSAL, WINDOW)
                 p = tl.exp2(s - lse_i[:, None])
                 ds = p * (tl.dot(do_i, tl.trans(vj), input_precision="ieee") - delta_i[:, None])
                 dq_i = tl.dot(ds.to(kj.dtype), kj, dq_i, input_precision="ieee")
-        tl.store(dq + at_q, (dq_i * scale).to(dq.dtype.element_ty), mask=rows[:, None] < lq)
+        tl.store(dq + first_q + at_q, (dq_i * scale).to(dq.dtype.element_ty), mask=rows[:, None] < lq)
 
     @triton.jit(do_not_specialize=["total", "heads", "kv_heads", "window"])
     def dkdv(q, k, v, do, lse, delta, dk, dv, cu_q, cu_k, total, heads, kv_heads, window, scale,
@@ -1127,38 +1139,46 @@ def triton_kernels() -> dict:
         if tile * BN >= lk:
             return
         keys, d = tile * BN + tl.arange(0, BN), tl.arange(0, D)
-        at_k = ((k0 + keys).to(tl.int64) * kv_heads + kv_head)[:, None] * D + d[None, :]
-        kj = tl.load(k + at_k, mask=keys[:, None] < lk, other=0.0)
-        vj = tl.load(v + at_k, mask=keys[:, None] < lk, other=0.0)
+        first_k = (tl.cast(k0, tl.int64) * kv_heads + kv_head) * D
+        at_k = keys[:, None] * (kv_heads * D) + d[None, :]
+        kj = tl.load(k + first_k + at_k, mask=keys[:, None] < lk, other=0.0)
+        vj = tl.load(v + first_k + at_k, mask=keys[:, None] < lk, other=0.0)
         dk_j, dv_j = tl.zeros([BN, D], tl.float32), tl.zeros([BN, D], tl.float32)
-        # queries [lo, full): to be masked; [full, hi): see all these keys. Ragged ends need no mask: past the
-        # last query lse is inf, so p is 0; keys past the end are not stored
+        # queries [lo, full) and [whole, hi) are to be masked; [full, whole) are whole tiles that see all these
+        # keys. Past the last query lse is inf, so p is 0; keys past the end are not stored
         lo, full, hi, first = 0, 0, lq, tile * BN + lq - lk     # first: the query at the tile's first key
         if CAUSAL:
             lo = tl.maximum(first, 0) // BM * BM
             full = tl.minimum((tl.maximum(first + BN - 1, 0) + BM - 1) // BM * BM, lq)
+        whole = tl.maximum(full, hi // BM * BM)
         if WINDOW:
             hi = tl.minimum(lq, first + BN - 1 + window)
             full = hi
         for head in range(kv_head * (heads // kv_heads), (kv_head + 1) * (heads // kv_heads)):
-            for masked in tl.static_range(1 if WINDOW else 0, 2 if CAUSAL else 1):
-                for i in range(lo if masked else full, full if masked else hi, BM):
+            first_q = (tl.cast(q0, tl.int64) * heads + head) * D
+            for part in tl.static_range(0 if CAUSAL else 1, 1 if WINDOW else 3):        # 1: the whole tiles
+                begin, end = lo, full
+                if part == 1:
+                    begin, end = full, whole
+                if part == 2:
+                    begin, end = whole, hi
+                for i in range(begin, end, BM):
                     rows = i + tl.arange(0, BM)
-                    at_q = ((q0 + rows).to(tl.int64) * heads + head)[:, None] * D + d[None, :]
+                    at_q = rows[:, None] * (heads * D) + d[None, :]
                     at_row = tl.cast(head, tl.int64) * total + q0 + rows
-                    qi = tl.load(q + at_q, mask=rows[:, None] < lq, other=0.0)
-                    do_i = tl.load(do + at_q, mask=rows[:, None] < lq, other=0.0)
+                    qi = load(q + first_q + at_q, rows[:, None] < lq, part != 1)
+                    do_i = load(do + first_q + at_q, rows[:, None] < lq, part != 1)
                     lse_i = tl.load(lse + at_row, mask=rows < lq, other=float("inf"))
-                    delta_i = tl.load(delta + at_row, mask=rows < lq, other=0.0)
+                    delta_i = load(delta + at_row, rows < lq, part != 1)
                     s = tl.dot(kj, tl.trans(qi), input_precision="ieee") * (scale * 1.4426950408889634)
-                    if masked:                                  # transposed: keys are rows, (BN, BM)
+                    if part != 1:                               # transposed: keys are rows, (BN, BM)
                         s = hide(s, (rows + lk - lq)[None, :], keys[:, None], lk, window, CAUSAL, WINDOW)
                     p = tl.exp2(s - lse_i[None, :])
                     dv_j = tl.dot(p.to(do_i.dtype), do_i, dv_j, input_precision="ieee")
                     ds = p * (tl.dot(vj, tl.trans(do_i), input_precision="ieee") - delta_i[None, :])
                     dk_j = tl.dot(ds.to(qi.dtype), qi, dk_j, input_precision="ieee")
-        tl.store(dk + at_k, (dk_j * scale).to(dk.dtype.element_ty), mask=keys[:, None] < lk)
-        tl.store(dv + at_k, dv_j.to(dv.dtype.element_ty), mask=keys[:, None] < lk)
+        tl.store(dk + first_k + at_k, (dk_j * scale).to(dk.dtype.element_ty), mask=keys[:, None] < lk)
+        tl.store(dv + first_k + at_k, dv_j.to(dv.dtype.element_ty), mask=keys[:, None] < lk)
 
     return {"forward": forward, "dq": dq, "dkdv": dkdv}
 
@@ -1168,7 +1188,8 @@ class TritonAttention(torch.autograd.Function):
     def launch(kernel, q, k, seg, causal, window, scale, *tensors):
         """One program for each tile of each head of each segment; empty ones return at once."""
         (heads, d), kv_heads = q.shape[1:], k.shape[1]
-        rows, keys, warps, stages = FLOAT32_TILES[d] if q.dtype == torch.float32 else TILES[kernel, d]
+        table = TILES_90 if q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0) else TILES
+        rows, keys, warps, stages = FLOAT32_TILES[d] if q.dtype == torch.float32 else table[kernel, d]
         by_keys = kernel == "dkdv"                              # the side whose tiles the programs own
         tiles = math.ceil(max(seg.k_lens if by_keys else seg.q_lens, default=0) / (keys if by_keys else rows))
         if tiles:

@@ -2,13 +2,12 @@
 
     python tests/bench.py attention             # naive, padded with a dense mask, tiled, ours: time and memory
     OMP_NUM_THREADS=2 python tests/bench.py full    # a step of the 7b preset for real: seconds, memory against the plan
-    python tests/bench.py tflops                # the same on a GPU: TFLOP/s, ours beside torch's
     python tests/bench.py step                  # a training step beside transformers' modules composed; parts; scaling
     python tests/bench.py run                   # start-up, waiting for the loader, two processes beside one
     python tests/bench.py score                 # options about one video: the prefix cached and packed, or each pair alone
     python tests/bench.py generate              # 64 tokens: with a cache, without, transformers; decode: the decoder's step alone
     python tests/bench.py data                  # clips of a 3-minute take: from its start, by seeking, cached; decord
-    python tests/bench.py all --json FILE       # all but full and tflops, an hour
+    python tests/bench.py all --json FILE       # all but full, an hour
 
 Every side of a comparison is a process of its own with one thread; the sides take turns, round by round.
 """
@@ -39,7 +38,6 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.benchmark import Timer
 
 import data
 import eval
@@ -157,33 +155,6 @@ def bench_attention(args):
                           "{memory_ratio:5.1f}x".format(mb=bytes_ / 2**20, **row), flush=True)
                     rows.append(row)
     return rows
-
-
-def attention_speed(device, dtype, backends, shapes):
-    """TFLOP/s of forward and of forward + backward for each backend and (name, lens, heads, kv_heads,
-    head_dim, causal); a backward counts 2.5 forwards."""
-    for name, lens, heads, kv_heads, d, causal in shapes:
-        work = 4 * heads * d * sum(n * (n + 1) / 2 if causal else n * n for n in lens)
-        qkv = [torch.randn(sum(lens), h, d, device=device, dtype=dtype, requires_grad=True)
-               for h in (heads, kv_heads, kv_heads)]
-        for backend in backends:
-            run = partial(attention, *qkv, Segments.packed(lens, device), causal=causal, backend=backend)
-            names, both = dict(run=run, qkv=qkv, grad=torch.autograd.grad), "grad(run(), qkv, qkv[0])"
-            speeds = [work * share / Timer(code, globals=names).blocked_autorange().median / 1e12
-                      for code, share in (("run()", 1), (both, 3.5))]
-            print(f"{name:26} {backend:6} forward {speeds[0]:8.3f}, with backward {speeds[1]:8.3f} TFLOP/s")
-
-
-def bench_tflops(args):
-    """TFLOP/s of attention on this machine's GPU, ours beside torch's."""
-    if not torch.cuda.is_available():
-        sys.exit("bench.py tflops needs a GPU; on a CPU: bench.py attention")
-    attention_speed("cuda", torch.bfloat16, ("sdpa", "triton"), (
-        ("16 frames, bidirectional", (577,) * 16, 16, 16, 64, False),
-        ("4 x 1560 tokens, causal", (1560,) * 4, 32, 8, 128, True),
-        ("4 x 3081 tokens, causal", (3081,) * 4, 32, 8, 128, True),
-        ("ragged, causal", (3081, 1560, 1600, 90, 30, 700), 32, 8, 128, True)))
-    return []
 
 
 def bench_full(args):
@@ -423,13 +394,17 @@ def bench_all(args):
 
 
 def as_transformers(model):
-    """The decoder's weights in transformers' MistralForCausalLM (without low-rank updates)."""
+    """The decoder's weights, shared and not copied, in transformers' MistralForCausalLM (without low-rank updates)."""
     from transformers import MistralConfig, MistralForCausalLM
     c = model.decoder.cfg
-    theirs = MistralForCausalLM(MistralConfig(
+    config = MistralConfig(
         vocab_size=c.vocab, hidden_size=c.width, intermediate_size=c.ff, num_hidden_layers=c.layers, num_attention_heads=c.heads,
-        num_key_value_heads=c.kv_heads, rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta, sliding_window=None, max_position_embeddings=4096)).eval()
-    theirs.load_state_dict({rename(n, MISTRAL_NAMES): t for n, t in model.decoder.state_dict().items() if ".lora_" not in n})
+        num_key_value_heads=c.kv_heads, rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta, sliding_window=None, max_position_embeddings=4096)
+    with torch.device("meta"):
+        theirs = MistralForCausalLM(config).eval()
+    weights = {rename(n, MISTRAL_NAMES): t for n, t in model.decoder.state_dict().items() if ".lora_" not in n}
+    theirs.load_state_dict(weights, assign=True)
+    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config).to(model.decoder.head.weight.device)    # its table is no weight
     return theirs
 
 
@@ -451,20 +426,28 @@ def make_batch(stage, cfg, clips=8, views=2, text=(8, 200)):
                       torch.arange(moments), clips, [""] * moments, [""] * moments, [])
 
 
-def our_objective(stage, preset, *more):
+def our_objective(stage, preset, *more, device="cpu"):
     """-> (objective of train.py, wrapped as train.py does; what trains, by name; the run): random weights, no dropout."""
     cfg = train.parse(["--stage", str(stage), "--preset", preset, *more])
-    run, phase = train.Run(cfg, 0, 1, torch.device("cpu"), cfg.dtype == "bfloat16"), train.phases(cfg)[0]
+    run, phase = train.Run(cfg, 0, 1, torch.device(device), cfg.dtype == "bfloat16"), train.phases(cfg)[0]
     torch.manual_seed(0)
-    model = Exo2Ego(replace(PRESETS[preset], mapping="resnet" if stage > 1 else "none", lora=stage == 3, lora_dropout=0.0))
-    objective = train.Objective(model, None, phase, cfg, 1)
+    with torch.device(device):
+        model = Exo2Ego(replace(PRESETS[preset], mapping="resnet" if stage > 1 else "none", lora=stage == 3, lora_dropout=0.0))
+        objective = train.Objective(model, None, phase, cfg, 1)
+    if preset == "7b" and stage == 1:                           # as train.build: stage 1 never looks through them
+        model.ego_vit = model.ego_connector = None
     trained = train.set_trained(objective, phase, False, run.bf16)
     return eval.wrap(run, objective), trained, run
 
 
-def our_step(stage, batch, dtype=torch.float32, compile=False):
+def our_step(stage, batch, dtype=torch.float32, compile=False, preset="small", device="cpu"):
     """-> (objective, a step): AdamW is the optimiser on both sides."""
-    objective, trained, run = our_objective(stage, "small", "--dtype", str(dtype)[6:], *["--compile"] * compile)
+    objective, trained, run = our_objective(stage, preset, "--dtype", str(dtype)[6:], *["--compile"] * compile, device=device)
+    return objective, make_step(objective, trained, run, batch)
+
+
+def make_step(objective, trained, run, batch):
+    """Forward, backward, clipping and AdamW of one micro batch, as train.py's loop: returns the loss."""
     optimizers = train.make_optimizers(trained, {n: 1e-4 for n in trained}, "adamw")
 
     def step():
@@ -476,7 +459,7 @@ def our_step(stage, batch, dtype=torch.float32, compile=False):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return float(loss.detach())
-    return objective, step
+    return step
 
 
 class LowRank(torch.nn.Module):
@@ -490,11 +473,12 @@ class LowRank(torch.nn.Module):
         return self.base(x) + self.scale * F.linear(F.linear(x, self.a), self.b)
 
 
-def composed_step(stage, batch, dtype):
+def composed_step(stage, batch, dtype, preset="small", device="cpu", checkpointed=False):
     """The same model and weights as a user composes them: CLIPVisionModel, a connector, MistralForCausalLM, padded
-    batches, full logits; stage 2 the literal recipe: each pair by itself, gradients everywhere, nothing shared."""
+    batches, full logits; stage 2 the literal recipe: each pair by itself, gradients everywhere, nothing shared. On a GPU
+    what is frozen is bfloat16, as anyone would store seven billion weights."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
-    objective, _ = our_step(stage, batch)
+    objective, _, _ = our_objective(stage, preset, "--dtype", "bfloat16" if device == "cuda" else "float32", device=device)
     model, cfg = objective.model, objective.model.cfg
 
     def clip(vit):
@@ -504,15 +488,17 @@ def composed_step(stage, batch, dtype):
         prefix = "vision_model." if any(n.startswith("vision_model.") for n in known) else ""
         known.update({prefix + rename(n, CLIP_NAMES): t for n, t in vit.state_dict().items()})
         theirs.load_state_dict(known)
-        return theirs
-    exo, ego, llm = clip(model.exo_vit), clip(model.ego_vit), as_transformers(model)
+        return theirs.to(device).train()
+    exo, ego, llm = clip(model.exo_vit), model.ego_vit and clip(model.ego_vit), as_transformers(model).train()
+    if checkpointed:
+        exo.gradient_checkpointing_enable(), llm.gradient_checkpointing_enable()
     if stage == 3:
         for block, ours in zip(llm.model.layers, model.decoder.blocks):
             for owner, name, own in ((block.self_attn, "q_proj", ours.q), (block.self_attn, "k_proj", ours.k), (block.self_attn, "v_proj", ours.v),
                                      (block.self_attn, "o_proj", ours.out), (block.mlp, "gate_proj", ours.gate), (block.mlp, "up_proj", ours.up),
                                      (block.mlp, "down_proj", ours.down)):
                 setattr(owner, name, LowRank(getattr(owner, name), own))
-    exo_connector, ego_connector = (timm_connector(c) or c for c in (model.exo_connector, model.ego_connector))
+    exo_connector, ego_connector = (c and (timm_connector(c) or c) for c in (model.exo_connector, model.ego_connector))
     parts = {"exo_vit": exo, "ego_vit": ego, "exo_connector": exo_connector, "ego_connector": ego_connector, "F": model.F, "G": model.G}
     for module in (llm, *filter(None, parts.values())):
         module.requires_grad_(False)
@@ -524,7 +510,7 @@ def composed_step(stage, batch, dtype):
             module.a.requires_grad_(True), module.b.requires_grad_(True)
     trained = [p for module in (llm, *filter(None, parts.values())) for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.95), weight_decay=0, fused=True)
-    mean, std = (torch.tensor(v)[:, None, None] * 255 for v in (model_file.PIXEL_MEAN, model_file.PIXEL_STD))
+    mean, std = (torch.tensor(v, device=device)[:, None, None] * 255 for v in (model_file.PIXEL_MEAN, model_file.PIXEL_STD))
 
     def grid(vit, frames):
         x = (frames.flatten(0, 1).float() - mean) / std
@@ -538,7 +524,7 @@ def composed_step(stage, batch, dtype):
         longest = max(batch.lens)
         ids = torch.stack([F.pad(texts[i], (0, longest - len(texts[i]))) for i in rows])
         goal = torch.stack([F.pad(labels[i], (0, longest - len(labels[i])), value=-100) for i in rows])
-        mask = torch.stack([torch.arange(longest) < len(texts[i]) for i in rows])
+        mask = torch.stack([torch.arange(longest, device=device) < len(texts[i]) for i in rows])
         embeddings = llm.get_input_embeddings()(ids.clamp(min=0))
         embeddings = embeddings.masked_scatter((ids == VIDEO)[..., None], visual.to(embeddings.dtype))
         return llm(inputs_embeds=embeddings, attention_mask=mask.long(), labels=goal).loss
@@ -557,7 +543,7 @@ def composed_step(stage, batch, dtype):
         return loss
 
     def step():
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
             loss = forward()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -575,7 +561,7 @@ def timm_connector(ours):
     from make import STC
     theirs = STC(ours.s1.b1.conv1.conv.in_channels, ours.readout[0].in_features, len(ours.s1))
     theirs.load_state_dict(ours.state_dict())
-    return theirs
+    return theirs.to(ours.readout[0].weight.device)
 
 
 STEP_SIDES = {"composition": composed_step, "composition, heap kept": composed_step, "ours": our_step,
@@ -636,7 +622,7 @@ def bench_step(args):
             peaks.append(ask("peak")["ours"])                               # the best round is the peak: the machine is noisy
         cfg = train.parse(["--stage", str(stage), "--preset", "small", "--optimizer", "adamw", "--micro-batch", str(args.clips)])
         run, phase = train.Run(cfg, 0, 1, torch.device("cpu"), False), train.phases(cfg)[0]
-        flops = step_flops(run, phase, stage, batch)
+        flops = step_flops(run, phase, stage, batch, "small")
         print(f"stage {stage}, {args.dtype}, {args.clips} clips: {flops / 1e9:.0f} GFLOP; first losses "
               f"{ {side: round(value, 5) for side, value in loss.items()} }; matmul peak ({str(computed(dtype))[6:]}) {max(peaks) / 1e9:.0f} GFLOP/s")
         for side in pipes:
@@ -651,14 +637,15 @@ def bench_step(args):
     return rows
 
 
-def step_flops(run, phase, stage, batch):
+def step_flops(run, phase, stage, batch, preset):
     """FLOPs of our step on this batch, counted on the meta device."""
     with torch.device("meta"):
-        model = Exo2Ego(replace(PRESETS["small"], mapping="resnet" if stage > 1 else "none", lora=stage == 3, lora_dropout=0.0))
+        model = Exo2Ego(replace(PRESETS[preset], mapping="resnet" if stage > 1 else "none", lora=stage == 3, lora_dropout=0.0))
         objective = train.Objective(model, None, phase, run.cfg, 1).to("meta")
     train.set_trained(objective, phase, False, False)
     meta = replace(batch, ego=None if batch.ego is None else batch.ego.to("meta"), exo=None if batch.exo is None else batch.exo.to("meta"))
     maths = eval.Arithmetic(torch.float32)
+    eval.wrap(run, objective, maths)
     with eval.Meter([*objective.parameters(), *objective.buffers()]) as meter, maths:
         torch.autograd.backward(objective(meta, float(batch.weights.sum()), batch.samples)["loss"])
     return meter.flops
@@ -810,7 +797,7 @@ def bench_run(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    benches = {"attention": bench_attention, "tflops": bench_tflops, "full": bench_full, "data": bench_data, "score": bench_score, "generate": bench_generate,
+    benches = {"attention": bench_attention, "full": bench_full, "data": bench_data, "score": bench_score, "generate": bench_generate,
                "decode": bench_decode, "step": bench_step, "parts": bench_parts, "scaling": bench_scaling, "run": bench_run, "all": bench_all}
     parser.add_argument("bench", choices=benches)
     parser.add_argument("--stage", type=int, default=1, choices=(1, 2, 3), help="of `full`")

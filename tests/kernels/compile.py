@@ -27,14 +27,14 @@ MASKS = {"bidirectional": (False, False), "causal": (True, False), "window": (Tr
 CONFIGURATIONS = list(itertools.product((80, 90), ("forward", "dq", "dkdv"), (32, 64, 128), POINTERS, MASKS))
 
 
-def compile_one(arch, kernel, head_dim, dtype, mask):
-    """-> (registers, stack bytes, spill instructions, shared bytes, HGMMA, HMMA)."""
+def compile_one(arch, kernel, head_dim, dtype, mask, tile=None):
+    """-> (registers, stack bytes, spill instructions, shared bytes, HGMMA, HMMA); tile None: the shipped one."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     function = model.triton_kernels()[kernel]
-    rows, keys, warps, stages = (
-        model.FLOAT32_TILES[head_dim] if dtype == torch.float32 else model.TILES[kernel, head_dim])
+    table = model.TILES_90 if arch == 90 else model.TILES
+    rows, keys, warps, stages = tile or (model.FLOAT32_TILES[head_dim] if dtype == torch.float32 else table[kernel, head_dim])
     constants = dict(zip(("D", "CAUSAL", "WINDOW", "BM", "BN"), (head_dim, *MASKS[mask], rows, keys)))
     types = dict(lse="*fp32", delta="*fp32", cu_q="*i32", cu_k="*i32", scale="fp32", total="i32", heads="i32",
                  kv_heads="i32", window="i32") | dict.fromkeys(constants, "constexpr")

@@ -1,0 +1,610 @@
+"""What only a GPU can say about this repository, as one command of a few minutes.
+
+    python tests/gpu.py --out DIR                       # all parts, one JSON line a finding in DIR/gpu.jsonl
+    python tests/gpu.py --out DIR --parts correct,speed # some of them
+    python tests/gpu.py --out DIR --dry                 # every part at tiny sizes on a CPU: does the script itself run?
+    python tests/gpu.py --table tests/gpu-h100.jsonl    # the tables of tests/README.md
+
+Every part is a process of its own with a time limit of its own, so that a hang or a dead device costs one part.
+Rows are written as they are found. A wrong kernel is a row that says so, and never stops the parts after it.
+"""
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+DRY = "--dry" in sys.argv
+if DRY:
+    os.environ["TRITON_INTERPRET"] = "1"                        # read when the kernels are made
+    os.environ["OMP_NUM_THREADS"] = "1"
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import bench
+import data
+import eval
+import model as network
+import train
+from model import PRESETS, Segments, TritonAttention, attention
+
+DEVICE = "cpu" if DRY else "cuda"
+PRESET = "toy" if DRY else "7b"
+SECONDS = {"correct": 90, "speed": 60, "tiles": 120, "step": 200, "run": 170, "answer": 90}     # limit of each part
+if DRY:
+    SECONDS = dict.fromkeys(SECONDS, 300)
+H100 = 989e12                                                   # FLOP/s in bfloat16, dense, of an H100 SXM
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1.5e-3, torch.float32: 1e-5}      # of the largest true value
+
+
+def say(out, part, **figures):
+    """Append one finding, with what it was found on."""
+    import triton
+    row = dict(part=part, **figures, card=torch.cuda.get_device_name() if DEVICE == "cuda" else "none (dry)",
+               torch=torch.__version__, triton=triton.__version__, revision=os.environ.get("REVISION") or data.git_revision())
+    with open(Path(out) / "gpu.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
+    print("  ".join(f"{key} {value}" for key, value in row.items() if key not in ("part", "card", "torch", "triton", "revision")), flush=True)
+
+
+def free():
+    """Give back what earlier measurements left, and begin a new peak."""
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def seconds_of(call, repeats=20, rounds=5):
+    """Device seconds of one call: the median round of `repeats` calls. On a GPU all of a round's launches are queued
+    while the device is busy with something else, so Python's own time does not count."""
+    call()
+    if DEVICE == "cpu":
+        began = time.perf_counter()
+        call()
+        return time.perf_counter() - began
+    found = []
+    for _ in range(rounds):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(40_000_000)                           # about 20 ms
+        begin.record()
+        for _ in range(repeats):
+            call()
+        end.record()
+        torch.cuda.synchronize()
+        found.append(begin.elapsed_time(end) / 1000 / repeats)
+    return statistics.median(found)
+
+
+# ------------------------------------------------------------------------------------------------------ 1 correct
+# queries and keys of each segment, heads, kv_heads, causal, window
+CASES = eval.CASES | {
+    "grouped 4:1, ragged, causal": ((300, 1, 577, 64, 129), (300, 1, 577, 64, 129), 8, 2, True, None),
+    "grouped 3:1, new queries on a cache": ((20, 33, 1, 128), (1562, 1575, 1543, 1650), 6, 2, True, None),
+    "window of 1024": ((1560, 700), (1560, 700), 4, 1, True, 1024),
+    "one new query each": ((1,) * 5, (3081, 70, 1, 64, 1000), 8, 2, True, None),
+    "empty segments": ((0, 70, 0, 5), (0, 70, 3, 0), 2, 2, False, None),
+    "577 tokens, 16 frames": ((577,) * 16, (577,) * 16, 4, 4, False, None),
+    "3,081 tokens": ((3081, 1560), (3081, 1560), 8, 2, True, None)}
+if DRY:
+    CASES = {name: case for name, case in eval.CASES.items() if "long" not in name}
+
+
+def run_attention(case, backend, dtype, head_dim):
+    """Output and the three gradients of a case, whose inputs are rounded to `dtype`; "float64": the formula."""
+    q_lens, k_lens, heads, kv_heads, causal, window = CASES[case]
+    rng = torch.Generator().manual_seed(0)
+    q, do = (torch.randn(sum(q_lens), heads, head_dim, generator=rng).to(dtype) for _ in range(2))
+    k, v = (torch.randn(sum(k_lens), kv_heads, head_dim, generator=rng).to(dtype) for _ in range(2))
+    if backend == "float64":
+        q, k, v, do = (t.double() for t in (q, k, v, do))
+        backend = "reference"
+    q, k, v = (t.to(DEVICE).requires_grad_() for t in (q, k, v))
+    torch.full((1 << 24,), float("nan"), device=DEVICE)         # freed at once: memory that nobody writes reads as nan
+    out = attention(q, k, v, Segments.cached(q_lens, k_lens, DEVICE), causal=causal, window=window, backend=backend)
+    return dict(zip(("o", "dq", "dk", "dv"), (out.detach(), *torch.autograd.grad(out, (q, k, v), do.to(DEVICE)))))
+
+
+def check_cases(dtype, head_dim):
+    """Findings of all cases: error of each tensor as a share of the largest true value, ours and torch's own kernel's."""
+    found = []
+    for case in CASES:
+        row = dict(case=case, dtype=str(dtype)[6:], head_dim=head_dim)
+        try:
+            ours, again = (run_attention(case, "triton", dtype, head_dim) for _ in range(2))
+            truth = run_attention(case, "float64", dtype, head_dim)
+            torchs = run_attention(case, "sdpa", dtype, head_dim)
+            errors, beside, wrong = {}, {}, []
+            for name, true in truth.items():
+                largest = true.abs().max()
+                apart = (ours[name].double() - true).abs() / largest
+                errors[name] = float(apart.max())               # nan stays nan
+                beside[name] = float((torchs[name].double() - true).abs().max() / largest)
+                if not errors[name] <= TOLERANCE[dtype]:
+                    row_errors = apart.flatten(1).amax(1)
+                    first = int((~(row_errors <= TOLERANCE[dtype])).nonzero()[0])
+                    wrong.append(f"{name}: error {errors[name]:.2e}, first wrong row {first}")
+            if not all(torch.equal(ours[name], again[name]) for name in ours):
+                wrong.append("a rerun is not equal to the bit")
+            share = {name: round(errors[name] / beside[name], 2) for name in errors if beside[name] > 0}
+            row |= dict(ok=not wrong, wrong=wrong, errors=errors, share_of_torchs=share)
+        except Exception as problem:
+            row |= dict(ok=False, wrong=[f"{type(problem).__name__}: {str(problem)[:300]}"])
+        found.append(row)
+    return found
+
+
+def part_correct(out):
+    """Our kernels against the float64 formula, and equal reruns."""
+    dtypes = (torch.float32, torch.float16) if DRY else (torch.bfloat16, torch.float16)     # bfloat16 is not interpreted
+    kinds = [(dtype, head_dim) for head_dim in ((32,) if DRY else (128, 64, 32)) for dtype in dtypes]
+    with ProcessPoolExecutor(2 if DRY else 6, mp_context=get_context("spawn")) as pool:     # most of the time is compiling
+        for rows in pool.map(check_cases, *zip(*kinds)):
+            for row in rows:
+                say(out, "correct", **row)
+
+
+# -------------------------------------------------------------------------------------------------------- 2 speed
+# tokens of each sequence, heads, kv_heads, head_dim, causal
+SHAPES = {"ViT: 16 frames of 577, D 64": ((577,) * 16, 16, 16, 64, False),
+          "4 x 1,560 causal, 32/8 heads, D 128": ((1560,) * 4, 32, 8, 128, True),
+          "4 x 3,081 causal, 32/8 heads, D 128": ((3081,) * 4, 32, 8, 128, True),
+          "ragged causal, 32/8 heads, D 128": ((3081, 1560, 1600, 90, 30, 700), 32, 8, 128, True)}
+if DRY:
+    SHAPES = {"equal": ((40, 40), 2, 2, 32, False), "ragged": ((40, 9), 2, 1, 32, True)}
+
+
+def attention_work(lens, heads, head_dim, causal):
+    """FLOPs of a forward; a backward counts 2.5 times as many."""
+    return 4 * heads * head_dim * sum(n * (n + 1) / 2 if causal else n * n for n in lens)
+
+
+def attention_sides(lens, heads, kv_heads, head_dim, causal, dtype):
+    """{side: (a forward that returns the output, its leaves)}; each side has the layout it likes best."""
+    def leaves(*shapes):
+        return [torch.randn(*shape, device=DEVICE, dtype=dtype, requires_grad=True) for shape in shapes]
+    total, seg, sides = sum(lens), Segments.packed(lens, DEVICE), {}
+    packed = leaves((total, heads, head_dim), (total, kv_heads, head_dim), (total, kv_heads, head_dim))
+    sides["ours, triton"] = partial(attention, *packed, seg, causal=causal, backend="triton"), packed
+    if len(set(lens)) == 1:
+        batch = leaves((len(lens), heads, lens[0], head_dim), *[(len(lens), kv_heads, lens[0], head_dim)] * 2)
+        for name, kind in (("flash", SDPBackend.FLASH_ATTENTION), ("cuDNN", SDPBackend.CUDNN_ATTENTION)):
+            def torchs(*qkv, kind=SDPBackend.MATH if DRY else kind):
+                with sdpa_kernel(kind):
+                    return F.scaled_dot_product_attention(*qkv, is_causal=causal, enable_gqa=qkv[0].shape[1] != qkv[1].shape[1])
+            inputs, side = batch, f"torch SDPA, {name}"
+            try:
+                torchs(*inputs)
+            except RuntimeError:                                # no kernel of this kind shares keys among heads
+                inputs, side = leaves(*[batch[0].shape] * 3), f"{side}, keys repeated"
+            sides[side] = partial(torchs, *inputs), inputs
+    elif not DRY:
+        from torch.nn.attention.varlen import varlen_attn
+        repeated = leaves(*[(total, heads, head_dim)] * 3)
+        whole = partial(varlen_attn, *repeated, seg.cu_q, seg.cu_k, max(lens), max(lens), window_size=(-1, 0 if causal else -1))
+        sides["torch varlen_attn, keys repeated"] = whole, repeated
+    return sides
+
+
+def part_speed(out):
+    """TFLOP/s of attention forward, and forward and backward, beside torch's kernels."""
+    for shape, (lens, heads, kv_heads, head_dim, causal) in SHAPES.items():
+        work = attention_work(lens, heads, head_dim, causal)
+        for side, (forward, leaves) in attention_sides(lens, heads, kv_heads, head_dim, causal, torch.float32 if DRY else torch.bfloat16).items():
+            try:
+                do = torch.randn_like(forward())
+                with torch.no_grad():
+                    once = seconds_of(forward)
+                both = seconds_of(lambda: torch.autograd.grad(forward(), leaves, do))
+                say(out, "speed", shape=shape, side=side, ok=True, forward_us=round(once * 1e6, 1), both_us=round(both * 1e6, 1),
+                    forward_tflops=round(work / once / 1e12, 4), both_tflops=round(3.5 * work / both / 1e12, 4))
+            except Exception as problem:
+                say(out, "speed", shape=shape, side=side, ok=False, wrong=f"{type(problem).__name__}: {str(problem)[:300]}")
+
+
+# -------------------------------------------------------------------------------------------------------- 3 tiles
+# (queries, keys), warps, stages: those of a longer list that the compiler here gives few or no spills on sm_90
+CANDIDATES = {
+    ("forward", 64): ((128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 4), (128, 64, 4, 3), (128, 64, 4, 4),
+                      (64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 3), (128, 32, 4, 4), (256, 64, 8, 3), (64, 64, 4, 2)),
+    ("forward", 128): ((128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 32, 8, 3),
+                       (64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 4), (64, 128, 8, 2), (64, 128, 4, 2), (128, 32, 8, 4)),
+    ("dq", 64): ((128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3),
+                 (64, 128, 4, 2), (128, 32, 4, 3), (128, 32, 4, 5), (128, 32, 8, 3), (64, 32, 4, 4), (128, 64, 8, 4)),
+    ("dq", 128): ((128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 2), (128, 32, 8, 3), (128, 32, 8, 4), (64, 64, 4, 2),
+                  (64, 64, 4, 3), (64, 32, 4, 4), (64, 128, 8, 2), (64, 64, 8, 2), (128, 128, 8, 1), (64, 32, 4, 3)),
+    ("dkdv", 64): ((32, 128, 8, 2), (32, 128, 8, 3), (64, 128, 8, 2), (64, 128, 8, 3), (32, 64, 4, 3), (32, 64, 4, 4),
+                   (64, 64, 4, 2), (64, 64, 8, 2), (32, 64, 4, 2), (32, 128, 4, 3), (64, 64, 8, 3), (128, 128, 8, 2)),
+    ("dkdv", 128): ((32, 64, 8, 2), (32, 64, 8, 3), (32, 128, 8, 2), (32, 128, 8, 3), (64, 128, 8, 2), (16, 128, 8, 2),
+                    (16, 128, 8, 3), (64, 64, 8, 2), (32, 64, 4, 2), (16, 64, 4, 3), (16, 64, 8, 3), (64, 64, 4, 2))}
+if DRY:
+    CANDIDATES = {("forward", 32): ((32, 32, 4, 1), (16, 32, 4, 1)), ("dkdv", 32): ((32, 32, 4, 1),)}
+
+
+class Launch:
+    """One kernel, ready to be launched with any tile on one shape's tensors."""
+    def __init__(self, kernel, lens, heads, kv_heads, head_dim, causal):
+        dtype = torch.float16 if DRY else torch.bfloat16
+        torch.manual_seed(0)
+        q, do = (torch.randn(sum(lens), heads, head_dim, device=DEVICE, dtype=dtype) for _ in range(2))
+        k, v = (torch.randn(sum(lens), kv_heads, head_dim, device=DEVICE, dtype=dtype) for _ in range(2))
+        self.kernel, self.table = kernel, network.TILES if DRY else network.TILES_90
+        self.before = q, k, Segments.packed(lens, DEVICE), causal, None, head_dim ** -0.5
+        o, lse = torch.empty_like(q), torch.empty(heads, len(q), device=DEVICE)
+        TritonAttention.launch("forward", *self.before, q, k, v, o, lse)
+        delta = (do.float() * o.float()).sum(-1).T.contiguous()
+        results = {"forward": (o, lse), "dq": (torch.empty_like(q),), "dkdv": (torch.empty_like(k), torch.empty_like(v))}
+        self.results = results[kernel]
+        self.inputs = (q, k, v) if kernel == "forward" else (q, k, v, do, lse, delta)
+
+    def __call__(self, tile=None):
+        key = self.kernel, self.before[0].shape[-1]
+        shipped = self.table[key]
+        self.table[key] = tile or shipped
+        try:
+            TritonAttention.launch(self.kernel, *self.before, *self.inputs, *self.results)
+        finally:
+            self.table[key] = shipped
+
+
+def try_tile(kernel, head_dim, tile):
+    """Compile one candidate and compare it with the shipped tile on a ragged batch, both masks: None, or what is wrong."""
+    try:
+        for causal in (False, True):
+            launch = Launch(kernel, (150, 5, 64) if DRY else (577, 5, 300, 1000), 4, 2, head_dim, causal)
+            launch()
+            truth = [t.clone().float() for t in launch.results]
+            for t in launch.results:
+                t.fill_(float("nan"))
+            launch(tile)
+            for ours, true in zip(launch.results, truth):
+                if not (ours.float() - true).abs().max() <= 2e-2 * true.abs().max():
+                    return f"other results than the shipped tile (causal {causal})"
+    except Exception as problem:
+        return f"{type(problem).__name__}: {str(problem)[:120]}"
+
+
+def part_tiles(out):
+    """Every candidate tile: is it right, and how fast; then the fastest as a table to paste."""
+    jobs = [(kernel, head_dim, tile) for (kernel, head_dim), tiles in CANDIDATES.items() for tile in tiles]
+    with ProcessPoolExecutor(1 if DRY else 14, mp_context=get_context("spawn")) as pool:    # compiled code lands in a cache on disk
+        wrong = dict(zip(jobs, pool.map(try_tile, *zip(*jobs))))
+    best = {}
+    for (kernel, head_dim), tiles in CANDIDATES.items():
+        shapes = [(name, shape) for name, shape in SHAPES.items() if shape[3] == head_dim]
+        launches = [Launch(kernel, *shape) for _, shape in shapes]
+        for tile in tiles:
+            problem, times = wrong[kernel, head_dim, tile], []
+            try:
+                if problem is None:
+                    times = [seconds_of(partial(launch, tile)) for launch in launches]
+            except Exception as error:
+                problem = f"{type(error).__name__}: {str(error)[:120]}"
+            if problem is None:
+                best.setdefault((kernel, head_dim), []).append((sum(times), tile))
+            say(out, "tiles", kernel=kernel, head_dim=head_dim, tile=tile, ok=problem is None, wrong=problem,
+                us={name: round(t * 1e6, 1) for (name, _), t in zip(shapes, times)})
+    say(out, "tiles", ok=True, best={f"{kernel} {head_dim}": min(found)[1] for (kernel, head_dim), found in best.items()})
+
+
+# --------------------------------------------------------------------------------------------------------- 4 step
+def planned(stage, preset, micro, checkpointed, more=()):
+    """Bytes that a step should need at most, by the plan, and its FLOPs: counted on the meta device."""
+    cfg = train.parse(["--stage", str(stage), "--preset", preset, "--micro-batch", str(micro), "--dtype", "bfloat16", "--optimizer", "adamw", *more])
+    run, phase = train.Run(cfg, 0, 1, torch.device(DEVICE), True), train.phases(cfg)[0]
+    with torch.device("meta"):
+        built = network.Exo2Ego(replace(PRESETS[preset], mapping="resnet" if stage > 1 else "none", lora=stage == 3, lora_dropout=0.0))
+        objective = train.Objective(built, None, phase, cfg, 1)
+    if preset == "7b" and stage == 1:
+        built.ego_vit = built.ego_connector = None
+    trained = sum(p.numel() * 4 for p in train.set_trained(objective, phase, False, True).values())
+    weights = sum(p.numel() * p.element_size() for p in objective.parameters())
+    most, _ = eval.measure_step(run, phase, objective, checkpointed)
+    return weights + 3 * trained + max(most - trained, 0)       # weights, gradients, AdamW's two, activations
+
+
+def measure(out, step, flops, plan=None, **what):
+    """One row: seconds of a step, TFLOP/s, peak memory beside the plan; or that it did not fit."""
+    try:
+        free()
+        losses = [step() for _ in range(2)]
+        rounds = []
+        for _ in range(3):
+            began = time.perf_counter()
+            losses.append(step())                               # returns a number, so it waits for the device
+            rounds.append(time.perf_counter() - began)
+        seconds = statistics.median(rounds)
+        row = dict(ok=all(map(float_is_finite, losses)), seconds=round(seconds, 4), tflops=round(flops / seconds / 1e12, 3),
+                   share_of_989=round(flops / seconds / H100, 4), first_loss=round(losses[0], 4))
+        if DEVICE == "cuda":
+            row["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+    except torch.OutOfMemoryError:
+        row = dict(ok=True, wrong="out of memory")
+    except Exception as problem:
+        row = dict(ok=False, wrong=f"{type(problem).__name__}: {str(problem)[:300]}")
+    if plan:
+        row["planned_gb"] = round(plan() / 1e9, 2)
+    say(out, "step", **what, **row)
+
+
+def float_is_finite(x):
+    return abs(x) < float("inf")
+
+
+def ours_and_theirs(out, stage, preset, clips, dtype, configurations):
+    """Steps of one stage: ours in several configurations (checkpointed, compiled), then the composition."""
+    batches = {n: bench.make_batch(stage, PRESETS[preset], n, text=(64, 65)).to(DEVICE) for n in clips}
+    cfg = train.parse(["--stage", str(stage), "--preset", preset, "--optimizer", "adamw", "--micro-batch", "1"])
+    meta_run, phase = train.Run(cfg, 0, 1, torch.device("cpu"), False), train.phases(cfg)[0]
+    first = clips[0]
+    flops_a_clip = bench.step_flops(meta_run, phase, stage, bench.make_batch(stage, PRESETS[preset], first, text=(64, 65)), preset) / first
+    eval.choose_attention(torch.device(DEVICE), dtype, PRESETS[preset])
+    objective, trained, run = bench.our_objective(stage, preset, "--dtype", str(dtype)[6:], "--optimizer", "adamw", device=DEVICE)
+    for checkpointed, compiled in configurations:
+        for n in clips:
+            set_up = replace(run, cfg=replace(run.cfg, checkpoint_activations=checkpointed, compile=compiled))
+            eval.wrap(set_up, objective)
+            step = bench.make_step(objective, trained, set_up, batches[n])
+            plan = None if compiled else partial(planned, stage, preset, n, checkpointed)
+            measure(out, step, n * flops_a_clip, plan, stage=stage, preset=preset, clips=n, side="ours", checkpointed=checkpointed, compiled=compiled)
+            objective.zero_grad(set_to_none=True)
+    del objective, trained, step, set_up, run
+    for checkpointed in sorted({c for c, _ in configurations}, reverse=True):
+        for n in clips:
+            free()
+            what = dict(stage=stage, preset=preset, clips=n, side="composition of transformers", checkpointed=checkpointed, compiled=False)
+            try:
+                step = bench.composed_step(stage, batches[n], dtype, preset, DEVICE, checkpointed)[1]
+            except Exception as problem:
+                say(out, "step", **what, ok=False, wrong=f"{type(problem).__name__}: {str(problem)[:300]}")
+                continue
+            measure(out, step, n * flops_a_clip, **what)
+            del step
+
+
+def part_step(out):
+    """Training steps of stages 1 to 3, ours beside the composition of transformers' modules; start-up's self-check."""
+    dtype = torch.float32 if DRY else torch.bfloat16
+    code = ("import time, torch, eval\nfrom model import PRESETS\nbegan = time.time()\n"
+            f"print(eval.choose_attention(torch.device('{DEVICE}'), torch.bfloat16, PRESETS['7b']), time.time() - began)")
+    with tempfile.TemporaryDirectory() as cache:
+        for name in ("nothing compiled before", "compiled before"):
+            done = subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, env=os.environ | {"TRITON_CACHE_DIR": cache}, capture_output=True, text=True)
+            said = done.stdout.strip() or done.stderr.strip()[-300:]
+            say(out, "step", what="self-check at start-up", cache=name, ok=done.returncode == 0, said=said)
+    kept, saved, fast = (False, False), (True, False), (False, True)
+    if DRY:
+        ours_and_theirs(out, 1, "toy", (2,), dtype, (kept, saved))
+        return
+    ours_and_theirs(out, 1, "7b", (1, 2, 4), dtype, (saved, kept))
+    for stage in (1, 2, 3):
+        ours_and_theirs(out, stage, "small", (32,), dtype, (kept, saved, fast))
+    ours_and_theirs(out, 1, "7b", (4,), dtype, ((True, True),))
+
+
+# ---------------------------------------------------------------------------------------------------------- 5 run
+def command(*words, **options):
+    """Start train.py (or data.py) as a user does, in its own group of processes."""
+    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS" or DRY}   # bench.py has set it for itself
+    return subprocess.Popen([sys.executable, *map(str, words)], cwd=HERE.parent, env=env, start_new_session=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, **options)
+
+
+def differing(a, b):
+    """Names of the tensors of two run folders' last checkpoints that are not equal to the bit."""
+    names = []
+    for file in ("model.safetensors", "optim.safetensors"):
+        one, two = (load_file(sorted(folder.glob("step_*"))[-1] / file) for folder in (a, b))
+        names += [f"{file}: {name}" for name in one if not torch.equal(one[name], two[name])]
+    return names
+
+
+def part_run(out):
+    """The README's command on a GPU; a killed run resumed; FSDP2 over one rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder, few = Path(folder), ["--steps", "3"] if DRY else []
+        toy, base = folder / "toy", folder / "stage0"
+        if DRY:
+            tiny = [word for split in ("corpus", "ego", "pairs", "val", "test", "exo-test", "instruct") for word in (f"--{split}", "24")]
+            command("data.py", "toy", "--out", toy, *tiny).communicate()
+            command("train.py", "--stage", "0", "--data", toy, "--out", base, *few).communicate()
+        began = time.time()
+        first = command("-m", "torch.distributed.run", "train.py", "--stage", "1", "--data", toy, "--out", folder / "stage1", *few)
+        said, _ = first.communicate()
+        print(said[-3000:], flush=True)
+        figures = json.loads((folder / "stage1/eval.json").read_text()) if first.returncode == 0 else {}
+        say(out, "run", what="torchrun train.py --stage 1, world and stage 0 included", ok=first.returncode == 0, seconds=round(time.time() - began, 1),
+            exo_em=figures.get("exo_em"), wrong=said[-300:] if first.returncode else None)
+        resume_after_kill(out, folder, toy, base)
+    fsdp_on_one_rank(out)
+
+
+def resume_after_kill(out, folder, toy, base):
+    """Two whole runs, and one that was killed halfway and run again: the same weights and moments, to the bit?"""
+    steps, every = (6, 2) if DRY else (40, 10)
+    stage = ["train.py", "--stage", "1", "--data", toy, "--base", base, "--init", base, "--steps", steps, "--save-every", every, "--no-eval", "--out"]
+    whole = [command(*stage, folder / name) for name in ("whole", "again")]
+    killed = command(*stage, folder / "killed")
+    log = folder / "killed/log.jsonl"
+    while killed.poll() is None and not (log.is_file() and len(log.read_text().splitlines()) > steps // 2):
+        time.sleep(0.02)
+    if killed.poll() is None:
+        os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    for process in (*whole, command(*stage, folder / "killed")):
+        said, _ = process.communicate()
+        if process.returncode:
+            say(out, "run", what="resume after kill -9", ok=False, wrong=said[-300:])
+            return
+    for what, other in (("a run repeated", "again"), ("resume after kill -9", "killed")):
+        names = differing(folder / "whole", folder / other)
+        say(out, "run", what=f"{what}, equal to the bit", ok=not names, differing=len(names), first=names[:3])
+
+
+def fsdp_on_one_rank(out):
+    """FSDP2 on a group of one: loss and gradients beside the plain objective's."""
+    store = dist.HashStore()
+    dist.init_process_group("gloo" if DRY else "nccl", store=store, rank=0, world_size=1)
+    batch, results = bench.make_batch(1, PRESETS["toy"], 4, text=(8, 30)).to(DEVICE), []
+    for flags in ((), ("--fsdp",)):
+        objective, trained, run = bench.our_objective(1, "toy", "--dtype", "float32", "--optimizer", "adamw", *flags, device=DEVICE)
+        loss = objective(batch, float(batch.weights.sum()), batch.samples)["loss"]
+        torch.autograd.backward(loss)
+        grads = [eval.whole(p.grad).flatten() for p in objective.parameters() if p.grad is not None]
+        results.append((float(loss.detach()), torch.cat(grads)))
+    dist.destroy_process_group()
+    (plain, plain_grad), (sharded, sharded_grad) = results
+    apart = float((plain_grad - sharded_grad).norm() / plain_grad.norm())
+    say(out, "run", what="FSDP2 on one rank beside plain", ok=apart < 1e-5 and abs(plain - sharded) < 1e-5, loss_apart=abs(plain - sharded), gradients_apart=apart)
+
+
+# ------------------------------------------------------------------------------------------------------- 6 answer
+@torch.no_grad()
+def part_answer(out):
+    """Generating with our cache beside transformers' generate; options scored with the video's prefix shared or not."""
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        model = network.Exo2Ego(replace(PRESETS[PRESET], mapping="resnet", max_length=8192))
+    bf16 = not DRY
+    model = eval.ready(model, torch.device(DEVICE), bf16).bfloat16().eval() if bf16 else model.eval()
+    print(eval.choose_attention(torch.device(DEVICE), torch.bfloat16 if bf16 else torch.float32, model.cfg), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        words = bench.toy_words(folder)
+    visual = torch.randn(1, 2 * model.cfg.visual_tokens, model.cfg.width, device=DEVICE, dtype=model.decoder.embedding.weight.dtype)
+    ids = torch.tensor(words.chat([{"user": "What am I doing?"}], visual.shape[1])[0], device=DEVICE)
+    new = 8 if DRY else 64
+    theirs = bench.as_transformers(model)
+
+    def ours():
+        return model.generate(visual, [ids], eos=-1, max_new=new)[0]
+
+    def reference():
+        embeddings = model.splice(visual, ids)[None]
+        mask = torch.ones(1, len(ids), dtype=torch.long, device=DEVICE)
+        return theirs.generate(inputs_embeds=embeddings, max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0, attention_mask=mask)[0].tolist()
+
+    def timed(call, rounds=3):
+        result, found = call(), []
+        for _ in range(rounds):
+            began = time.perf_counter()
+            call()
+            found.append(time.perf_counter() - began)
+        return result, statistics.median(found)
+    with eval.precision(torch.device(DEVICE), bf16):
+        (tokens, seconds), (other, beside) = timed(ours), timed(reference)
+        equal = next((i for i, (a, b) in enumerate(zip(tokens, other)) if a != b), len(tokens))
+        say(out, "answer", what=f"{new} tokens after {len(ids):,}", ok=True, ours_tokens_a_second=round(new / seconds, 1),
+            transformers_tokens_a_second=round(new / beside, 1), ratio=round(beside / seconds, 2), equal_tokens=equal)
+        del theirs
+        free()
+        pairs = [(f"Question {i}: which of these do I do to the block?", f"I {verb} the red block with the left hand.")
+                 for i in range(8) for verb in ("cut", "push", "wipe", "tap", "pull")]
+
+        def alone():
+            scores = []
+            for question, answer in pairs:
+                one, labels = words.chat([{"user": question, "assistant": answer}], visual.shape[1])
+                one, labels = (torch.tensor(t, device=DEVICE) for t in (one, labels))
+                scores.append(float(model.score(visual, one, labels, [len(one)])[0]))
+            return torch.tensor(scores)
+
+        def cached():
+            return torch.tensor(eval.Seen(model, words, visual).score(pairs)[:, 0])
+        (each, seconds), (shared, fast) = timed(alone, 1), timed(cached)
+        say(out, "answer", what="8 questions x 5 options about one video", ok=True, alone_seconds=round(seconds, 3), cached_seconds=round(fast, 3),
+            ratio=round(seconds / fast, 2), largest_difference=round(float((each - shared).abs().max()), 4), spread_of_scores=round(float(each.std()), 3))
+
+
+# ------------------------------------------------------------------------------------------------------- the rest
+PARTS = {"correct": part_correct, "speed": part_speed, "tiles": part_tiles, "step": part_step, "run": part_run, "answer": part_answer}
+
+
+def run_part(part, out):
+    """A part as a process of its own, ended with all that it started when its time is up."""
+    words = [sys.executable, __file__, "--part", part, "--out", str(out), *["--dry"] * DRY]
+    process, began = subprocess.Popen(words, start_new_session=True), time.time()
+    try:
+        code = process.wait(SECONDS[part])
+        wrong = f"the part ended with exit code {code}" if code else None
+    except subprocess.TimeoutExpired:
+        wrong = f"ended at its limit of {SECONDS[part]} s"
+    try:
+        os.killpg(process.pid, signal.SIGKILL)                  # also what it left behind
+    except ProcessLookupError:
+        pass
+    process.wait()
+    say(out, part, what="the whole part", ok=wrong is None, wrong=wrong, seconds=round(time.time() - began, 1))
+
+
+def table(path):
+    """The findings as the tables of tests/README.md."""
+    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    last = rows[-1]
+    print(f"{last['card']}, torch {last['torch']}, triton {last['triton']}; revisions {', '.join(sorted({str(r['revision']) for r in rows}))}.\n")
+    correct = [r for r in rows if r["part"] == "correct" and "case" in r]
+    shares = [share for r in correct for share in r.get("share_of_torchs", {}).values()]
+    if shares:
+        print(f"Correct: {sum(r['ok'] for r in correct)} of {len(correct)} cases (output and three gradients, equal reruns). "
+              f"Error beside that of torch's own kernel in the same dtype: median {statistics.median(shares):.2f}, largest {max(shares):.2f}.\n")
+    groups = [("speed", ("shape", "side", "forward_tflops", "both_tflops", "wrong")),
+              ("step", ("stage", "preset", "clips", "side", "checkpointed", "compiled", "seconds", "tflops", "share_of_989", "peak_gb", "planned_gb", "wrong")),
+              ("run", ("what", "ok", "seconds", "exo_em", "differing", "gradients_apart", "wrong")),
+              ("answer", ("what", "ours_tokens_a_second", "transformers_tokens_a_second", "alone_seconds", "cached_seconds", "ratio"))]
+    for part, columns in groups:
+        body = [r for r in rows if r["part"] == part and r.get("what") != "the whole part" and any(c in r for c in columns[1:])]
+        columns = [c for c in columns if any(r.get(c) is not None for r in body)]
+        if body:
+            print("| " + " | ".join(c.replace("_", " ") for c in columns) + " |\n|" + "---|" * len(columns))
+            for r in body:
+                print("| " + " | ".join("" if r.get(c) is None else str(r[c]) for c in columns) + " |")
+            print()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--out", type=Path, help="folder of gpu.jsonl")
+    parser.add_argument("--parts", default=",".join(PARTS), help="in this order: " + ", ".join(PARTS))
+    parser.add_argument("--part", choices=PARTS, help="one part in this very process")
+    parser.add_argument("--dry", action="store_true", help="tiny sizes on a CPU, kernels interpreted")
+    parser.add_argument("--table", metavar="FILE", help="print the findings of a gpu.jsonl as tables")
+    args = parser.parse_args()
+    if args.table:
+        return table(args.table)
+    if args.out is None or (unknown := {*args.parts.split(",")} - {*PARTS}):
+        parser.error("--out DIR is needed" if args.out is None else f"--parts {unknown}: choose of {', '.join(PARTS)}")
+    if not DRY and not torch.cuda.is_available():
+        print("gpu.py: no GPU is visible here: --dry tries the script itself on a CPU", file=sys.stderr)
+        sys.exit(2)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.part:
+        try:
+            return PARTS[args.part](args.out)
+        except Exception:
+            traceback.print_exc()
+            sys.exit(1)
+    for part in args.parts.split(","):
+        print(f"--- {part}", flush=True)
+        run_part(part, args.out)
+    rows = [json.loads(line) for line in (args.out / "gpu.jsonl").read_text().splitlines()]
+    wrong = [r for r in rows if not r["ok"]]
+    print(f"{len(rows)} findings, {len(wrong)} of them wrong")
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()
