@@ -50,7 +50,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -545,6 +545,10 @@ class Arithmetic(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func is torch.autograd.backward:                     # what it computes again is computed likewise
+            with self:
+                return torch.autograd.graph._engine_run_backward(
+                    args[0], tuple(map(torch.ones_like, args[0])), False, False, (), allow_unreachable=True, accumulate_grad=True)
         if func is F.scaled_dot_product_attention and args[0].is_meta:
             return FLASH(*args[:3], 0.0, kwargs["is_causal"], scale=kwargs["scale"])[0]
         if func is F.linear and not args[1].requires_grad and args[1].dtype != torch.float32 == self.dtype:
@@ -574,23 +578,29 @@ def ready(model: Exo2Ego, device: torch.device, bf16: bool) -> Exo2Ego:
 def compiled(block):
     """torch.compile of a block that trains, or that gradients pass; elsewhere, as it is: scores have other
     shapes. A decoder block's tokens change in number from step to step. Attention is fused by hand."""
-    if not hasattr(network.attention, "_torchdynamo_disable"):
-        network.attention = torch.compiler.disable(network.attention)
+    torch._dynamo.disallow_in_graph(attention)
     plain, fast = block.forward, torch.compile(block.forward, dynamic=isinstance(block, DecoderBlock))
     return lambda *args: (fast if torch.is_grad_enabled() else plain)(*args)
 
-def wrap(run, objective, maths=None):
+# What a block's forward keeps for its backward, unless the whole block is computed again: products and fused
+# attention. The rest (norms, activations, gates) costs little and is computed again.
+aten = torch.ops.aten
+KEPT = (aten.mm.default, aten.addmm.default, aten.convolution.default, torch.ops.exo2ego.flash_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default, aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_efficient_attention.default, aten._scaled_dot_product_cudnn_attention.default)
+
+def wrap(run, objective):
     """The objective as the ranks share it: blocks compiled, checkpointed; then DDP, or FSDP2 by block."""
     blocks = [m for m in objective.modules() if isinstance(m, BLOCKS)]
-    def contexts():                                             # backward does not run in forward's
-        return contextlib.nullcontext(), maths or precision(run.device, run.bf16)
-    network.checkpoint = partial(checkpoint, use_reentrant=False, context_fn=contexts)  # model.py: recompute
     for block in blocks:
         block.__dict__.pop("forward", None)                     # of an earlier phase
-        if run.cfg.compile:
+        if run.cfg.compile:                                     # the compiler decides by itself what it keeps
             block.forward = compiled(block)
         if run.cfg.checkpoint_activations:
-            block.forward = partial(network.checkpoint, block.forward)
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        elif not run.cfg.compile:
+            keep = partial(create_selective_checkpoint_contexts, list(KEPT))
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=keep)
     if run.cfg.fsdp and (run.cfg.optimizer == "muon" or run.cfg.stage == 0):
         raise DataError("--fsdp needs --optimizer adamw (Muon wants whole matrices) and stage 1, 2 or 3")
     if run.cfg.fsdp:
@@ -617,7 +627,12 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if count := flop_registry.get(func.overloadpacket):
+        if func.overloadpacket is torch.ops.aten.convolution_backward:
+            # each gradient costs as much as the forward; torch's own count of a depthwise filter's is C times that
+            grad, x, weight, transposed = *args[:3], args[7]
+            positions = len(x) * math.prod((x if transposed else grad).shape[2:])
+            self.flops += 2 * positions * weight.numel() * sum(args[10][:2])
+        elif count := flop_registry.get(func.overloadpacket):
             self.flops += count(*args, **(kwargs or {}), out_val=out)
         elif func.overloadpacket in (FLASH, FLASH_BACKWARD):    # causal counts whole
             q, k = args[:2] if func.overloadpacket is FLASH else args[1:3]
@@ -653,7 +668,7 @@ def measure_step(run, phase, objective, checkpointed: bool) -> tuple[int, float]
     half = run.bf16 and not isinstance(precision(run.device, True), Arithmetic)
     maths = Arithmetic(torch.bfloat16 if half else torch.float32)
     cfg = replace(run.cfg, fsdp=False, checkpoint_activations=checkpointed)
-    wrap(replace(run, world=1, cfg=cfg), objective, maths)
+    wrap(replace(run, world=1, cfg=cfg), objective)
     clips = [clip for clip in (batch.ego, batch.exo) if clip is not None]
     with Meter([*objective.parameters(), *objective.buffers(), *clips]) as meter, maths:
         torch.autograd.backward(objective(batch, float(batch.weights.sum()), batch.samples)["loss"])
@@ -736,8 +751,9 @@ def run_case(case: str, backend: str, device, dtype: torch.dtype, head_dim: int)
         device, (q, k, v, do) = "cpu", (t.double() for t in (q, k, v, do))
     leaves = [t.to(device).requires_grad_() for t in (q, k, v)]
     seg = Segments.cached(q_lens, k_lens, device)
-    out = attention(*leaves, seg, causal=causal, window=window, backend=backend)
-    return [out.detach(), *torch.autograd.grad(out, leaves, do.to(device))]
+    with torch.enable_grad():                                   # also where the caller only answers questions
+        out = attention(*leaves, seg, causal=causal, window=window, backend=backend)
+        return [out.detach(), *torch.autograd.grad(out, leaves, do.to(device))]
 
 def attention_error(backend: str, device, dtype: torch.dtype, head_dim: int) -> float:
     """Largest deviation from the float64 formula over CASES, outputs and gradients, as a share of TOLERANCE:

@@ -30,7 +30,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 
 VIDEO = -1  # the id that stands for one visual token; it never reaches sentencepiece or the embedding
 IGNORE = -100               # the label of a token that is not supervised
@@ -142,7 +141,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, seg: Segments, *, causal: bool, w
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast("cpu" if q.is_meta else q.device.type, enabled=False):  # its precision is chosen here
         if backend in ("triton", "varlen"):
-            packed = TritonAttention.apply if backend == "triton" else _varlen
+            packed = _triton if backend == "triton" else _varlen
             return packed(q, k, v, seg, causal, window, scale)
         one = dict(reference=_reference, tiled=_tiled, sdpa=_sdpa)[backend]
         return _segmentwise(one, q, k, v, seg, causal, window, scale)
@@ -312,13 +311,6 @@ def _tiled(q, k, v, causal, window, scale):
     return rearrange(out, "(b g) r t d -> b (g r) t d", b=batch).to(q.dtype)
 
 # -------------------------------------------------------------------------------------- VisionEncoder (CLIP)
-def recompute(fn, x: Tensor, *more: Tensor, least: int = 2 ** 20):
-    """fn(x, *more), a cheap chain that may end in a matmul: backward keeps x and more, and computes the chain
-    again as far as that matmul's input. Same bits, a quarter less memory; a small x is not worth the call."""
-    if x.numel() < least or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return fn(x, *more)                                     # the compiler decides this by itself
-    return checkpoint(fn, x, *more, use_reentrant=False)
-
 class ViTBlock(nn.Module):
     """Pre-LN transformer block with quick-GELU, as CLIP's."""
     def __init__(self, width: int, heads: int):
@@ -334,8 +326,8 @@ class ViTBlock(nn.Module):
         h = self.norm1(x)
         q, k, v = (rearrange(proj(h), "t (h d) -> t h d", h=self.heads) for proj in (self.q, self.k, self.v))
         x = x + self.out(rearrange(attention(q, k, v, seg, causal=False), "t h d -> t (h d)"))
-        h = recompute(lambda x: self.fc1(self.norm2(x)), x)                 # (N * 577, 4096)
-        return x + recompute(lambda h: self.fc2(F.silu(1.702 * h) / 1.702), h)      # quick-GELU
+        h = self.fc1(self.norm2(x))                                         # (N * 577, 4096)
+        return x + self.fc2(F.silu(1.702 * h) / 1.702)                      # quick-GELU
 
 class VisionEncoder(nn.Module):
     """CLIP ViT whose output is layer -2's patch grid: LLaVA's and VideoLLaMA2's choice of features.
@@ -395,13 +387,10 @@ class ConvNorm(nn.Module):
         self.conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, groups=groups, bias=False)
         self.bn = nn.LayerNorm(c_out)                           # timm calls it bn whatever it is
 
-    def project(self, x):
-        if self.conv.kernel_size == (1, 1):
-            return F.linear(x, self.conv.weight.flatten(1))                 # channels are last: no transposes
-        return self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
     def forward(self, x):
-        return self.bn(self.project(x))
+        if self.conv.kernel_size == (1, 1):
+            return self.bn(F.linear(x, self.conv.weight.flatten(1)))        # channels are last: no transposes
+        return self.bn(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 class SqueezeExcite(nn.Module):
     """Channels gated by what the whole frame shows."""
@@ -428,9 +417,9 @@ class RegNetBlock(nn.Module):
         nn.init.zeros_(self.conv3.bn.weight)
 
     def forward(self, x):                                                   # (N, 24, 24, 1024 or 4096)
-        h = recompute(lambda h: self.conv2.project(F.silu(self.conv1.bn(h))), self.conv1.project(x))
-        h = recompute(lambda h: self.conv3.project(self.se(F.silu(self.conv2.bn(h)))), h)  # (N, 24, 24, 4096)
-        return recompute(lambda h, skip: F.silu(self.conv3.bn(h) + skip), h, self.downsample(x))
+        h = F.silu(self.conv1(x))                                           # (N, 24, 24, 4096)
+        h = self.se(F.silu(self.conv2(h)))
+        return F.silu(self.conv3(h) + self.downsample(x))
 
 def reg_stage(c_in: int, c_out: int, depth: int) -> nn.Sequential:
     """`depth` RegNet blocks under timm's names b1, b2, ..."""
@@ -560,7 +549,8 @@ class KVCache:
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Channels i and i + D/2 turn by the angle position * theta^(-2i/D). x (tokens, H, D)."""
     a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)                 # as transformers does; in float32 a sixth of a GPU's step
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 class DecoderBlock(nn.Module):
     """Mistral's: RMSNorm, grouped-query attention with RoPE, RMSNorm, SwiGLU."""
@@ -587,7 +577,7 @@ class DecoderBlock(nn.Module):
         o = attention(q, k, v, seg, causal=True, window=self.window)
         x = x + self.out(rearrange(o, "t h d -> t (h d)"))
         h = self.norm2(x)
-        return x + self.down(recompute(lambda gate, up: F.silu(gate) * up, self.gate(h), self.up(h)))
+        return x + self.down(F.silu(self.gate(h)) * self.up(h))
 
 # what activation checkpointing and FSDP take as one unit
 BLOCKS = (ViTBlock, RegNetBlock, ResBlock, FCBlock, DecoderBlock)
@@ -1014,8 +1004,9 @@ def load_checkpoint(path: str | os.PathLike, base: str | os.PathLike | None = No
 TILES = {("forward", 32): (128, 64, 4, 3), ("dq", 32): (128, 64, 8, 2), ("dkdv", 32): (32, 64, 4, 2),
          ("forward", 64): (128, 64, 8, 3), ("dq", 64): (128, 64, 8, 2), ("dkdv", 64): (32, 128, 8, 2),
          ("forward", 128): (128, 32, 8, 3), ("dq", 128): (128, 32, 8, 2), ("dkdv", 128): (32, 64, 8, 2)}
-# Hopper (sm_90) has more shared memory and multiplies a tile by 128 threads at once
-TILES_90 = TILES | {("forward", 64): (128, 128, 8, 2), ("forward", 128): (128, 128, 8, 2)}
+# Hopper (sm_90): the fastest of twelve each, measured on an H100 (tests/gpu.py); those of dkdv spill, and win
+TILES_90 = TILES | {("forward", 64): (64, 64, 4, 3), ("dq", 64): (128, 64, 8, 3), ("dkdv", 64): (32, 128, 4, 3),
+                    ("forward", 128): (64, 64, 4, 3), ("dq", 128): (64, 64, 4, 2), ("dkdv", 128): (32, 64, 4, 2)}
 FLOAT32_TILES = {32: (32, 32, 8, 1), 64: (16, 32, 8, 1), 128: (32, 16, 8, 1)}
 
 @cache
@@ -1100,7 +1091,7 @@ def triton_kernels() -> dict:
         tl.store(lse + tl.cast(head, tl.int64) * total + q0 + rows, lse_i, mask=rows < lq)
 
     @triton.jit(do_not_specialize=["total", "heads", "kv_heads", "window"])
-    def dq(q, k, v, do, lse, delta, dq, cu_q, cu_k, total, heads, kv_heads, window, scale, D: tl.constexpr,
+    def dq(q, k, v, o, do, lse, dq, delta, cu_q, cu_k, total, heads, kv_heads, window, scale, D: tl.constexpr,
            CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
         tile, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)    # causal: the longest walks first
         q0, lq, k0, lk = bounds(cu_q, cu_k)
@@ -1113,8 +1104,10 @@ def triton_kernels() -> dict:
         at_row = tl.cast(head, tl.int64) * total + q0 + rows
         qi = tl.load(q + first_q + at_q, mask=rows[:, None] < lq, other=0.0)
         do_i = tl.load(do + first_q + at_q, mask=rows[:, None] < lq, other=0.0)
+        o_i = tl.load(o + first_q + at_q, mask=rows[:, None] < lq, other=0.0)
+        delta_i = tl.sum(do_i.to(tl.float32) * o_i.to(tl.float32), 1)
+        tl.store(delta + at_row, delta_i, mask=rows < lq)       # for dkdv, which runs next
         lse_i = tl.load(lse + at_row, mask=rows < lq, other=float("inf"))
-        delta_i = tl.load(delta + at_row, mask=rows < lq, other=0.0)
         dq_i = tl.zeros([BM, D], tl.float32)
         lo, tail, hi = key_walk(tile * BM + lk - lq, lk, window, CAUSAL, WINDOW, BM, BN)
         for masked in tl.static_range(1 if WINDOW else 0, 2):
@@ -1182,40 +1175,71 @@ def triton_kernels() -> dict:
 
     return {"forward": forward, "dq": dq, "dkdv": dkdv}
 
-class TritonAttention(torch.autograd.Function):
-    """The kernels above as one differentiable function; backend "triton" of `attention`."""
-    @staticmethod
-    def launch(kernel, q, k, seg, causal, window, scale, *tensors):
-        """One program for each tile of each head of each segment; empty ones return at once."""
-        (heads, d), kv_heads = q.shape[1:], k.shape[1]
-        table = TILES_90 if q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0) else TILES
-        rows, keys, warps, stages = FLOAT32_TILES[d] if q.dtype == torch.float32 else table[kernel, d]
-        by_keys = kernel == "dkdv"                              # the side whose tiles the programs own
-        tiles = math.ceil(max(seg.k_lens if by_keys else seg.q_lens, default=0) / (keys if by_keys else rows))
-        if tiles:
-            with torch.cuda.device_of(q):
-                triton_kernels()[kernel][tiles, kv_heads if by_keys else heads, len(seg.q_lens)](
-                    *tensors, seg.cu_q, seg.cu_k, len(q), heads, kv_heads, window or 0, scale, d, causal,
-                    window is not None, rows, keys, num_warps=warps, num_stages=stages)
+def launch(kernel: str, q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, longest_q: int, longest_k: int,
+           causal: bool, window: int | None, scale: float, *tensors: Tensor):
+    """One program for each tile of each head of each segment; those past a segment's end return at once."""
+    heads, kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[2]
+    hopper = q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0)
+    table = TILES_90 if hopper else TILES
+    rows, keys, warps, stages = FLOAT32_TILES[head_dim] if q.dtype == torch.float32 else table[kernel, head_dim]
+    if kernel == "dkdv":                                        # its programs own a tile of keys
+        tiles, owners = math.ceil(longest_k / keys), kv_heads
+    else:
+        tiles, owners = math.ceil(longest_q / rows), heads
+    if tiles == 0:
+        return
+    with torch.cuda.device_of(q):
+        triton_kernels()[kernel][tiles, owners, len(cu_q) - 1](
+            *tensors, cu_q, cu_k, len(q), heads, kv_heads, window or 0, scale, head_dim, causal, window is not None,
+            rows, keys, num_warps=warps, num_stages=stages)
 
-    @staticmethod
-    def forward(ctx, q, k, v, seg, causal, window, scale):
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        o, lse = torch.empty_like(q), torch.empty(q.shape[1], len(q), device=q.device)
-        TritonAttention.launch("forward", q, k, seg, causal, window, scale, q, k, v, o, lse)
-        ctx.save_for_backward(q, k, v, o, lse)
-        ctx.rest = seg, causal, window, scale
-        return o
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, do):
-        (q, k, v, o, lse), do = ctx.saved_tensors, do.contiguous()
-        delta = (do.float() * o.float()).sum(-1).T.contiguous()             # (H, Tq), as lse
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        TritonAttention.launch("dq", q, k, *ctx.rest, q, k, v, do, lse, delta, dq)
-        TritonAttention.launch("dkdv", q, k, *ctx.rest, q, k, v, do, lse, delta, dk, dv)
-        return dq, dk, dv, None, None, None, None
+# The kernels as one differentiable operator of torch, so that activation checkpointing can keep its result
+# (an autograd.Function would run again) and torch.compile passes it by.
+SCHEMA = ("Tensor q, Tensor k, Tensor v, {} Tensor cu_q, Tensor cu_k, int longest_q, int longest_k, bool causal, "
+          "int? window, float scale")
+
+
+@torch.library.custom_op("exo2ego::flash_attention", mutates_args=(), schema=f"({SCHEMA.format('')}) -> (Tensor, Tensor)")
+def flash_attention(q, k, v, cu_q, cu_k, longest_q, longest_k, causal, window, scale):
+    """-> o (Tq, H, D) as q, and lse (H, Tq) float32 for the backward."""
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    o, lse = torch.empty_like(q), torch.empty(q.shape[1], len(q), device=q.device)
+    launch("forward", q, k, cu_q, cu_k, longest_q, longest_k, causal, window, scale, q, k, v, o, lse)
+    return o, lse
+
+
+@torch.library.custom_op("exo2ego::flash_attention_backward", mutates_args=(),
+                         schema=f"({SCHEMA.format('Tensor o, Tensor lse, Tensor do,')}) -> (Tensor, Tensor, Tensor)")
+def flash_attention_backward(q, k, v, o, lse, do, cu_q, cu_k, longest_q, longest_k, causal, window, scale):
+    """-> dq, dk, dv; dq also leaves delta for dkdv, which runs after it."""
+    q, k, v, do = q.contiguous(), k.contiguous(), v.contiguous(), do.contiguous()
+    dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
+    rest = cu_q, cu_k, longest_q, longest_k, causal, window, scale
+    launch("dq", q, k, *rest, q, k, v, o, do, lse, dq, delta)
+    launch("dkdv", q, k, *rest, q, k, v, do, lse, delta, dk, dv)
+    return dq, dk, dv
+
+
+def _keep_for_backward(ctx, inputs, output):
+    q, k, v, cu_q, cu_k, *ctx.rest = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_q, cu_k)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, do, _):
+    q, k, v, o, lse, cu_q, cu_k = ctx.saved_tensors
+    grads = flash_attention_backward(q, k, v, o, lse, do, cu_q, cu_k, *ctx.rest)
+    return *grads, None, None, None, None, None, None, None
+
+
+flash_attention.register_autograd(_backward, setup_context=_keep_for_backward)
+
+
+def _triton(q, k, v, seg, causal, window, scale):
+    longest_q, longest_k = max(seg.q_lens, default=0), max(seg.k_lens, default=0)
+    return flash_attention(q, k, v, seg.cu_q, seg.cu_k, longest_q, longest_k, causal, window, scale)[0]
+
 
 if __name__ == "__main__":  # --check-attention and --export-hf live in eval.py, which imports this file
     os.execv(sys.executable, [sys.executable, str(Path(__file__).with_name("eval.py")), *sys.argv[1:]])

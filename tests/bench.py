@@ -517,7 +517,7 @@ def composed_step(stage, batch, dtype, preset="small", device="cpu", checkpointe
         hidden = vit(x, output_hidden_states=True).hidden_states[-2][:, 1:]
         return hidden.unflatten(1, (cfg.grid, cfg.grid)).unflatten(0, (-1, cfg.frames))
 
-    def text_loss(visual):
+    def text_loss(visual, batch):
         texts, labels = batch.ids.split(batch.lens), batch.labels.split(batch.lens)
         again = len(visual) // len(texts)                                   # every exo view repeats its text
         rows = [i for i in range(len(texts)) for _ in range(again)]
@@ -529,22 +529,22 @@ def composed_step(stage, batch, dtype, preset="small", device="cpu", checkpointe
         embeddings = embeddings.masked_scatter((ids == VIDEO)[..., None], visual.to(embeddings.dtype))
         return llm(inputs_embeds=embeddings, attention_mask=mask.long(), labels=goal).loss
 
-    def forward():
+    def forward(batch):
         if stage == 1:
-            loss = text_loss(exo_connector(grid(exo, batch.exo)))
+            loss = text_loss(exo_connector(grid(exo, batch.exo)), batch)
         elif stage == 3:
             x = grid(ego, batch.ego)
-            loss = text_loss(torch.cat([ego_connector(x), exo_connector(model.F(x))], 1))
+            loss = text_loss(torch.cat([ego_connector(x), exo_connector(model.F(x))], 1), batch)
         else:
             x, y = grid(ego, batch.ego[batch.ego_of]), grid(exo, batch.exo)             # an ego clip again for each view
-            loss = text_loss(torch.cat([ego_connector(x), exo_connector(model.F(x))], 1))
+            loss = text_loss(torch.cat([ego_connector(x), exo_connector(model.F(x))], 1), batch)
             loss = loss + 5 * eval.feature_kl(exo_connector(y), exo_connector(model.F(x))).mean()
             loss = loss + 0.1 * ((model.G(model.F(x)) - x).abs().mean() + (model.F(model.G(y)) - y).abs().mean())
         return loss
 
-    def step():
+    def step(batch=batch):
         with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            loss = forward()
+            loss = forward(batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -645,7 +645,7 @@ def step_flops(run, phase, stage, batch, preset):
     train.set_trained(objective, phase, False, False)
     meta = replace(batch, ego=None if batch.ego is None else batch.ego.to("meta"), exo=None if batch.exo is None else batch.exo.to("meta"))
     maths = eval.Arithmetic(torch.float32)
-    eval.wrap(run, objective, maths)
+    eval.wrap(run, objective)
     with eval.Meter([*objective.parameters(), *objective.buffers()]) as meter, maths:
         torch.autograd.backward(objective(meta, float(batch.weights.sum()), batch.samples)["loss"])
     return meter.flops

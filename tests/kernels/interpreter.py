@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 import pytest
 import torch
@@ -87,3 +87,25 @@ def test_reruns_are_bit_equal_and_strides_do_not_matter():
     seg, qkv = model.Segments.packed((11, 19)), packed.unbind(1)
     sliced = model.attention(*qkv, seg, causal=True, backend="triton")
     assert torch.equal(sliced, model.attention(*(t.contiguous() for t in qkv), seg, causal=True, backend="triton"))
+
+
+@pytest.mark.parametrize("whole_blocks", [False, True])
+def test_under_activation_checkpointing_gradients_are_the_plain_ones(monkeypatch, whole_blocks):
+    """The policy keeps the kernel's result, so its forward runs once; where whole blocks are computed again, twice."""
+    import bench
+    monkeypatch.setenv("EXO2EGO_ATTENTION", "triton")
+    launched, launch = [], model.launch
+    monkeypatch.setattr(model, "launch", lambda kernel, *rest: launched.append(kernel) or launch(kernel, *rest))
+    batch = bench.make_batch(1, model.PRESETS["toy"], clips=1, text=(8, 9))
+    objective, trained, _ = bench.our_objective(1, "toy", *["--checkpoint-activations"] * whole_blocks)
+    results = []
+    for _ in range(2):
+        loss = objective(batch, float(batch.weights.sum()), batch.samples)["loss"]
+        results.append(torch.autograd.grad(loss, list(trained.values())))
+        for block in objective.modules():                       # the second time, as if there were no policy
+            block.__dict__.pop("forward", None)
+    for ours, plain in zip(*results):
+        assert torch.equal(ours, plain)
+    layers = len(objective.model.exo_vit.blocks) + len(objective.model.decoder.blocks)
+    assert launched.count("forward") == layers * (3 if whole_blocks else 2)
+    assert launched.count("dq") == launched.count("dkdv") == 2 * layers
