@@ -578,7 +578,8 @@ def ready(model: Exo2Ego, device: torch.device, bf16: bool) -> Exo2Ego:
 def compiled(block):
     """torch.compile of a block that trains, or that gradients pass; elsewhere, as it is: scores have other
     shapes. A decoder block's tokens change in number from step to step. Attention is fused by hand."""
-    torch._dynamo.disallow_in_graph(attention)
+    if hasattr(block, "attention"):
+        block.attention = torch.compiler.disable(attention)
     plain, fast = block.forward, torch.compile(block.forward, dynamic=isinstance(block, DecoderBlock))
     return lambda *args: (fast if torch.is_grad_enabled() else plain)(*args)
 

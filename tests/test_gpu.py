@@ -1,0 +1,34 @@
+"""The script for a GPU's few minutes runs from end to end; only the card is missing."""
+import json
+
+import pytest
+from conftest import REPO, run
+
+
+@pytest.mark.skipif(__import__("sys").platform != "linux", reason="triton runs on Linux only")
+def test_every_part_runs_dry_and_its_findings_make_a_table(tmp_path):
+    run(REPO / "tests/gpu.py", "--out", tmp_path, "--dry", timeout=900)
+    rows = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    assert {row["part"] for row in rows} == {"correct", "speed", "tiles", "step", "run", "answer"}
+    assert all(row["ok"] and row["torch"] and row["triton"] for row in rows)
+    cases = [row for row in rows if row["part"] == "correct" and "case" in row]
+    assert len(cases) == 8 and all(error < 1.5e-3 for row in cases for error in row["errors"].values())
+    same = [row for row in rows if "equal to the bit" in row.get("what", "")]
+    assert [row["differing"] for row in same] == [0, 0]
+    _, said, _ = run(REPO / "tests/gpu.py", "--table", tmp_path / "gpu.jsonl")
+    assert "8 of 8 cases" in said and "composition of transformers" in said
+
+
+def test_without_a_gpu_one_sentence_and_exit_code_2(tmp_path):
+    code, _, err = run(REPO / "tests/gpu.py", "--out", tmp_path, check=False, env={"CUDA_VISIBLE_DEVICES": ""})
+    assert code == 2 and err.strip() == "gpu.py: no GPU is visible here: --dry tries the script itself on a CPU"
+
+
+def test_a_part_that_hangs_costs_its_own_time_only(tmp_path, monkeypatch):
+    """Its limit is written down as a finding, and all that it had started is gone."""
+    script = tmp_path / "limits.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(REPO / 'tests')!r})\nimport gpu\ngpu.SECONDS = dict.fromkeys(gpu.SECONDS, 0.5)\n"
+                      f"from pathlib import Path\ngpu.run_part('step', Path({str(tmp_path)!r}))\n")
+    run(script, "--dry")
+    row = json.loads((tmp_path / "gpu.jsonl").read_text())
+    assert not row["ok"] and row["wrong"] == "ended at its limit of 0.5 s" and row["seconds"] < 5
