@@ -26,7 +26,6 @@ import multiprocessing.util
 import os
 import re
 import signal
-import subprocess
 import sys
 import textwrap
 import threading
@@ -50,7 +49,7 @@ from av.video.reformatter import VideoReformatter
 from einops import rearrange
 from torch import Tensor
 
-from model import IGNORE, PRESETS, VIDEO, ModelConfig, Tokenizer
+from model import IGNORE, PRESETS, VIDEO, ModelConfig
 
 NARRATE = "Narrate the video."  # the prompt of a row's `text` (our choice: the paper names none for it)
 MAX_SIDE, MAX_PIXELS = 16384, 64 << 20  # refused before a frame of such a size is decoded
@@ -320,6 +319,47 @@ def file_lock(path: str | os.PathLike, wait: bool):
         file.flush()
         yield
 
+# ------------------------------------------------------------------------------------------------------ text
+class Tokenizer:
+    """A sentencepiece vocabulary and Mistral-Instruct's chat template; every checkpoint holds its own:
+    <s>[INST] <video> question [/INST] answer</s>[INST] question [/INST] answer</s>"""
+    def __init__(self, path: str | os.PathLike):
+        """`path`: a sentencepiece tokenizer.model, or a folder that holds one."""
+        self.path = Path(path) / "tokenizer.model" if Path(path).is_dir() else Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"no tokenizer at {self.path}: it should be a sentencepiece tokenizer.model")
+        self.sp = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
+        self.bos, self.eos, self.size = self.sp.bos_id(), self.sp.eos_id(), self.sp.get_piece_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Text to ids, without <s> or </s>; control tokens written out in the text stay plain text."""
+        return self.sp.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Ids to text; VIDEO and control tokens vanish."""
+        return self.sp.decode([int(i) for i in ids if i >= 0])
+
+    def chat(self, turns: Sequence[dict], video_tokens: int) -> tuple[list[int], list[int]]:
+        """Turns {"user", "assistant"[, "system"]} -> ids and labels. `<video>` (put first if no turn has it)
+        becomes `video_tokens` VIDEO ids. Supervised: the assistant's tokens and their closing </s>, nothing
+        else. A last turn without "assistant" is a prompt to be continued."""
+        marks = sum(turn["user"].count("<video>") for turn in turns)
+        if marks > (video_tokens > 0):
+            raise ValueError(f"{marks} <video> marks in the user turns: one at most, none without a video")
+        ids, labels = [self.bos], [IGNORE]
+        for i, turn in enumerate(turns):
+            user = turn["user"] if i or marks or not video_tokens else "<video>\n" + turn["user"]
+            if "system" in turn:                                # Mistral has no such role
+                user = f"{turn['system']}\n\n{user}"
+            for j, chunk in enumerate(f"[INST] {user} [/INST]".split("<video>")):
+                prompt = [VIDEO] * (video_tokens if j else 0) + self.encode(chunk)
+                ids, labels = ids + prompt, labels + [IGNORE] * len(prompt)
+            if "assistant" in turn:
+                answer = self.encode(turn["assistant"]) + [self.eos]
+                ids, labels = ids + answer, labels + answer
+        return ids, labels
+
+
 # --------------------------------------------------------------------------------------------------- loading
 @dataclass
 class Batch:
@@ -526,66 +566,6 @@ def progress(items: Iterator, total: int, what: str) -> Iterator:
             shown, rate = time.monotonic(), done / max(time.monotonic() - began, 1e-9)
             print(f"\r{done}/{total} {what}, {rate:.1f} a second, {(total - done) / rate:.0f} s left   ",
                   end="" if done < total else "\n", flush=True)
-
-def pick_device() -> torch.device:
-    """This process's GPU, else Apple's, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-def start_process() -> tuple[int, int]:
-    """Rank and world size, as torchrun tells. The process takes its share of the cores and its GPU."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with_parent()
-    rank, world, local_world = (int(os.environ.get(key, default)) for key, default in (
-        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, os.cpu_count() // local_world))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(pick_device())
-    return rank, world
-
-def git_revision() -> str | None:
-    """Commit of this code, with + when files differ from it; None outside a checkout."""
-    def git(*args):
-        here = Path(__file__).parent
-        return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True).stdout.strip()
-    try:
-        revision = git("rev-parse", "--short=12", "HEAD")
-        return revision + "+" * bool(git("status", "--porcelain")) if revision else None
-    except OSError:
-        return None
-
-def shuffle_pairs(rows: list[dict], seed: int) -> list[dict]:
-    """The control: every ego clip gets another row's exo clips (a cyclic shift in random order)."""
-    order = np.random.default_rng(seed).permutation(len(rows))
-    partner = dict(zip(order, np.roll(order, 1)))
-    return [row | {"exo": rows[partner[i]]["exo"]} for i, row in enumerate(rows)]
-
-def scatter_words(texts: list[list[int]], slots: int, vocab: int) -> Tensor:
-    """How loud each word is in each slot that stands for a video (B, slots, vocab): the words of a text, each
-    spread over few or many slots, among fainter words of another. What the toy decoder learns to read."""
-    mixture = torch.zeros(len(texts), slots, vocab)
-    for row, own, other in zip(mixture, texts, texts[-1:] + texts):
-        loud = torch.cat([torch.empty(len(own)).uniform_(0.7, 1.3), torch.empty(len(other)).uniform_(0, 0.5)])
-        focus = 10 ** torch.empty(len(loud), 1).uniform_(-1.5, 1)  # small: one slot; large: all of them
-        spread = torch._standard_gamma(focus.expand(-1, slots)) + 1e-6      # (words, slots)
-        spread = 0.35 * slots * loud[:, None] * spread / spread.sum(1, keepdim=True)
-        row.index_add_(1, torch.tensor(own + other), spread.T.contiguous())
-    return mixture
-
-def show_prompt(batch: Batch, tokenizer: Tokenizer) -> str:
-    """What the model is fed: shapes, and the first text with its [supervised] tokens in brackets."""
-    shapes = [f"{k} {tuple(v.shape)}" for k, v in (("ego", batch.ego), ("exo", batch.exo)) if v is not None]
-    text, n = "", batch.lens[0] if batch.lens else 0
-    ids, labels = batch.ids[:n].tolist(), batch.labels[:n].tolist()
-    for i, (token, label) in enumerate(zip(ids, labels)):
-        if token != VIDEO:
-            piece = tokenizer.sp.id_to_piece(token)
-            text += piece if label == IGNORE else f"[{piece}]"
-        elif ids[i - 1] != VIDEO:
-            text += f"<video: {ids.count(VIDEO)} tokens>"
-    return f"fed: {', '.join(shapes + [f'{len(batch.ids)} tokens'])}; first sample {batch.names[0]}: {text}"
 
 # --------------------------------------------------------------------------------------------- looking at it
 GLYPHS = " abcdefghijklmnopqrstuvwxyz0123456789.,:?!'-()/"  # 5 x 8 dots each, a byte a column, low bit on top

@@ -13,7 +13,6 @@ import argparse
 import ast
 import base64
 import contextlib
-import ctypes
 import hashlib
 import html
 import itertools
@@ -21,47 +20,26 @@ import json
 import math
 import os
 import re
-import resource
-import shutil
-import signal
 import sys
 import time
-import traceback
-import weakref
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
-from functools import partial
-from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from einops import rearrange
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
-from torch.utils.flop_counter import flop_registry
-from torch.utils.weak import WeakIdKeyDictionary
 
-from data import (COLOURS, NARRATE, PATTERNS, VERBS, Batch, DataError, Files, Loader, contact_sheet, convert,
-                  encode_png, file_lock, frame_rate, git_revision, pick_device, progress, read_clip,
-                  read_manifest, show_prompt, start_process, toy_split, toy_world, wearer, write_jsonl,
-                  write_whole)
-import model as network
-from model import (BACKENDS, BLOCKS, CLIP_NAMES, IGNORE, MISTRAL_NAMES, VIDEO, DecoderBlock, Exo2Ego, KVCache,
-                   Segments, Tokenizer, attention, fingerprint, hash_of, load_checkpoint, newest_checkpoint,
-                   own_tensors, read_json, read_state, rename)
+from data import (COLOURS, NARRATE, PATTERNS, VERBS, Batch, DataError, Files, Loader, Tokenizer, contact_sheet,
+                  convert, encode_png, file_lock, frame_rate, progress, read_clip, read_manifest, toy_split,
+                  toy_world, wearer, write_jsonl, write_whole)
+from model import (IGNORE, VIDEO, Exo2Ego, KVCache, Segments, choose_attention, feature_kl, fingerprint,
+                   git_revision, load_checkpoint, newest_checkpoint, pick_device, precision, read_json, ready)
 
 SLOTS = re.compile(r"Camera-wearer (?P<verb>.+) the (?P<colour>\w+) (?P<pattern>\w+) block "
                    r"with the (?P<hand>\w+) hand\.")
@@ -87,12 +65,6 @@ def choice_score(scores: np.ndarray, answer: int) -> float:
     chance."""
     best = scores == scores.max()
     return float(best[answer]) / best.sum()
-
-def feature_kl(exo: Tensor, estimate: Tensor, tau: float = 1.0) -> Tensor:
-    """KL(exo || F(ego)) per sample: (B, n, C) features -> (B,). Softmax over channels of LayerNorm-ed tokens,
-    mean over tokens: our choice (measured), the paper does not say how features become distributions."""
-    p, q = (F.log_softmax(F.layer_norm(f.float(), f.shape[-1:]) / tau, dim=-1) for f in (exo, estimate))
-    return (p.exp() * (p - q)).sum(-1).mean(-1) * tau ** 2
 
 # --------------------------------------------------------------------------------------------------- answers
 def clips(model: Exo2Ego, tokenizer: Tokenizer, rows: list[dict], view: str,
@@ -253,568 +225,7 @@ def show(path: Path, rows, view, narrations, replies, n: int = 8):
         items.append(([read_clip(clip["video"], clip["start"], clip["end"], 4, 96)], lines))
     contact_sheet(path, items[:n])
 
-# --------------------------------------------------------------------- what a run shows and leaves on disk
-@dataclass
-class Run:
-    """One process of a run: its flags and place, and what its checkpoints will record."""
-    cfg: object                                                 # train.py: TrainConfig
-    rank: int
-    world: int
-    device: torch.device
-    bf16: bool
-    attention: str = ""                                         # which backend, and why
-    total: int = 0                                              # steps of all phases
-    record: dict = field(default_factory=lambda: dict(base=None, base_hash=None, init=None))
-    inherited: set = field(default_factory=set)                 # tensors that earlier stages trained
-    stop: float = 0.0                                           # when a signal asked it to
-
-    def sum(self, tensor: Tensor) -> list:
-        if self.world > 1:
-            dist.all_reduce(tensor)
-        return tensor.tolist()
-
-@contextlib.contextmanager
-def listen(run: Run) -> Iterator[None]:
-    """SIGTERM or Ctrl-C: the step under way ends, is saved, and the run exits. A second signal, more than a
-    second later (launchers pass theirs on at once), ends it on the spot. torchrun kills 30 s after its own
-    SIGTERM: where a step and a save take longer, rely on --save-every."""
-    def asked(number, _):
-        if run.stop and time.monotonic() - run.stop > 1:
-            os._exit(128 + number)
-        run.stop = run.stop or time.monotonic()
-    before = {number: signal.signal(number, asked) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-def join_ranks(backend: str, seconds: float):
-    """Join the other ranks, within `seconds`. torchrun keeps one store over its restarts, so a rank would
-    find the addresses of the dead (pytorch#135712): on one machine each restart has names of its own. Many
-    machines count apart: there start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1."""
-    alone = os.environ["WORLD_SIZE"] == os.environ.get("LOCAL_WORLD_SIZE")
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
-    store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
-    dist.init_process_group(backend, store=dist.PrefixStore(attempt, store), rank=rank, world_size=world,
-                            timeout=timedelta(seconds=seconds))
-
-def keep_heap():
-    """glibc returns what a step freed to the kernel, which clears every page again in the next: 7-12 %."""
-    if hasattr(libc := ctypes.CDLL(None), "mallopt"):           # Linux
-        libc.mallopt(-4, 0)                                     # M_MMAP_MAX: no tensor is its own mapping
-        libc.mallopt(-1, -1)                                    # M_TRIM_THRESHOLD: the heap never shrinks
-
-def lock_of(out: str, rank: int) -> Path:
-    """The lock file that a rank holds in its run folder; its time is the rank's last sign of life."""
-    return Path(out) / (f".lock{rank}" if rank else ".lock")
-
-def explain(error: Exception, out: str, rank: int, world: int) -> str:
-    """The sentence of an error that a user can mend; of a time-out it names the rank, other than this, that
-    was silent for longest. What else goes wrong is raised again."""
-    text = (str(error) or repr(error)).splitlines()[0][:300]
-    if isinstance(error, (OSError, SafetensorError)) and not isinstance(error, FileNotFoundError):
-        return f"{getattr(error, 'filename', None) or out} cannot be written or read: {text}"
-    if isinstance(error, DataError):
-        return str(error)
-    if not isinstance(error, RuntimeError):                     # perhaps a bug: then where it is helps
-        at = traceback.extract_tb(error.__traceback__)[-1]
-        return f"{error} ({Path(at.filename).name}:{at.lineno})" if at.name != "_or_raise" else str(error)
-    if "DataLoader" in text:
-        return f"a loader worker died or hangs; the same command goes on from the last checkpoint ({text})"
-    if world == 1 or not re.search("timed out|timeout|connection (closed|reset)", text, re.IGNORECASE):
-        raise error
-    locks = {other: lock_of(out, other) for other in range(world) if other != rank}
-    last = {other: lock.stat().st_mtime if lock.is_file() else 0 for other, lock in locks.items()}
-    late = min(last, key=last.get)
-    heard = f"last heard of {time.time() - last[late]:.0f} s ago" if last[late] else "never heard of"
-    return f"the ranks waited in vain for rank {late}, {heard} (--timeout); {text}"
-
-class Log:
-    """log.jsonl, one object a step, cut back to the step that a run resumes from; and the progress line."""
-    def __init__(self, path: Path | None, step: int, skipped: int = 0):
-        """`path` None: a rank that keeps no log."""
-        self.file, self.skipped, kept = None, skipped, []
-        if path is None:
-            return
-        for line in path.read_text().splitlines() if path.is_file() else []:
-            try:
-                kept += [line + "\n"] if json.loads(line)["step"] <= step else []
-            except ValueError:
-                break                                           # the line that a kill cut short
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(kept))
-        self.file = open(path, "a", buffering=1)
-
-    def write(self, row: dict, text: str = ""):
-        """One object to the file, one line to the screen."""
-        if self.file:
-            self.file.write(json.dumps(row) + "\n")
-            print(text, end="\n" if text else "", flush=True)
-
-    def skip(self, batches: list[Batch], number: int, seen: int, max_bad: float):
-        """Name this rank's unreadable samples, count all ranks' `number`; too many of `seen` end the run."""
-        for reason in (reason for batch in batches for reason in batch.skipped):
-            print(f"skipped {reason}", flush=True)
-        self.skipped += number
-        if self.skipped > max_bad * max(seen, 500):
-            raise DataError(f"{self.skipped} of {seen} samples could not be read, more than --max-bad "
-                            f"{max_bad}; the lines above name them, python data.py check all of them")
-
-    def start(self, done: int):
-        """A phase begins, of which `done` steps are over already, with what they skipped."""
-        self.skipped *= done > 0
-        self.began = self.clock = time.monotonic()
-        self.first = done
-
-    def step(self, done: int, length: int, samples: int, tokens: int, losses: dict, row: dict):
-        """The `done`-th step of the phase is over."""
-        took, self.clock = time.monotonic() - self.clock, time.monotonic()
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 ** (sys.platform != "darwin")
-        if torch.cuda.is_available():
-            memory = torch.cuda.max_memory_allocated()
-        each, text = (time.monotonic() - self.began) / (done - self.first), ""
-        if done % 10 == 0 or done == length:
-            text = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
-            text = (f"step {done}/{length} | {text} | {each:.3f} s/step | {samples / each:.0f} clips/s | "
-                    f"ETA {(length - done) * each:.0f} s")
-        self.write(row | losses | dict(skipped=self.skipped, seconds=took, clips_per_second=samples / took,
-                                       tokens_per_second=tokens / took, max_memory_bytes=memory), text)
-
-def moments_of(optimizers: list) -> dict[str, Tensor]:
-    """The optimisers' state by name, in one piece; every rank must call it."""
-    return {f"{i}.{j}.{key}": whole(value.detach()).contiguous().cpu()
-            for i, optimizer in enumerate(optimizers)
-            for j, values in optimizer.state_dict()["state"].items() for key, value in values.items()}
-
-def schedule(step: int, steps: int, phase) -> float:
-    """Share of the peak rate at a step: linear warm-up, then cosine down to `floor`."""
-    warm = max(1, round(phase.warmup * steps))
-    cosine = 0.5 + 0.5 * math.cos(math.pi * (step - warm) / max(1, steps - warm))
-    return (step + 1) / warm if step < warm else phase.floor + (1 - phase.floor) * cosine
-
-def save_checkpoint(run: Run, objective, optimizers: list, step: int, trained: dict, skipped: int):
-    """What differs from the base (in stage 0 everything), and what resuming exactly needs, in step_000200/.
-    Written under a temporary name, synced, renamed: a killed save never looks finished."""
-    cfg, rng = run.cfg, [random_state(run.device).to(run.device) for _ in range(run.world)]
-    if run.world > 1:
-        dist.all_gather(rng, rng[0].clone())
-    if run.rank and not cfg.fsdp:                               # DDP's ranks are alike; shards meet
-        return
-    keep = run.inherited | {n.removeprefix("model.") for n in trained}
-    named = {n.removeprefix("model."): t for n, t in objective.state_dict().items()}
-    tensors = {n: whole(t).contiguous().cpu() for n, t in named.items()
-               if cfg.stage == 0 or n.startswith("loss.") or n in keep}
-    moments = moments_of(optimizers)
-    if run.rank:
-        return
-    folder = Path(cfg.out) / f"step_{step:06d}"
-    part = folder.with_name(f"part_{folder.name}")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    save_file(tensors, part / "model.safetensors")
-    save_file(moments | {f"rng.{rank}": s.cpu() for rank, s in enumerate(rng)}, part / "optim.safetensors")
-    shutil.copyfile(objective.tokenizer.path, part / "tokenizer.model")
-    state = dict(stage=cfg.stage, step=step, steps=run.total, model=asdict(objective.model.cfg),
-                 config=asdict(cfg), skipped=skipped, bf16=run.bf16, git=git_revision(),
-                 sha256={f.name: hash_of(f) for f in sorted(part.glob("*.safetensors"))}) | run.record
-    (part / "state.json").write_text(json.dumps(state, indent=1))
-    if step == run.total:
-        (part / "README.md").write_text(model_card(state, len(tensors)))
-    for file in part.iterdir():
-        with open(file, "rb") as f:
-            os.fsync(f.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(part, folder)
-    for old in sorted(folder.parent.glob("step_[0-9]*"))[:-cfg.keep]:
-        shutil.rmtree(old)
-
-def model_card(state: dict, tensors: int) -> str:
-    """What a finished checkpoint is, in words: for whoever finds the folder."""
-    config = state["config"]
-    return f"""# Exo2Ego (arXiv 2503.09143), stage {state["stage"]}, preset {config["preset"]}
-
-An independent reimplementation's checkpoint: {state["step"]} steps on `{config["data"]}` (manifest
-{state.get("manifest")}), seed {config["seed"]}, code revision {state["git"]}. `model.safetensors` holds the
-{tensors} tensors that differ from its base, `{state["base"] or "none"}`; settings are in `state.json`.
-
-    from model import load_checkpoint
-    model, tokenizer, state = load_checkpoint("this folder", base="where the base is")
-
-Intended for research on first-person video. It inherits the licence of its base (CLIP, Mistral, VideoLLaMA2
-weights are under their publishers' terms) and the terms of the videos it saw (Ego4D and Ego-Exo4D: signed
-agreement; the micro-world: none). Not tested for safety, bias or accuracy beyond `eval.json` beside it.
-"""
-
-def random_state(device: torch.device) -> Tensor:
-    """The generators that a rank draws from, as bytes: the CPU's, then its GPU's."""
-    states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
-    return torch.cat(states)
-
-def set_random_state(state: Tensor, device: torch.device):
-    """The opposite of random_state."""
-    size = len(torch.get_rng_state())
-    torch.set_rng_state(state[:size])
-    if device.type == "cuda" and len(state) > size:
-        torch.cuda.set_rng_state(state[size:], device)
-
-def load_optimizers(folder: Path, optimizers: list, rank: int, device: torch.device):
-    """Moments and this rank's random state, exactly as saved."""
-    moments = own_tensors(folder, "optim.safetensors")
-    for i, optimizer in enumerate(optimizers):
-        values, places = {}, [p for group in optimizer.param_groups for p in group["params"]]
-        for name in (n for n in moments if n.startswith(f"{i}.")):
-            _, j, key = name.split(".")
-            p, value = places[int(j)], moments[name]
-            if isinstance(p, DTensor) and value.shape == p.shape:
-                value = distribute_tensor(value.to(device), p.device_mesh, p.placements)
-            values.setdefault(int(j), {})[key] = value
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": values})
-    if f"rng.{rank}" in moments:
-        set_random_state(moments[f"rng.{rank}"], device)
-
-def resume_point(out: str, config: dict, record: dict) -> Path | None:
-    """The newest finished checkpoint of this very run, or None; another run's folder is refused by field."""
-    folder = newest_checkpoint(out)
-    state = read_state(folder) if folder else {}
-    if folder and os.environ.get("RANK", "0") == "0" and state["git"] != (now := git_revision()):
-        print(f"{folder} was made by code {state['git']}, {now} goes on with it")
-    was = state.get("config", {}) | {key: state.get(key) for key in record}
-    for key, value in (config | record).items():
-        if folder and was.get(key) != value and key != "base":  # that may move: base_hash tells it
-            raise DataError(f"{out} holds a run with {key}={was.get(key)}, this one has {value}: choose "
-                             f"another --out or remove the folder")
-    return folder
-
-def start_point(init: str, stage: int) -> tuple[Path, dict]:
-    """The last checkpoint of the finished run `init` of this stage, and its state; all else is refused."""
-    folder = newest_checkpoint(init)
-    if folder is None:
-        raise DataError(f"--init {init}: no checkpoint there; torchrun train.py --stage {stage} --out {init}")
-    state = read_state(folder)
-    if state["stage"] != stage or state["step"] < state["steps"]:
-        raise DataError(f"--init {init} is of stage {state['stage']} at step {state['step']} of "
-                        f"{state['steps']}; stage {stage + 1} starts from a finished stage {stage}")
-    return folder, state
-
-def agree(check):
-    """Call a check that returns a problem or None, first in local rank 0 (it fills the caches of compiled
-    kernels), then in the others; returns the first problem of any rank."""
-    if not dist.is_initialized():
-        return check()
-    problems = [None] * dist.get_world_size()
-    early = os.environ.get("LOCAL_RANK", "0") == "0"
-    own = check() if early else None
-    dist.barrier()
-    dist.all_gather_object(problems, own if early else check())
-    return next(filter(None, problems), None)
-
-def describe(run, phase, objective, loader: Loader, length: int):
-    """Before the first step of a phase: the arithmetic, what trains, and what the model is fed."""
-    print(f"\n== stage {run.cfg.stage}: {phase.name} == {length} steps x {phase.batch} of {loader.samples} "
-          f"samples ({phase.batch // loader.micro} micro batches x {loader.micro} on {run.world} ranks)")
-    own = [("loss", objective.loss)] * bool([*objective.loss.parameters()])
-    for name, module in [*objective.model.named_children(), *own]:
-        on, off = (sum(p.numel() for p in module.parameters() if p.requires_grad == g) for g in (True, False))
-        print(f"   {name:14} {on:>10,} trained {off:>10,} frozen")
-    print(f"   losses {phase.losses}, rates {phase.trains}, {run.cfg.optimizer}, {run.device}, "
-          f"{'bfloat16' if run.bf16 else 'float32'}, {torch.get_num_threads()} threads; {run.attention}")
-    print("   " + show_prompt(loader.batch(0)[0], objective.tokenizer), flush=True)
-
-class WideLinear(torch.autograd.Function):
-    """x W^T for a frozen W in half precision, which is widened for the moment, forward and backward: what
-    autograd would keep is W as it is stored, not four bytes a weight."""
-    @staticmethod
-    def forward(ctx, x, w):
-        ctx.save_for_backward(w)
-        return F.linear(x, w.to(x.dtype))
-
-    @staticmethod
-    def backward(ctx, dy):
-        return dy @ ctx.saved_tensors[0].to(dy.dtype), None
-
-FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-class Arithmetic(TorchFunctionMode):
-    """Matrices are multiplied in one dtype whatever their weights are stored in; norms run in float32. On the
-    meta device attention is the fused one, which holds no scores."""
-    def __init__(self, dtype: torch.dtype):
-        super().__init__()
-        self.dtype = dtype
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is torch.autograd.backward:                     # what it computes again is computed likewise
-            with self:
-                return torch.autograd.graph._engine_run_backward(
-                    args[0], tuple(map(torch.ones_like, args[0])), False, False, (), allow_unreachable=True, accumulate_grad=True)
-        if func is F.scaled_dot_product_attention and args[0].is_meta:
-            return FLASH(*args[:3], 0.0, kwargs["is_causal"], scale=kwargs["scale"])[0]
-        if func is F.linear and not args[1].requires_grad and args[1].dtype != torch.float32 == self.dtype:
-            y = WideLinear.apply(args[0].float(), args[1])
-            return y if len(args) < 3 or args[2] is None else y + args[2]
-        wide = {F.layer_norm: torch.float32, F.rms_norm: torch.float32}
-        wide |= dict.fromkeys((F.linear, F.conv2d, F.conv_transpose2d), self.dtype)
-        if func in wide:
-            args, kwargs = tree_map_only(Tensor, lambda t: t.to(wide[func]), (args, kwargs))
-        out = func(*args, **kwargs)
-        return out.float() if func is F.embedding else out
-
-def precision(device: torch.device, bf16: bool):
-    """The context of a forward and its backward. bfloat16 is autocast where there are matmuls for it; a CPU
-    without them (8 times slower here) computes in float32 on weights that are stored in bfloat16."""
-    if bf16 and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return Arithmetic(torch.float32)
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-
-def ready(model: Exo2Ego, device: torch.device, bf16: bool) -> Exo2Ego:
-    """The model on a device, stored in dtypes that `precision` computes with."""
-    for p in model.parameters():
-        half = torch.bfloat16 if p.dtype == torch.float16 else p.dtype
-        p.data = p.data.to(device, half if bf16 else torch.float32)
-    return model
-
-def compiled(block):
-    """torch.compile of a block that trains, or that gradients pass; elsewhere, as it is: scores have other
-    shapes. A decoder block's tokens change in number from step to step. Attention is fused by hand."""
-    if hasattr(block, "attention"):
-        block.attention = torch.compiler.disable(attention)
-    plain, fast = block.forward, torch.compile(block.forward, dynamic=isinstance(block, DecoderBlock))
-    return lambda *args: (fast if torch.is_grad_enabled() else plain)(*args)
-
-# What a block's forward keeps for its backward, unless the whole block is computed again: products and fused
-# attention. The rest (norms, activations, gates) costs little and is computed again.
-aten = torch.ops.aten
-KEPT = (aten.mm.default, aten.addmm.default, aten.convolution.default, torch.ops.exo2ego.flash_attention.default,
-        aten._scaled_dot_product_flash_attention_for_cpu.default, aten._scaled_dot_product_flash_attention.default,
-        aten._scaled_dot_product_efficient_attention.default, aten._scaled_dot_product_cudnn_attention.default)
-
-def wrap(run, objective):
-    """The objective as the ranks share it: blocks compiled, checkpointed; then DDP, or FSDP2 by block."""
-    blocks = [m for m in objective.modules() if isinstance(m, BLOCKS)]
-    for block in blocks:
-        block.__dict__.pop("forward", None)                     # of an earlier phase
-        if run.cfg.compile:                                     # the compiler decides by itself what it keeps
-            block.forward = compiled(block)
-        if run.cfg.checkpoint_activations:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        elif not run.cfg.compile:
-            keep = partial(create_selective_checkpoint_contexts, list(KEPT))
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=keep)
-    if run.cfg.fsdp and (run.cfg.optimizer == "muon" or run.cfg.stage == 0):
-        raise DataError("--fsdp needs --optimizer adamw (Muon wants whole matrices) and stage 1, 2 or 3")
-    if run.cfg.fsdp:
-        for block in blocks + [objective]:
-            fully_shard(block)
-        return objective
-    if run.world > 1:
-        return DistributedDataParallel(objective, forward_sync_buffers=False, gradient_as_bucket_view=True)
-    return objective
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor that may be sharded over the ranks, in one piece, on each of them."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-# ------------------------------------------------------------------------------------------------ the planner
-class Meter(TorchDispatchMode):
-    """Bytes that a step on the meta device would hold beyond `given` (weights, inputs), now and at most; the
-    FLOPs of its matrix products."""
-    def __init__(self, given):
-        super().__init__()
-        self.now, self.most, self.flops, self.seen = 0, 0, 0, WeakIdKeyDictionary()
-        for tensor in given:
-            self.seen[tensor.untyped_storage()] = True
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func.overloadpacket is torch.ops.aten.convolution_backward:
-            # each gradient costs as much as the forward; torch's own count of a depthwise filter's is C times that
-            grad, x, weight, transposed = *args[:3], args[7]
-            positions = len(x) * math.prod((x if transposed else grad).shape[2:])
-            self.flops += 2 * positions * weight.numel() * sum(args[10][:2])
-        elif count := flop_registry.get(func.overloadpacket):
-            self.flops += count(*args, **(kwargs or {}), out_val=out)
-        elif func.overloadpacket in (FLASH, FLASH_BACKWARD):    # causal counts whole
-            q, k = args[:2] if func.overloadpacket is FLASH else args[1:3]
-            self.flops += (4 if func.overloadpacket is FLASH else 10) * q.numel() * k.shape[2]
-        for tensor in (t for t in tree_leaves(out) if isinstance(t, Tensor)):
-            storage = tensor.untyped_storage()
-            if storage not in self.seen:
-                self.seen[storage], size = True, storage.nbytes()
-                self.now += size
-                self.most = max(self.most, self.now)
-                weakref.finalize(storage, self.gone, size)
-        return out
-
-    def gone(self, size: int):
-        self.now -= size
-
-def blank_batch(run, phase, model, device, text: int = 64) -> Batch:
-    """A micro batch of a stage's shapes, for measuring; `text` tokens, half of them the answer (assumed)."""
-    cfg, micro = model.cfg, run.cfg.micro_batch or max(1, phase.batch // run.world)
-    visual = cfg.visual_tokens * (1 + (phase.view != "exo" and model.F is not None))
-    ids = torch.cat([torch.full((micro, visual), VIDEO), torch.ones(micro, text, dtype=torch.long)], 1)
-    labels = torch.where(torch.arange(visual + text) < visual + text // 2, IGNORE, ids)
-    shape = (micro, cfg.frames, 3, cfg.image_size, cfg.image_size)
-    each, names = torch.arange(micro), [""] * micro
-    ego, exo = (torch.zeros(shape, dtype=torch.uint8, device=device) if phase.view in (view, "pair") else None
-                for view in ("ego", "exo"))
-    return Batch(ego, exo, each, ids.flatten(), labels.flatten(), (labels > 0).flatten().float(),
-                 [visual + text] * micro, each, micro, names, names, [])
-
-def measure_step(run, phase, objective, checkpointed: bool) -> tuple[int, float]:
-    """The most bytes beyond weights that a step, run on the meta device, would hold; FLOPs a sample."""
-    batch = blank_batch(run, phase, objective.model, "meta")
-    half = run.bf16 and not isinstance(precision(run.device, True), Arithmetic)
-    maths = Arithmetic(torch.bfloat16 if half else torch.float32)
-    cfg = replace(run.cfg, fsdp=False, checkpoint_activations=checkpointed)
-    wrap(replace(run, world=1, cfg=cfg), objective)
-    clips = [clip for clip in (batch.ego, batch.exo) if clip is not None]
-    with Meter([*objective.parameters(), *objective.buffers(), *clips]) as meter, maths:
-        torch.autograd.backward(objective(batch, float(batch.weights.sum()), batch.samples)["loss"])
-    objective.zero_grad(set_to_none=True)
-    return meter.most, meter.flops / batch.samples
-
-def plan(run, phase, objective):
-    """Print what a stage needs, a rank, in every way to run it; nothing is allocated. A run that cannot fit
-    is refused, by the flag that helps."""
-    model, cfg, kinds = objective.model, run.cfg, (True, False)
-    lines = [f"stage {cfg.stage} ({phase.name}), preset {cfg.preset}, {run.world} ranks, "
-             f"{'bfloat16' if run.bf16 else 'float32'}"]
-    for name, module in [*model.named_children(), ("all", model)]:
-        on, off = (sum(p.numel() for p in module.parameters() if p.requires_grad == kind) for kind in kinds)
-        lines.append(f"   {name:14} {on:>13,} trained {off:>14,} frozen")
-    size = {p: p.numel() * p.element_size() / 1e9 for p in objective.parameters()}          # GB
-    weights, grads = sum(size.values()), sum(size[p] for p in size if p.requires_grad)
-    optim = grads * (1 if cfg.optimizer == "muon" else 2)       # float32, as what they belong to
-    block = max(sum(map(size.get, m.parameters())) for m in objective.modules() if isinstance(m, BLOCKS))
-    room, needs = memory_of(run.device) / 1e9, {}
-    for saved in kinds:
-        most, flops = measure_step(run, phase, objective, saved)
-        kept = max(most / 1e9 - grads, 0)
-        lines.append(f"   activations {'checkpointed' if saved else 'kept'}: {kept:.2f} GB; "
-                     f"{flops / 1e12:.1f} TFLOP a sample, forward and backward")
-        for kind, shards in (("DDP", 1), ("FSDP", run.world)):
-            once = needs[saved, kind] = (weights + grads + optim) / shards + kept + 2 * block * (shards > 1)
-            parts = (f"weights {weights / shards:.2f} + gradients {grads / shards:.2f} + optimiser "
-                     f"{optim / shards:.2f}" + f" + two whole blocks {2 * block:.2f}" * (shards > 1))
-            lines.append(f"      {kind:4} {parts}"
-                         f": {once:.2f} GB a rank, {once - optim / shards:.2f} before the first update")
-    lines.append(f"   a sample: {blank_batch(run, phase, model, 'meta').lens[0]} tokens, 64 of them text, "
-                 f"of at most {model.cfg.max_length}; {run.device} has {room:.1f} GB")
-    print("\n".join(lines) if run.rank == 0 else "", end="\n" * (run.rank == 0), flush=True)
-    need = needs[cfg.checkpoint_activations, "FSDP" if cfg.fsdp else "DDP"]
-    flag = ("--checkpoint-activations" if not cfg.checkpoint_activations else "--micro-batch 1"
-            if (cfg.micro_batch or phase.batch // run.world) > 1 else "--fsdp on more ranks")
-    if need > room and not cfg.plan:
-        raise DataError(f"a rank needs {need:.1f} GB and has {room:.1f}: use {flag}")
-
-def memory_of(device: torch.device) -> int:
-    """Bytes of a GPU, or of this machine's memory divided by the processes on it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return memory // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-@torch.no_grad()
-def validate(run, objective, loader: Loader, step: int, log: Log, batches: int = 8):
-    """Narration loss per token on the first validation clips, shared by the ranks."""
-    sums = torch.zeros(2, device=run.device)
-    objective.eval()
-    whole_ones = loader.samples // loader.batch_size if run.world > 1 else batches      # ranks in step
-    for batch in (b.to(run.device) for i in range(min(batches, whole_ones)) for b in loader.batch(i)):
-        with precision(run.device, run.bf16):
-            vtg = objective(batch, run.world, run.world)["vtg"]             # a plain sum: both counts cancel
-        sums += torch.stack([vtg, batch.weights.sum()])
-    objective.train()
-    total, tokens = run.sum(sums)
-    loss = total / tokens if tokens else math.nan
-    log.write(dict(step=step, val_loss=loss), f"step {step} | val_loss {loss:.4f}")
-
 # --------------------------------------------------------------------------- attention, checked where it runs
-CASES = {                       # queries and keys of each segment, heads, kv_heads, causal, window
-    "ragged, grouped, causal": ((150, 5, 64), (150, 5, 64), 6, 2, True, None),
-    "new queries on a cache, window": ((8, 1, 140), (170, 3, 175), 2, 2, True, 16),
-    "more queries than keys": ((140, 7), (17, 0), 2, 1, True, None),
-    "ragged, bidirectional": ((137, 5, 64, 0), (137, 50, 70, 3), 2, 2, False, None),
-    "long, causal": ((1000, 700), (1000, 700), 6, 2, True, None),           # loops in their steady state
-    "long, bidirectional": ((577, 577), (577, 577), 2, 2, False, None)}
-TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1.5e-3, torch.float32: 1e-5}  # of the largest true value
-
-def run_case(case: str, backend: str, device, dtype: torch.dtype, head_dim: int) -> list[Tensor]:
-    """Output and the three gradients of one of CASES on inputs rounded to dtype."""
-    q_lens, k_lens, heads, kv_heads, causal, window = CASES[case]
-    rng, shapes = torch.Generator().manual_seed(0), [(sum(q_lens), heads)] + [(sum(k_lens), kv_heads)] * 2
-    q, k, v = (torch.randn(*shape, head_dim, generator=rng).to(dtype) for shape in shapes)
-    do = torch.randn(q.shape, generator=rng).to(dtype)
-    if backend == "reference":
-        device, (q, k, v, do) = "cpu", (t.double() for t in (q, k, v, do))
-    leaves = [t.to(device).requires_grad_() for t in (q, k, v)]
-    seg = Segments.cached(q_lens, k_lens, device)
-    with torch.enable_grad():                                   # also where the caller only answers questions
-        out = attention(*leaves, seg, causal=causal, window=window, backend=backend)
-        return [out.detach(), *torch.autograd.grad(out, leaves, do.to(device))]
-
-def attention_error(backend: str, device, dtype: torch.dtype, head_dim: int) -> float:
-    """Largest deviation from the float64 formula over CASES, outputs and gradients, as a share of TOLERANCE:
-    at most 1 passes, nan does not."""
-    worst = [torch.zeros(())]
-    for case in CASES:
-        results = (run_case(case, name, device, dtype, head_dim) for name in (backend, "reference"))
-        worst += [(a.cpu().double() - b).abs().max() / b.abs().max() for a, b in zip(*results)]
-    return float(torch.stack(worst).max() / TOLERANCE[dtype])
-
-def choose_attention(device: torch.device, dtype: torch.dtype, cfg: network.ModelConfig) -> str:
-    """Decide what "auto" means, once at start-up; returns the line to print. On a GPU of sm_80 or newer, in
-    half precision, a packed kernel is taken if it passes on the device of every rank."""
-    network.AUTO, told, kind = "sdpa", "", str(dtype).removeprefix("torch.")
-    if forced := os.environ.get("EXO2EGO_ATTENTION"):
-        if forced not in BACKENDS[:4]:
-            raise ValueError(f"EXO2EGO_ATTENTION is {forced!r}: choose one of {BACKENDS[:4]}")
-        return f"attention: {forced}, by EXO2EGO_ATTENTION"
-    if device.type != "cuda" or dtype == torch.float32:
-        return f"attention: sdpa, for {kind} on {device.type}"
-
-    def problem():
-        try:
-            if torch.cuda.get_device_capability(device) < (8, 0):
-                return "it needs sm_80 or newer"
-            heads = {cfg.vit_width // cfg.vit_heads, cfg.head_dim or cfg.width // cfg.heads}
-            errors = {d: round(attention_error(backend, device, dtype, d), 2) for d in sorted(heads)}
-            return None if all(e <= 1 for e in errors.values()) else f"error / tolerance by head_dim {errors}"
-        except Exception as error:                              # whatever stops it here, sdpa does run ...
-            torch.cuda.synchronize(device)                      # ... unless the device itself is dead
-            return f"{type(error).__name__}: {str(error)[:90]}"
-    for backend in ("triton", "varlen"):
-        if (found := agree(problem)) is None:
-            network.AUTO = backend
-            return f"attention: {backend}, for {kind}, after a self-check{told}"
-        told += f"; not {backend}: {found}"
-    return f"attention: sdpa{told}"
-
-def check_attention() -> int:
-    """`python model.py --check-attention`: correctness and equal reruns of what this machine can run (speed:
-    tests/bench.py attention); the number of failed checks."""
-    device, failed, checks = pick_device(), 0, {}
-    gpu = device.type == "cuda"
-    for backend in (("triton", "varlen") if gpu else ()) + ("tiled", "sdpa"):
-        for dtype, d in product(list(TOLERANCE)[:2 if gpu else 3], (32, 64, 128)):
-            checks[f"{backend:6} {dtype} head_dim {d}"] = partial(attention_error, backend, device, dtype, d)
-    for case in CASES if gpu else ():
-        run = partial(run_case, case, "triton", device, torch.bfloat16, 64)
-        checks[f"triton, bit-equal: {case}"] = lambda run=run: 2 * (not all(map(torch.equal, run(), run())))
-    for text, check in checks.items():
-        try:
-            error = check()
-        except Exception as problem:
-            error, text = math.nan, f"{text}: {type(problem).__name__}: {str(problem)[:90]}"
-        failed += not error <= 1
-        print(f"{'ok  ' if error <= 1 else 'FAIL'} {text}: error {error:.2f} of the tolerance", flush=True)
-    if not gpu:
-        print("not run, they need a GPU: triton, varlen, equal reruns; pytest interprets, compiles triton")
-    return failed
-
 # ------------------------------------------------------------------------------ appendix: one video, EgoBench
 # A first reader can stop here: what follows asks a trained model, and scores it on real benchmarks.
 class SharedPrefix(KVCache):
@@ -1468,41 +879,6 @@ def report_item(row: dict, frames: bool) -> str:
             + f"<p>said: {said}</p>" * bool(said) + f"<p>true: {told}</p></div>")
 
 # ----------------------------------------------------------------------------------------------- the commands
-def export_hf(ckpt: str | os.PathLike, out: str | os.PathLike, base=None, vision=None):
-    """`python model.py --export-hf CKPT DIR`: DIR/decoder (LoRA merged), DIR/exo_vision and DIR/ego_vision as
-    transformers loads them. CLIP's last layer, never run here, is written as zeros, which pass their input
-    on: hidden state -2 and the last one are both our features."""
-    model, tokenizer, _ = load_checkpoint(ckpt, base, vision)
-    cfg, decoder, parts = model.cfg, model.decoder, {}
-    if cfg.lora:
-        decoder.merge_lora()
-    clip = dict(architectures=["CLIPVisionModel"], model_type="clip_vision_model", hidden_size=cfg.vit_width,
-                intermediate_size=4 * cfg.vit_width, num_hidden_layers=cfg.vit_layers, num_channels=3,
-                num_attention_heads=cfg.vit_heads, image_size=cfg.image_size, patch_size=cfg.patch,
-                hidden_act="quick_gelu", layer_norm_eps=1e-5, projection_dim=cfg.vit_width)
-    mistral = dict(architectures=["MistralForCausalLM"], model_type="mistral", hidden_size=cfg.width,
-                   intermediate_size=cfg.ff, num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads,
-                   num_key_value_heads=cfg.kv_heads, head_dim=cfg.head_dim or cfg.width // cfg.heads,
-                   hidden_act="silu", rms_norm_eps=cfg.norm_eps, rope_theta=cfg.rope_theta,
-                   vocab_size=cfg.vocab, sliding_window=cfg.window, max_position_embeddings=32768,
-                   tie_word_embeddings=False, bos_token_id=tokenizer.bos, eos_token_id=tokenizer.eos)
-    parts["decoder"] = {rename(n, MISTRAL_NAMES): t for n, t in decoder.state_dict().items()}, mistral
-    for name, vit in (("exo_vision", model.exo_vit), ("ego_vision", model.ego_vit)):
-        last = {n.replace("blocks.0.", f"blocks.{cfg.vit_layers - 1}."): torch.zeros_like(t)
-                for n, t in vit.state_dict().items() if n.startswith("blocks.0.")}
-        tensors = {rename(n, CLIP_NAMES): t for n, t in (vit.state_dict() | last).items()}
-        tensors |= {"post_layernorm.weight": vit.pre_norm.weight.new_ones(cfg.vit_width),
-                    "post_layernorm.bias": vit.pre_norm.weight.new_zeros(cfg.vit_width)}
-        parts[name] = {f"vision_model.{n}": t for n, t in tensors.items()}, clip
-    for name, (tensors, config) in parts.items():
-        folder = Path(out) / name
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({n: t.detach().contiguous() for n, t in tensors.items()}, folder / "model.safetensors",
-                  {"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(config, indent=1))
-        print(f"{folder}: {len(tensors)} tensors")
-    shutil.copyfile(tokenizer.path, Path(out) / "decoder/tokenizer.model")
-
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -1525,18 +901,10 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--judge", help="a judge's replies (JSON) to qaego4d-open.judge_in.json")
     parser.add_argument("--allow-outside", action="store_true", help="video paths may leave their folder")
     parser.add_argument("--report", action="store_true", help="OUT/report.html from what is in OUT")
-    parser.add_argument("--check-attention", action="store_true", help=check_attention.__doc__)
-    parser.add_argument("--export-hf", nargs=2, metavar=("CKPT", "DIR"), help=export_hf.__doc__)
     args = parser.parse_args(argv)
     if args.ask and not args.video or args.bench and not args.data:
         parser.error("--ask needs --video FILE, and --bench needs --data DIR")
     try:
-        if args.check_attention:
-            failures = check_attention()
-            sys.exit(f"{failures} checks failed" if failures else 0)
-        if args.export_hf:
-            export_hf(*args.export_hf, args.base, args.vision)
-            return
         if args.bench:
             run_benches(args)
         if args.report:
@@ -1558,7 +926,8 @@ def open_checkpoint(args):
     """The checkpoint that the flags name, on this machine -> model, tokenizer, state, its folder, bf16."""
     stages = [f"out/stage{n}" for n in (3, 2, 1, 0)]
     ckpt = args.ckpt or next((s for s in stages if newest_checkpoint(s)), stages[1])
-    model, tokenizer, state = load_checkpoint(ckpt, args.base, args.vision)
+    model, state = load_checkpoint(ckpt, args.base, args.vision)
+    tokenizer = Tokenizer(newest_checkpoint(ckpt))
     half = state.get("bf16", any(p.dtype != torch.float32 for p in model.parameters()))
     device = pick_device()
     print(choose_attention(device, torch.bfloat16 if half else torch.float32, model.cfg))
@@ -1566,9 +935,9 @@ def open_checkpoint(args):
 
 def run_benches(args):
     """One benchmark, or all whose folder is there; alone or as one of torchrun's ranks."""
-    rank, world = start_process()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
-        join_ranks("gloo", 7 * 24 * 3600)                       # the others wait for the slowest
+        dist.init_process_group("gloo", timeout=timedelta(days=7))      # the others wait for the slowest
     model, tokenizer, state, folder, half = open_checkpoint(args)
     protocol = dict(ckpt=str(folder), weights=fingerprint(folder), stage=state["stage"], git=git_revision())
     there = [name for name in BENCHES if (Path(args.data) / name).is_dir()]

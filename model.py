@@ -9,25 +9,28 @@ reads [con_ego(x) ; con_exo(F(x))], so inference needs the ego video alone. Shap
 """
 from __future__ import annotations
 
+import argparse
 import copy
 import hashlib
 import json
 import math
 import os
 import re
+import shutil
+import subprocess
 import sys
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
 
-import sentencepiece
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -95,6 +98,27 @@ PRESETS = {
         lora_dropout=0.1),
 }
 
+# ------------------------------------------------------------------------------------------- device and precision
+def pick_device() -> torch.device:
+    """This process's GPU, else Apple's, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def precision(device: torch.device, bf16: bool):
+    """The context of a forward and its backward: torch's autocast to bfloat16, or nothing."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def ready(model: Exo2Ego, device: torch.device, bf16: bool) -> Exo2Ego:
+    """The model on a device, stored in dtypes that `precision` computes with."""
+    for p in model.parameters():
+        half = torch.bfloat16 if p.dtype == torch.float16 else p.dtype
+        p.data = p.data.to(device, half if bf16 else torch.float32)
+    return model
+
+
 # ------------------------------------------------------------------------------------------------- attention
 @dataclass(frozen=True)
 class Segments:
@@ -121,8 +145,8 @@ class Segments:
         """Whole sequences of these lengths, one after another."""
         return cls.cached(lens, lens, device)
 
-# the formula; flash attention in plain torch; torch's fused kernel; our tiles on a GPU; torch's packed kernel
-BACKENDS = ("reference", "tiled", "sdpa", "triton", "varlen")
+# the formula; flash attention in plain torch; torch's fused kernel; our tiles on a GPU
+BACKENDS = ("reference", "tiled", "sdpa", "triton")
 AUTO = "sdpa"                   # what "auto" means for half precision on CUDA; choose_attention may raise it
 
 def attention(q: Tensor, k: Tensor, v: Tensor, seg: Segments, *, causal: bool, window: int | None = None,
@@ -140,9 +164,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, seg: Segments, *, causal: bool, w
     _check_attention(q, k, v, seg, causal, window, backend)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast("cpu" if q.is_meta else q.device.type, enabled=False):  # its precision is chosen here
-        if backend in ("triton", "varlen"):
-            packed = _triton if backend == "triton" else _varlen
-            return packed(q, k, v, seg, causal, window, scale)
+        if backend == "triton":
+            return _triton(q, k, v, seg, causal, window, scale)
         one = dict(reference=_reference, tiled=_tiled, sdpa=_sdpa)[backend]
         return _segmentwise(one, q, k, v, seg, causal, window, scale)
 
@@ -159,15 +182,16 @@ def _check_attention(q, k, v, seg, causal, window, backend):
         raise ValueError(f"seg has {sum(seg.q_lens)} queries, {sum(seg.k_lens)} keys; q {len(q)}, k {len(k)}")
     if window is not None and (window < 1 or not causal):
         raise ValueError(f"window is {window} with causal={causal}: it must be >= 1 and needs causal=True")
-    if backend in ("triton", "varlen"):
-        interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if backend == "triton":
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         if not (q.is_cuda or interpreted) or seg.cu_q.device != q.device:
-            raise ValueError(f"backend {backend} needs q and seg on one GPU: q is on {q.device}, seg on "
+            raise ValueError(f"backend triton needs q and seg on one GPU: q is on {q.device}, seg on "
                              f"{seg.cu_q.device}; use sdpa elsewhere")
-        if q.dtype not in (torch.bfloat16, torch.float16, torch.float32)[:3 if backend == "triton" else 2]:
-            raise ValueError(f"backend {backend} does not take q in {q.dtype}: use sdpa")
-        if backend == "triton" and q.shape[-1] not in (32, 64, 128):
+        if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            raise ValueError(f"backend triton does not take q in {q.dtype}: use sdpa")
+        if q.shape[-1] not in (32, 64, 128):
             raise ValueError(f"backend triton has head_dim 32, 64 and 128, q has {q.shape[-1]}: use sdpa")
+
 
 def _segmentwise(one, q, k, v, seg, causal, window, scale):
     """Call `one` on (batch, heads, tokens, D): once where lengths are equal, or short and alike; else for
@@ -219,14 +243,6 @@ def _sdpa(q, k, v, causal, window, scale):
     out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=plain, scale=scale,
                                          enable_gqa=q.shape[1] != k.shape[1]).to(dtype)
     return rearrange(out, "b g r d -> b (g r) 1 d") if lq == 1 else out
-
-def _varlen(q, k, v, seg, causal, window, scale):
-    """torch's own packed kernel, CUDA and half precision only: `auto` when triton is missing or fails."""
-    from torch.nn.attention.varlen import varlen_attn
-    left = -1 if window is None else window - 1                 # its window does not count the query itself
-    longest = (max(lens, default=0) for lens in (seg.q_lens, seg.k_lens))
-    return varlen_attn(q, k, v, seg.cu_q, seg.cu_k, *longest, enable_gqa=q.shape[1] != k.shape[1],
-                       window_size=(left, 0 if causal else -1), scale=scale)
 
 class Tiled(torch.autograd.Function):
     """FlashAttention-2 in plain torch: exact attention that never holds more than one tile of scores.
@@ -309,6 +325,97 @@ def _tiled(q, k, v, causal, window, scale):
     rows = rearrange(q.to(wide), "b (g r) t d -> (b g) r t d", g=groups)
     out = Tiled.apply(rows, *(t.to(wide).flatten(0, 1) for t in (k, v)), causal, window, scale)
     return rearrange(out, "(b g) r t d -> b (g r) t d", b=batch).to(q.dtype)
+
+# ----------------------------------------------------------------------------- attention, checked where it runs
+CASES = {                       # queries and keys of each segment, heads, kv_heads, causal, window
+    "ragged, grouped, causal": ((150, 5, 64), (150, 5, 64), 6, 2, True, None),
+    "new queries on a cache, window": ((8, 1, 140), (170, 3, 175), 2, 2, True, 16),
+    "more queries than keys": ((140, 7), (17, 0), 2, 1, True, None),
+    "ragged, bidirectional": ((137, 5, 64, 0), (137, 50, 70, 3), 2, 2, False, None),
+    "long, causal": ((1000, 700), (1000, 700), 6, 2, True, None),           # loops in their steady state
+    "long, bidirectional": ((577, 577), (577, 577), 2, 2, False, None)}
+
+
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1.5e-3, torch.float32: 1e-5}  # of the largest true value
+
+
+def run_case(case: str, backend: str, device, dtype: torch.dtype, head_dim: int) -> list[Tensor]:
+    """Output and the three gradients of one of CASES on inputs rounded to dtype."""
+    q_lens, k_lens, heads, kv_heads, causal, window = CASES[case]
+    rng, shapes = torch.Generator().manual_seed(0), [(sum(q_lens), heads)] + [(sum(k_lens), kv_heads)] * 2
+    q, k, v = (torch.randn(*shape, head_dim, generator=rng).to(dtype) for shape in shapes)
+    do = torch.randn(q.shape, generator=rng).to(dtype)
+    if backend == "reference":
+        device, (q, k, v, do) = "cpu", (t.double() for t in (q, k, v, do))
+    leaves = [t.to(device).requires_grad_() for t in (q, k, v)]
+    seg = Segments.cached(q_lens, k_lens, device)
+    with torch.enable_grad():                                   # also where the caller only answers questions
+        out = attention(*leaves, seg, causal=causal, window=window, backend=backend)
+        return [out.detach(), *torch.autograd.grad(out, leaves, do.to(device))]
+
+
+def attention_error(backend: str, device, dtype: torch.dtype, head_dim: int) -> float:
+    """Largest deviation from the float64 formula over CASES, outputs and gradients, as a share of TOLERANCE:
+    at most 1 passes, nan does not."""
+    worst = [torch.zeros(())]
+    for case in CASES:
+        results = (run_case(case, name, device, dtype, head_dim) for name in (backend, "reference"))
+        worst += [(a.cpu().double() - b).abs().max() / b.abs().max() for a, b in zip(*results)]
+    return float(torch.stack(worst).max() / TOLERANCE[dtype])
+
+
+def choose_attention(device: torch.device, dtype: torch.dtype, cfg: ModelConfig, agree=lambda check: check()) -> str:
+    """Decide what "auto" means, once at start-up; returns the line to print. On a GPU of sm_80 or newer, in half
+    precision, our kernels are taken if they pass a check on it. `agree` calls the check on every rank of a run and
+    returns the first problem of any."""
+    global AUTO
+    AUTO, kind = "sdpa", str(dtype).removeprefix("torch.")
+    if forced := os.environ.get("EXO2EGO_ATTENTION"):
+        if forced not in BACKENDS:
+            raise ValueError(f"EXO2EGO_ATTENTION is {forced!r}: choose one of {BACKENDS}")
+        return f"attention: {forced}, by EXO2EGO_ATTENTION"
+    if device.type != "cuda" or dtype == torch.float32:
+        return f"attention: sdpa, for {kind} on {device.type}"
+
+    def problem() -> str | None:
+        try:
+            if torch.cuda.get_device_capability(device) < (8, 0):
+                return "it needs sm_80 or newer"
+            heads = {cfg.vit_width // cfg.vit_heads, cfg.head_dim or cfg.width // cfg.heads}
+            errors = {d: round(attention_error("triton", device, dtype, d), 2) for d in sorted(heads)}
+            return None if all(e <= 1 for e in errors.values()) else f"error / tolerance by head_dim {errors}"
+        except Exception as error:                              # whatever stops our kernels, torch's own run
+            torch.cuda.synchronize(device)                      # unless the device itself is dead: raised here
+            return f"{type(error).__name__}: {str(error)[:90]}"
+    found = agree(problem)
+    if found is None:
+        AUTO = "triton"
+        return f"attention: triton, for {kind}, after a self-check"
+    return f"attention: sdpa; not triton: {found}"
+
+
+def check_attention() -> int:
+    """`python model.py --check-attention`: correctness and equal reruns of what this machine can run (speed:
+    tests/bench.py attention); the number of failed checks."""
+    device, failed, checks = pick_device(), 0, {}
+    gpu = device.type == "cuda"
+    for backend in (("triton",) if gpu else ()) + ("tiled", "sdpa"):
+        for dtype, d in product(list(TOLERANCE)[:2 if gpu else 3], (32, 64, 128)):
+            checks[f"{backend:6} {dtype} head_dim {d}"] = partial(attention_error, backend, device, dtype, d)
+    for case in CASES if gpu else ():
+        run = partial(run_case, case, "triton", device, torch.bfloat16, 64)
+        checks[f"triton, bit-equal: {case}"] = lambda run=run: 2 * (not all(map(torch.equal, run(), run())))
+    for text, check in checks.items():
+        try:
+            error = check()
+        except Exception as problem:
+            error, text = math.nan, f"{text}: {type(problem).__name__}: {str(problem)[:90]}"
+        failed += not error <= 1
+        print(f"{'ok  ' if error <= 1 else 'FAIL'} {text}: error {error:.2f} of the tolerance", flush=True)
+    if not gpu:
+        print("not run, they need a GPU: triton, equal reruns; pytest interprets and compiles triton")
+    return failed
+
 
 # -------------------------------------------------------------------------------------- VisionEncoder (CLIP)
 class ViTBlock(nn.Module):
@@ -511,6 +618,13 @@ class Mapping(nn.Module):
         x = rearrange(grid, "b t h w d -> (b t) d h w")
         x = self.net(x)                                                     # 24 x 24 -> 6 x 6 -> 24 x 24
         return self.norm(rearrange(x, "(b t) d h w -> b t h w d", b=len(grid)))
+
+def feature_kl(exo: Tensor, estimate: Tensor, tau: float = 1.0) -> Tensor:
+    """KL(exo || F(ego)) per sample: (B, n, C) features -> (B,). Softmax over channels of LayerNorm-ed tokens,
+    mean over tokens: our choice (measured), the paper does not say how features become distributions."""
+    p, q = (F.log_softmax(F.layer_norm(f.float(), f.shape[-1:]) / tau, dim=-1) for f in (exo, estimate))
+    return (p.exp() * (p - q)).sum(-1).mean(-1) * tau ** 2
+
 
 # ----------------------------------------------------------------------------------------- Decoder (Mistral)
 class Linear(nn.Linear):
@@ -801,45 +915,6 @@ class Exo2Ego(nn.Module):
         steps = list(self.stream(visual, prompts, **options))
         return [[t for t in answer if t is not None] for answer in zip(*steps)] or [[] for _ in prompts]
 
-# ------------------------------------------------------------------------------------------------- Tokenizer
-class Tokenizer:
-    """A sentencepiece vocabulary and Mistral-Instruct's chat template; every checkpoint holds its own:
-    <s>[INST] <video> question [/INST] answer</s>[INST] question [/INST] answer</s>"""
-    def __init__(self, path: str | os.PathLike):
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no tokenizer at {path}: it should be a sentencepiece tokenizer.model")
-        self.path = Path(path)
-        self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        self.bos, self.eos, self.size = self.sp.bos_id(), self.sp.eos_id(), self.sp.get_piece_size()
-
-    def encode(self, text: str) -> list[int]:
-        """Text to ids, without <s> or </s>; control tokens written out in the text stay plain text."""
-        return self.sp.encode(text)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Ids to text; VIDEO and control tokens vanish."""
-        return self.sp.decode([int(i) for i in ids if i >= 0])
-
-    def chat(self, turns: Sequence[dict], video_tokens: int) -> tuple[list[int], list[int]]:
-        """Turns {"user", "assistant"[, "system"]} -> ids and labels. `<video>` (put first if no turn has it)
-        becomes `video_tokens` VIDEO ids. Supervised: the assistant's tokens and their closing </s>, nothing
-        else. A last turn without "assistant" is a prompt to be continued."""
-        marks = sum(turn["user"].count("<video>") for turn in turns)
-        if marks > (video_tokens > 0):
-            raise ValueError(f"{marks} <video> marks in the user turns: one at most, none without a video")
-        ids, labels = [self.bos], [IGNORE]
-        for i, turn in enumerate(turns):
-            user = turn["user"] if i or marks or not video_tokens else "<video>\n" + turn["user"]
-            if "system" in turn:                                # Mistral has no such role
-                user = f"{turn['system']}\n\n{user}"
-            for j, chunk in enumerate(f"[INST] {user} [/INST]".split("<video>")):
-                prompt = [VIDEO] * (video_tokens if j else 0) + self.encode(chunk)
-                ids, labels = ids + prompt, labels + [IGNORE] * len(prompt)
-            if "assistant" in turn:
-                answer = self.encode(turn["assistant"]) + [self.eos]
-                ids, labels = ids + answer, labels + answer
-        return ids, labels
-
 # ----------------------------------------------------------------------------------------- published weights
 # our name -> theirs, as regular expressions in turn; CLIP's misspelling is its own
 CLIP_NAMES = (
@@ -923,6 +998,42 @@ class Published:
         if extra := sorted(set(extra) - self.used):
             raise ValueError(f"{self.path} has tensors that have no place here: {extra[:3]}")
 
+def export_hf(ckpt: str | os.PathLike, out: str | os.PathLike, base=None, vision=None):
+    """`python model.py --export-hf CKPT DIR`: DIR/decoder (LoRA merged), DIR/exo_vision and DIR/ego_vision as
+    transformers loads them. CLIP's last layer, never run here, is written as zeros, which pass their input
+    on: hidden state -2 and the last one are both our features."""
+    model, _ = load_checkpoint(ckpt, base, vision)
+    cfg, decoder, parts = model.cfg, model.decoder, {}
+    if cfg.lora:
+        decoder.merge_lora()
+    clip = dict(architectures=["CLIPVisionModel"], model_type="clip_vision_model", hidden_size=cfg.vit_width,
+                intermediate_size=4 * cfg.vit_width, num_hidden_layers=cfg.vit_layers, num_channels=3,
+                num_attention_heads=cfg.vit_heads, image_size=cfg.image_size, patch_size=cfg.patch,
+                hidden_act="quick_gelu", layer_norm_eps=1e-5, projection_dim=cfg.vit_width)
+    mistral = dict(architectures=["MistralForCausalLM"], model_type="mistral", hidden_size=cfg.width,
+                   intermediate_size=cfg.ff, num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads,
+                   num_key_value_heads=cfg.kv_heads, head_dim=cfg.head_dim or cfg.width // cfg.heads,
+                   hidden_act="silu", rms_norm_eps=cfg.norm_eps, rope_theta=cfg.rope_theta,
+                   vocab_size=cfg.vocab, sliding_window=cfg.window, max_position_embeddings=32768,
+                   tie_word_embeddings=False, bos_token_id=1, eos_token_id=2)
+    parts["decoder"] = {rename(n, MISTRAL_NAMES): t for n, t in decoder.state_dict().items()}, mistral
+    for name, vit in (("exo_vision", model.exo_vit), ("ego_vision", model.ego_vit)):
+        last = {n.replace("blocks.0.", f"blocks.{cfg.vit_layers - 1}."): torch.zeros_like(t)
+                for n, t in vit.state_dict().items() if n.startswith("blocks.0.")}
+        tensors = {rename(n, CLIP_NAMES): t for n, t in (vit.state_dict() | last).items()}
+        tensors |= {"post_layernorm.weight": vit.pre_norm.weight.new_ones(cfg.vit_width),
+                    "post_layernorm.bias": vit.pre_norm.weight.new_zeros(cfg.vit_width)}
+        parts[name] = {f"vision_model.{n}": t for n, t in tensors.items()}, clip
+    for name, (tensors, config) in parts.items():
+        folder = Path(out) / name
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({n: t.detach().contiguous() for n, t in tensors.items()}, folder / "model.safetensors",
+                  {"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(config, indent=1))
+        print(f"{folder}: {len(tensors)} tensors")
+    shutil.copyfile(newest_checkpoint(ckpt) / "tokenizer.model", Path(out) / "decoder/tokenizer.model")
+
+
 # ----------------------------------------------------------------------------------------------- checkpoints
 def newest_checkpoint(run: str | os.PathLike) -> Path | None:
     """The newest `step_*` of a run folder (a save takes that name when whole), or the folder itself if it is
@@ -940,6 +1051,18 @@ def fingerprint(path: str | os.PathLike) -> str:
             f.seek(max(0, file.stat().st_size - (1 << 20)))
             digest.update(f.read())
     return digest.hexdigest()[:16]
+
+def git_revision() -> str | None:
+    """Commit of this code, with + when files differ from it; None outside a checkout."""
+    def git(*args):
+        here = Path(__file__).parent
+        return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True).stdout.strip()
+    try:
+        revision = git("rev-parse", "--short=12", "HEAD")
+        return revision + "+" * bool(git("status", "--porcelain")) if revision else None
+    except OSError:
+        return None
+
 
 def read_state(path: Path) -> dict:
     """state.json of a checkpoint; published weights count as a finished stage 0."""
@@ -975,8 +1098,8 @@ def own_tensors(path: Path, name: str = "model.safetensors") -> dict[str, Tensor
                          f"checkpoint before it") from None
 
 def load_checkpoint(path: str | os.PathLike, base: str | os.PathLike | None = None,
-                    vision: str | os.PathLike | None = None, tokenizer=None, **added):
-    """-> Exo2Ego (eval mode), Tokenizer, state.json. `path` (run folder, `step_*`, published weights) has
+                    vision: str | os.PathLike | None = None, **added):
+    """-> Exo2Ego (eval mode), state.json. `path` (run folder, `step_*`, published weights) has
     what was trained, `base` (as recorded) the rest; `added` (mapping="resnet", lora=True) starts fresh."""
     folder = newest_checkpoint(path)
     if folder is None:
@@ -1001,7 +1124,7 @@ def load_checkpoint(path: str | os.PathLike, base: str | os.PathLike | None = No
     missing = [n for n in missing if not any(word in n for word in optional)]
     if missing or extra:
         raise ValueError(f"{folder} does not fit the model: missing {missing[:3]}, unknown {extra[:3]}")
-    return model.eval(), Tokenizer(tokenizer or folder / "tokenizer.model"), state
+    return model.eval(), state
 
 # ------------------------------------------------------------------- appendix: the tiles of Tiled, on a GPU
 # tile (queries, keys), warps, stages by kernel and head_dim: a test compiles all, no spills on sm_80, sm_90
@@ -1245,5 +1368,23 @@ def _triton(q, k, v, seg, causal, window, scale):
     return flash_attention(q, k, v, seg.cu_q, seg.cu_k, longest_q, longest_k, causal, window, scale)[0]
 
 
-if __name__ == "__main__":  # --check-attention and --export-hf live in eval.py, which imports this file
-    os.execv(sys.executable, [sys.executable, str(Path(__file__).with_name("eval.py")), *sys.argv[1:]])
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--check-attention", action="store_true", help=check_attention.__doc__)
+    what.add_argument("--export-hf", nargs=2, metavar=("CKPT", "DIR"), help=export_hf.__doc__)
+    parser.add_argument("--base", help="where the untouched weights are, if they have moved")
+    parser.add_argument("--vision", help="where the CLIP directory is, if it has moved")
+    args = parser.parse_args(argv)
+    try:
+        if args.export_hf:
+            export_hf(*args.export_hf, args.base, args.vision)
+        elif failures := check_attention():
+            sys.exit(f"{failures} checks failed")
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"model.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -5,28 +5,48 @@
 
 The same command again resumes, bit for bit. Every step is one object in out/stageN/log.jsonl.
 """
+from __future__ import annotations
+
 import argparse
+import contextlib
+import ctypes
+import json
 import math
 import os
+import re
+import resource
+import shutil
+import signal
 import sys
-from dataclasses import asdict, dataclass, replace
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from data import (DataError, Loader, add_flags, file_lock, manifest_of, pick_device, read_manifest,
-                  scatter_words, shuffle_pairs, start_process, toy_tokenizer, toy_world)
-from eval import (Log, Run, choose_attention, describe, explain, feature_kl, join_ranks, keep_heap, listen,
-                  load_optimizers, lock_of, plan, precision, ready, resume_point, save_checkpoint, schedule,
-                  start_point, toy_benchmark, validate, whole, wrap)
-from model import (IGNORE, PRESETS, VIDEO, Exo2Ego, Tokenizer, fingerprint, hash_of, load_checkpoint,
-                   newest_checkpoint, own_tensors, read_state)
+from data import (Batch, DataError, Loader, Tokenizer, add_flags, die_with_parent, file_lock, manifest_of,
+                  read_manifest, toy_tokenizer, toy_world)
+from eval import toy_benchmark
+from model import (BLOCKS, IGNORE, PRESETS, VIDEO, DecoderBlock, Exo2Ego, attention, choose_attention,
+                   feature_kl, fingerprint, git_revision, hash_of, load_checkpoint, newest_checkpoint,
+                   own_tensors, pick_device, precision, read_state, ready)
+
 
 # ------------------------------------------------------------------------------------------- the stage table
 @dataclass(frozen=True)
@@ -92,7 +112,6 @@ class TrainConfig:
     fsdp: bool = False                              # FSDP2 instead of DDP: a rank holds its share of it all
     checkpoint_activations: bool = False            # computed again in backward: less memory, more work
     compile: bool = False                           # torch.compile of the blocks: a slow start, less memory
-    plan: bool = False                              # print parameters, FLOPs and memory, allocate nothing
     timeout: int = 600                              # seconds until a silent rank ends the run
     max_bad: float = 0.01                           # share of samples that may be unreadable
     allow_outside: bool = False                     # manifest paths may leave their root
@@ -112,7 +131,7 @@ class TrainConfig:
     kl_temperature: float = 1.0                     # of the softmax over channels
 
 FREE = {"out", "save_every", "keep", "val_every", "workers", "timeout", "micro_batch", "no_eval", "max_bad",
-        "fsdp", "checkpoint_activations", "plan", "base", "init"}       # those two are known by their hashes
+        "fsdp", "checkpoint_activations", "base", "init"}       # those two are known by their hashes
 ZERO = {"stage", "seed", "workers", "max_bad", "contrastive", "kl_weight", "ccl_weight"}        # may be 0
 STAGE_2 = {"no_kl", "no_cycle", "forward_cycle_only", "no_mapping", "mapping", "contrastive", "shuffle_pairs",
            "kl_space", "kl_weight", "ccl_weight", "kl_temperature"}     # would do nothing elsewhere
@@ -126,9 +145,9 @@ def parse(argv: list[str] | None = None) -> TrainConfig:
     for name, value in vars(cfg).items():
         if type(value) in (int, float) and name not in ZERO and not value > 0:
             parser.error(f"--{name.replace('_', '-')} {value}: a number above 0 is needed")
-        if name in STAGE_2 and cfg.stage != 2 and not cfg.plan and value != getattr(TrainConfig, name):
+        if name in STAGE_2 and cfg.stage != 2 and value != getattr(TrainConfig, name):
             parser.error(f"--{name.replace('_', '-')} is of stage 2, whose F and G stage 3 goes on with")
-    if cfg.data.endswith(".jsonl") != Path(cfg.data).is_file() and not cfg.plan:
+    if cfg.data.endswith(".jsonl") != Path(cfg.data).is_file():
         parser.error(f"--data {cfg.data}: a manifest is a file that ends in .jsonl, a micro-world a folder")
     out = Path(cfg.out or f"out/stage{cfg.stage}")
     return replace(cfg, out=str(out), base=cfg.base or str(out.parent / "stage0"),
@@ -138,8 +157,8 @@ def parse(argv: list[str] | None = None) -> TrainConfig:
 def phases(cfg: TrainConfig) -> tuple[Phase, ...]:
     """The rows of this run: the table's, changed by the flags."""
     rows = (PAPER if cfg.preset == "7b" else TOY).get(cfg.stage)
-    if rows is None or cfg.plan and cfg.stage == 0:
-        raise DataError("stage 0 is the micro-world's own: --preset 7b and --plan are of stages 1, 2 and 3")
+    if rows is None:
+        raise DataError("stage 0 is the micro-world's own: --preset 7b is of stages 1, 2 and 3")
     no_cycle = cfg.no_mapping or cfg.no_cycle
     gone = dict(F=cfg.no_mapping, G=no_cycle, ccl=no_cycle, kl=cfg.no_mapping or cfg.no_kl, lora=cfg.no_lora)
     given = dict(kl=cfg.kl_weight, ccl=cfg.ccl_weight, contrastive=cfg.contrastive) if cfg.stage == 2 else {}
@@ -270,6 +289,20 @@ class Objective(nn.Module):
         both = sum((logits.log_softmax(d) * right / right.sum(d, keepdim=True)).sum(d).mean() for d in (0, 1))
         return {"clip": (-both / 2 * len(text))[None]}
 
+# --------------------------------------------------------------------------------------- stage 0, our stand-in
+def scatter_words(texts: list[list[int]], slots: int, vocab: int) -> Tensor:
+    """How loud each word is in each slot that stands for a video (B, slots, vocab): the words of a text, each
+    spread over few or many slots, among fainter words of another. What the toy decoder learns to read."""
+    mixture = torch.zeros(len(texts), slots, vocab)
+    for row, own, other in zip(mixture, texts, texts[-1:] + texts):
+        loud = torch.cat([torch.empty(len(own)).uniform_(0.7, 1.3), torch.empty(len(other)).uniform_(0, 0.5)])
+        focus = 10 ** torch.empty(len(loud), 1).uniform_(-1.5, 1)  # small: one slot; large: all of them
+        spread = torch._standard_gamma(focus.expand(-1, slots)) + 1e-6      # (words, slots)
+        spread = 0.35 * slots * loud[:, None] * spread / spread.sum(1, keepdim=True)
+        row.index_add_(1, torch.tensor(own + other), spread.T.contiguous())
+    return mixture
+
+
 # -------------------------------------------------------------------------------------------- the optimisers
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised, scaled to AdamW's step: all directions of a matrix learn at one speed, or the
@@ -303,7 +336,51 @@ def make_optimizers(trained: dict[str, nn.Parameter], rates: dict[str, float], k
     return ([Muon(muon, {})] if muon else []) + ([torch.optim.AdamW(
         adamw, betas=(0.9, 0.95), weight_decay=0, fused=True)] if adamw else [])
 
+def schedule(step: int, steps: int, phase) -> float:
+    """Share of the peak rate at a step: linear warm-up, then cosine down to `floor`."""
+    warm = max(1, round(phase.warmup * steps))
+    cosine = 0.5 + 0.5 * math.cos(math.pi * (step - warm) / max(1, steps - warm))
+    return (step + 1) / warm if step < warm else phase.floor + (1 - phase.floor) * cosine
+
+
 # ----------------------------------------------------------------------------------------------------- a run
+@dataclass
+class Run:
+    """One process of a run: its flags and place, and what its checkpoints will record."""
+    cfg: object                                                 # train.py: TrainConfig
+    rank: int
+    world: int
+    device: torch.device
+    bf16: bool
+    attention: str = ""                                         # which backend, and why
+    total: int = 0                                              # steps of all phases
+    record: dict = field(default_factory=lambda: dict(base=None, base_hash=None, init=None))
+    inherited: set = field(default_factory=set)                 # tensors that earlier stages trained
+    stop: float = 0.0                                           # when a signal asked it to
+
+    def sum(self, tensor: Tensor) -> list:
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor.tolist()
+
+
+@contextlib.contextmanager
+def listen(run: Run) -> Iterator[None]:
+    """SIGTERM or Ctrl-C: the step under way ends, is saved, and the run exits. A second signal, more than a
+    second later (launchers pass theirs on at once), ends it on the spot. torchrun kills 30 s after its own
+    SIGTERM: where a step and a save take longer, rely on --save-every."""
+    def asked(number, _):
+        if run.stop and time.monotonic() - run.stop > 1:
+            os._exit(128 + number)
+        run.stop = run.stop or time.monotonic()
+    before = {number: signal.signal(number, asked) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def part_of(name: str) -> str:
     """The part of the stage table that a parameter belongs to."""
     return "lora" if ".lora_" in name else name.removeprefix("model.").split(".")[0]
@@ -336,8 +413,7 @@ def make_loader(run: Run, phase: Phase, model: Exo2Ego, tokenizer: Tokenizer, sp
                   video_tokens=model.cfg.visual_tokens * (1 + (phase.view != "exo" and model.F is not None)))
 
 def build(run: Run) -> tuple[Exo2Ego, Tokenizer | None]:
-    """The model at the start of the stage: the previous stage's, or published weights, plus what it adds;
-    for a plan without published weights, the preset's."""
+    """The model at the start of the stage: the previous stage's, or published weights, plus what it adds."""
     cfg, tokenizer, init = run.cfg, None, newest_checkpoint(run.cfg.init)
     recorded = init and newest_checkpoint(init.parent / (read_state(init)["base"] or ""))
     base = newest_checkpoint(cfg.base) or recorded
@@ -345,16 +421,15 @@ def build(run: Run) -> tuple[Exo2Ego, Tokenizer | None]:
     published = base is not None and (base / "config.json").is_file()
     new = {} if cfg.no_mapping or cfg.stage < 2 else {"mapping": cfg.mapping}
     lora = {"lora": True} if cfg.stage == 3 and not cfg.no_lora else {}
-    if cfg.plan and not published:
-        model = Exo2Ego(replace(PRESETS[cfg.preset], **new, **lora))
-    elif cfg.stage == 0:
+    if cfg.stage == 0:
         return Exo2Ego(PRESETS[cfg.preset]), Tokenizer(toy_tokenizer(cfg.data, toy_world(cfg.data)))
     else:
-        first = cfg.stage == 1 or cfg.plan                      # a plan adds all parts to the base itself
+        first = cfg.stage == 1
         source, state = start_point(base if published and first else cfg.init, 0 if first else cfg.stage - 1)
         base = source if state["base"] is None else base
-        added = new | lora if cfg.plan else new if cfg.stage == 2 else lora
-        model, tokenizer, state = load_checkpoint(source, base, cfg.vision, cfg.tokenizer, **added)
+        added = new if cfg.stage == 2 else lora
+        model, state = load_checkpoint(source, base, cfg.vision, **added)
+        tokenizer = Tokenizer(cfg.tokenizer or source)
         if (pieces := tokenizer.size) > (vocab := model.cfg.vocab):
             raise DataError(f"{tokenizer.path}: {pieces} pieces, the decoder {vocab}: pass its --tokenizer")
         if not published and replace(model.cfg, mapping="none", lora=False) != PRESETS[cfg.preset]:
@@ -368,20 +443,354 @@ def build(run: Run) -> tuple[Exo2Ego, Tokenizer | None]:
         model.ego_vit = model.ego_connector = None
     return model, tokenizer
 
+def shuffle_pairs(rows: list[dict], seed: int) -> list[dict]:
+    """The control: every ego clip gets another row's exo clips (a cyclic shift in random order)."""
+    order = np.random.default_rng(seed).permutation(len(rows))
+    partner = dict(zip(order, np.roll(order, 1)))
+    return [row | {"exo": rows[partner[i]]["exo"]} for i, row in enumerate(rows)]
+
+
+# ----------------------------------------------------------------------------------- ranks, memory, precision
+def start_process() -> tuple[int, int]:
+    """Rank and world size, as torchrun tells. The process takes its share of the cores and its GPU."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
+    rank, world, local_world = (int(os.environ.get(key, default)) for key, default in (
+        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, os.cpu_count() // local_world))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(pick_device())
+    return rank, world
+
+
+def join_ranks(backend: str, seconds: float):
+    """Join the other ranks, within `seconds`. torchrun keeps one store over its restarts, so a rank would
+    find the addresses of the dead (pytorch#135712): on one machine each restart has names of its own. Many
+    machines count apart: there start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1."""
+    alone = os.environ["WORLD_SIZE"] == os.environ.get("LOCAL_WORLD_SIZE")
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
+    store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
+    dist.init_process_group(backend, store=dist.PrefixStore(attempt, store), rank=rank, world_size=world,
+                            timeout=timedelta(seconds=seconds))
+
+
+def agree(check):
+    """Call a check that returns a problem or None, first in local rank 0 (it fills the caches of compiled
+    kernels), then in the others; returns the first problem of any rank."""
+    if not dist.is_initialized():
+        return check()
+    problems = [None] * dist.get_world_size()
+    early = os.environ.get("LOCAL_RANK", "0") == "0"
+    own = check() if early else None
+    dist.barrier()
+    dist.all_gather_object(problems, own if early else check())
+    return next(filter(None, problems), None)
+
+
+def keep_heap():
+    """glibc returns what a step freed to the kernel, which clears every page again in the next: 7-12 %."""
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):           # Linux
+        libc.mallopt(-4, 0)                                     # M_MMAP_MAX: no tensor is its own mapping
+        libc.mallopt(-1, -1)                                    # M_TRIM_THRESHOLD: the heap never shrinks
+
+
+def compiled(block):
+    """torch.compile of a block that trains, or that gradients pass; elsewhere, as it is: scores have other
+    shapes. A decoder block's tokens change in number from step to step. Attention is fused by hand."""
+    if hasattr(block, "attention"):
+        block.attention = torch.compiler.disable(attention)
+    plain, fast = block.forward, torch.compile(block.forward, dynamic=isinstance(block, DecoderBlock))
+    return lambda *args: (fast if torch.is_grad_enabled() else plain)(*args)
+
+
+# What a block's forward keeps for its backward, unless the whole block is computed again: products and fused
+# attention. The rest (norms, activations, gates) costs little and is computed again.
+aten = torch.ops.aten
+
+
+KEPT = (aten.mm.default, aten.addmm.default, aten.convolution.default, torch.ops.exo2ego.flash_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default, aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_efficient_attention.default, aten._scaled_dot_product_cudnn_attention.default)
+
+
+def wrap(run, objective):
+    """The objective as the ranks share it: blocks compiled, checkpointed; then DDP, or FSDP2 by block."""
+    blocks = [m for m in objective.modules() if isinstance(m, BLOCKS)]
+    for block in blocks:
+        block.__dict__.pop("forward", None)                     # of an earlier phase
+        if run.cfg.compile:                                     # the compiler decides by itself what it keeps
+            block.forward = compiled(block)
+        if run.cfg.checkpoint_activations:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        elif not run.cfg.compile:
+            keep = partial(create_selective_checkpoint_contexts, list(KEPT))
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=keep)
+    if run.cfg.fsdp and (run.cfg.optimizer == "muon" or run.cfg.stage == 0):
+        raise DataError("--fsdp needs --optimizer adamw (Muon wants whole matrices) and stage 1, 2 or 3")
+    if run.cfg.fsdp:
+        for block in blocks + [objective]:
+            fully_shard(block)
+        return objective
+    if run.world > 1:
+        return DistributedDataParallel(objective, forward_sync_buffers=False, gradient_as_bucket_view=True)
+    return objective
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that may be sharded over the ranks, in one piece, on each of them."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+# --------------------------------------------------------------------------------------- saving and resuming
+def moments_of(optimizers: list) -> dict[str, Tensor]:
+    """The optimisers' state by name, in one piece; every rank must call it."""
+    return {f"{i}.{j}.{key}": whole(value.detach()).contiguous().cpu()
+            for i, optimizer in enumerate(optimizers)
+            for j, values in optimizer.state_dict()["state"].items() for key, value in values.items()}
+
+
+def save_checkpoint(run: Run, objective, optimizers: list, step: int, trained: dict, skipped: int):
+    """What differs from the base (in stage 0 everything), and what resuming exactly needs, in step_000200/.
+    Written under a temporary name, synced, renamed: a killed save never looks finished."""
+    cfg, rng = run.cfg, [random_state(run.device).to(run.device) for _ in range(run.world)]
+    if run.world > 1:
+        dist.all_gather(rng, rng[0].clone())
+    if run.rank and not cfg.fsdp:                               # DDP's ranks are alike; shards meet
+        return
+    keep = run.inherited | {n.removeprefix("model.") for n in trained}
+    named = {n.removeprefix("model."): t for n, t in objective.state_dict().items()}
+    tensors = {n: whole(t).contiguous().cpu() for n, t in named.items()
+               if cfg.stage == 0 or n.startswith("loss.") or n in keep}
+    moments = moments_of(optimizers)
+    if run.rank:
+        return
+    folder = Path(cfg.out) / f"step_{step:06d}"
+    part = folder.with_name(f"part_{folder.name}")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    save_file(tensors, part / "model.safetensors")
+    save_file(moments | {f"rng.{rank}": s.cpu() for rank, s in enumerate(rng)}, part / "optim.safetensors")
+    shutil.copyfile(objective.tokenizer.path, part / "tokenizer.model")
+    state = dict(stage=cfg.stage, step=step, steps=run.total, model=asdict(objective.model.cfg),
+                 config=asdict(cfg), skipped=skipped, bf16=run.bf16, git=git_revision(),
+                 sha256={f.name: hash_of(f) for f in sorted(part.glob("*.safetensors"))}) | run.record
+    (part / "state.json").write_text(json.dumps(state, indent=1))
+    if step == run.total:
+        (part / "README.md").write_text(model_card(state, len(tensors)))
+    for file in part.iterdir():
+        with open(file, "rb") as f:
+            os.fsync(f.fileno())
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(part, folder)
+    for old in sorted(folder.parent.glob("step_[0-9]*"))[:-cfg.keep]:
+        shutil.rmtree(old)
+
+
+def model_card(state: dict, tensors: int) -> str:
+    """What a finished checkpoint is, in words: for whoever finds the folder."""
+    config = state["config"]
+    return f"""# Exo2Ego (arXiv 2503.09143), stage {state["stage"]}, preset {config["preset"]}
+
+An independent reimplementation's checkpoint: {state["step"]} steps on `{config["data"]}` (manifest
+{state.get("manifest")}), seed {config["seed"]}, code revision {state["git"]}. `model.safetensors` holds the
+{tensors} tensors that differ from its base, `{state["base"] or "none"}`; settings are in `state.json`.
+
+    from model import load_checkpoint
+    model, tokenizer, state = load_checkpoint("this folder", base="where the base is")
+
+Intended for research on first-person video. It inherits the licence of its base (CLIP, Mistral, VideoLLaMA2
+weights are under their publishers' terms) and the terms of the videos it saw (Ego4D and Ego-Exo4D: signed
+agreement; the micro-world: none). Not tested for safety, bias or accuracy beyond `eval.json` beside it.
+"""
+
+
+def random_state(device: torch.device) -> Tensor:
+    """The generators that a rank draws from, as bytes: the CPU's, then its GPU's."""
+    states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+    return torch.cat(states)
+
+
+def set_random_state(state: Tensor, device: torch.device):
+    """The opposite of random_state."""
+    size = len(torch.get_rng_state())
+    torch.set_rng_state(state[:size])
+    if device.type == "cuda" and len(state) > size:
+        torch.cuda.set_rng_state(state[size:], device)
+
+
+def load_optimizers(folder: Path, optimizers: list, rank: int, device: torch.device):
+    """Moments and this rank's random state, exactly as saved."""
+    moments = own_tensors(folder, "optim.safetensors")
+    for i, optimizer in enumerate(optimizers):
+        values, places = {}, [p for group in optimizer.param_groups for p in group["params"]]
+        for name in (n for n in moments if n.startswith(f"{i}.")):
+            _, j, key = name.split(".")
+            p, value = places[int(j)], moments[name]
+            if isinstance(p, DTensor) and value.shape == p.shape:
+                value = distribute_tensor(value.to(device), p.device_mesh, p.placements)
+            values.setdefault(int(j), {})[key] = value
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": values})
+    if f"rng.{rank}" in moments:
+        set_random_state(moments[f"rng.{rank}"], device)
+
+
+def resume_point(out: str, config: dict, record: dict) -> Path | None:
+    """The newest finished checkpoint of this very run, or None; another run's folder is refused by field."""
+    folder = newest_checkpoint(out)
+    state = read_state(folder) if folder else {}
+    if folder and os.environ.get("RANK", "0") == "0" and state["git"] != (now := git_revision()):
+        print(f"{folder} was made by code {state['git']}, {now} goes on with it")
+    was = state.get("config", {}) | {key: state.get(key) for key in record}
+    for key, value in (config | record).items():
+        if folder and was.get(key) != value and key != "base":  # that may move: base_hash tells it
+            raise DataError(f"{out} holds a run with {key}={was.get(key)}, this one has {value}: choose "
+                             f"another --out or remove the folder")
+    return folder
+
+
+def start_point(init: str, stage: int) -> tuple[Path, dict]:
+    """The last checkpoint of the finished run `init` of this stage, and its state; all else is refused."""
+    folder = newest_checkpoint(init)
+    if folder is None:
+        raise DataError(f"--init {init}: no checkpoint there; torchrun train.py --stage {stage} --out {init}")
+    state = read_state(folder)
+    if state["stage"] != stage or state["step"] < state["steps"]:
+        raise DataError(f"--init {init} is of stage {state['stage']} at step {state['step']} of "
+                        f"{state['steps']}; stage {stage + 1} starts from a finished stage {stage}")
+    return folder, state
+
+
+# ---------------------------------------------------------------------------------- the log, and what is shown
+def lock_of(out: str, rank: int) -> Path:
+    """The lock file that a rank holds in its run folder; its time is the rank's last sign of life."""
+    return Path(out) / (f".lock{rank}" if rank else ".lock")
+
+
+def explain(error: Exception, out: str, rank: int, world: int) -> str:
+    """The sentence of an error that a user can mend; of a time-out it names the rank, other than this, that
+    was silent for longest. What else goes wrong is raised again."""
+    text = (str(error) or repr(error)).splitlines()[0][:300]
+    if isinstance(error, (OSError, SafetensorError)) and not isinstance(error, FileNotFoundError):
+        return f"{getattr(error, 'filename', None) or out} cannot be written or read: {text}"
+    if isinstance(error, DataError):
+        return str(error)
+    if not isinstance(error, RuntimeError):                     # perhaps a bug: then where it is helps
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        return f"{error} ({Path(at.filename).name}:{at.lineno})" if at.name != "_or_raise" else str(error)
+    if "DataLoader" in text:
+        return f"a loader worker died or hangs; the same command goes on from the last checkpoint ({text})"
+    if world == 1 or not re.search("timed out|timeout|connection (closed|reset)", text, re.IGNORECASE):
+        raise error
+    locks = {other: lock_of(out, other) for other in range(world) if other != rank}
+    last = {other: lock.stat().st_mtime if lock.is_file() else 0 for other, lock in locks.items()}
+    late = min(last, key=last.get)
+    heard = f"last heard of {time.time() - last[late]:.0f} s ago" if last[late] else "never heard of"
+    return f"the ranks waited in vain for rank {late}, {heard} (--timeout); {text}"
+
+
+class Log:
+    """log.jsonl, one object a step, cut back to the step that a run resumes from; and the progress line."""
+    def __init__(self, path: Path | None, step: int, skipped: int = 0):
+        """`path` None: a rank that keeps no log."""
+        self.file, self.skipped, kept = None, skipped, []
+        if path is None:
+            return
+        for line in path.read_text().splitlines() if path.is_file() else []:
+            try:
+                kept += [line + "\n"] if json.loads(line)["step"] <= step else []
+            except ValueError:
+                break                                           # the line that a kill cut short
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(kept))
+        self.file = open(path, "a", buffering=1)
+
+    def write(self, row: dict, text: str = ""):
+        """One object to the file, one line to the screen."""
+        if self.file:
+            self.file.write(json.dumps(row) + "\n")
+            print(text, end="\n" if text else "", flush=True)
+
+    def skip(self, batches: list[Batch], number: int, seen: int, max_bad: float):
+        """Name this rank's unreadable samples, count all ranks' `number`; too many of `seen` end the run."""
+        for reason in (reason for batch in batches for reason in batch.skipped):
+            print(f"skipped {reason}", flush=True)
+        self.skipped += number
+        if self.skipped > max_bad * max(seen, 500):
+            raise DataError(f"{self.skipped} of {seen} samples could not be read, more than --max-bad "
+                            f"{max_bad}; the lines above name them, python data.py check all of them")
+
+    def start(self, done: int):
+        """A phase begins, of which `done` steps are over already, with what they skipped."""
+        self.skipped *= done > 0
+        self.began = self.clock = time.monotonic()
+        self.first = done
+
+    def step(self, done: int, length: int, samples: int, tokens: int, losses: dict, row: dict):
+        """The `done`-th step of the phase is over."""
+        took, self.clock = time.monotonic() - self.clock, time.monotonic()
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 ** (sys.platform != "darwin")
+        if torch.cuda.is_available():
+            memory = torch.cuda.max_memory_allocated()
+        each, text = (time.monotonic() - self.began) / (done - self.first), ""
+        if done % 10 == 0 or done == length:
+            text = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
+            text = (f"step {done}/{length} | {text} | {each:.3f} s/step | {samples / each:.0f} clips/s | "
+                    f"ETA {(length - done) * each:.0f} s")
+        self.write(row | losses | dict(skipped=self.skipped, seconds=took, clips_per_second=samples / took,
+                                       tokens_per_second=tokens / took, max_memory_bytes=memory), text)
+
+
+def describe(run, phase, objective, loader: Loader, length: int):
+    """Before the first step of a phase: the arithmetic, what trains, and what the model is fed."""
+    print(f"\n== stage {run.cfg.stage}: {phase.name} == {length} steps x {phase.batch} of {loader.samples} "
+          f"samples ({phase.batch // loader.micro} micro batches x {loader.micro} on {run.world} ranks)")
+    own = [("loss", objective.loss)] * bool([*objective.loss.parameters()])
+    for name, module in [*objective.model.named_children(), *own]:
+        on, off = (sum(p.numel() for p in module.parameters() if p.requires_grad == g) for g in (True, False))
+        print(f"   {name:14} {on:>10,} trained {off:>10,} frozen")
+    print(f"   losses {phase.losses}, rates {phase.trains}, {run.cfg.optimizer}, {run.device}, "
+          f"{'bfloat16' if run.bf16 else 'float32'}, {torch.get_num_threads()} threads; {run.attention}")
+    print("   " + show_prompt(loader.batch(0)[0], objective.tokenizer), flush=True)
+
+
+def show_prompt(batch: Batch, tokenizer: Tokenizer) -> str:
+    """What the model is fed: shapes, and the first text with its [supervised] tokens in brackets."""
+    shapes = [f"{k} {tuple(v.shape)}" for k, v in (("ego", batch.ego), ("exo", batch.exo)) if v is not None]
+    text, n = "", batch.lens[0] if batch.lens else 0
+    ids, labels = batch.ids[:n].tolist(), batch.labels[:n].tolist()
+    for i, (token, label) in enumerate(zip(ids, labels)):
+        if token != VIDEO:
+            piece = tokenizer.sp.id_to_piece(token)
+            text += piece if label == IGNORE else f"[{piece}]"
+        elif ids[i - 1] != VIDEO:
+            text += f"<video: {ids.count(VIDEO)} tokens>"
+    return f"fed: {', '.join(shapes + [f'{len(batch.ids)} tokens'])}; first sample {batch.names[0]}: {text}"
+
+
+@torch.no_grad()
+def validate(run, objective, loader: Loader, step: int, log: Log, batches: int = 8):
+    """Narration loss per token on the first validation clips, shared by the ranks."""
+    sums = torch.zeros(2, device=run.device)
+    objective.eval()
+    whole_ones = loader.samples // loader.batch_size if run.world > 1 else batches      # ranks in step
+    for batch in (b.to(run.device) for i in range(min(batches, whole_ones)) for b in loader.batch(i)):
+        with precision(run.device, run.bf16):
+            vtg = objective(batch, run.world, run.world)["vtg"]             # a plain sum: both counts cancel
+        sums += torch.stack([vtg, batch.weights.sum()])
+    objective.train()
+    total, tokens = run.sum(sums)
+    loss = total / tokens if tokens else math.nan
+    log.write(dict(step=step, val_loss=loss), f"step {step} | val_loss {loss:.4f}")
+
+
+# ---------------------------------------------------------------------------------------------------- the loop
 def train(cfg: TrainConfig, rank: int = 0, world: int = 1):
     """Run a stage to its end, then score it."""
     bf16 = cfg.dtype == "bfloat16" or cfg.dtype is None and torch.cuda.is_available()
     run, rows = Run(cfg, rank, world, pick_device(), bf16), phases(cfg)
-    if cfg.plan or cfg.preset == "7b":                          # printed; what cannot fit is refused
-        with torch.device("meta"):
-            model, _ = build(replace(run, record={}, cfg=replace(cfg, plan=True)))
-            objective = Objective(model, None, rows[0], cfg, world).to("meta")
-        set_trained(objective, rows[0], False, bf16)
-        plan(run, rows[0], objective)
-    if cfg.plan:
-        return
     model, tokenizer = build(run)
-    run.attention = choose_attention(run.device, torch.bfloat16 if bf16 else torch.float32, model.cfg)
+    run.attention = choose_attention(run.device, torch.bfloat16 if bf16 else torch.float32, model.cfg, agree)
     loaders = [make_loader(run, row, model, tokenizer) for row in rows]
     lengths = [row.steps or max(1, row.epochs * ld.samples // row.batch) for row, ld in zip(rows, loaders)]
     run.total, start = sum(lengths), 0
@@ -470,7 +879,7 @@ def prepare(cfg: TrainConfig):
     def missing():
         newest = newest_checkpoint(cfg.base)
         return newest is None or read_state(newest)["step"] < read_state(newest)["steps"]
-    if (cfg.stage == 0 or cfg.plan or cfg.preset == "7b" or Path(cfg.data).suffix == ".jsonl"
+    if (cfg.stage == 0 or cfg.preset == "7b" or Path(cfg.data).suffix == ".jsonl"
             or cfg.stage == 1 and cfg.init != cfg.base or not missing()):
         return
     with file_lock(lock_of(cfg.base, 0), wait=True):

@@ -1,5 +1,6 @@
 """Measurements side by side: ratios within one run count, times on a busy machine do not.
 
+    python tests/bench.py plan --memory 80 --ranks 8    # before a run: parameters, FLOPs and memory of a stage, on the meta device
     python tests/bench.py attention             # naive, padded with a dense mask, tiled, ours: time and memory
     OMP_NUM_THREADS=2 python tests/bench.py full    # a step of the 7b preset for real: seconds, memory against the plan
     python tests/bench.py step                  # a training step beside transformers' modules composed; parts; scaling
@@ -7,7 +8,7 @@
     python tests/bench.py score                 # options about one video: the prefix cached and packed, or each pair alone
     python tests/bench.py generate              # 64 tokens: with a cache, without, transformers; decode: the decoder's step alone
     python tests/bench.py data                  # clips of a 3-minute take: from its start, by seeking, cached; decord
-    python tests/bench.py all --json FILE       # all but full, an hour
+    python tests/bench.py all --json FILE       # all but plan and full, an hour
 
 Every side of a comparison is a process of its own with one thread; the sides take turns, round by round.
 """
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,13 +39,160 @@ import numpy as np
 import sentencepiece
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
+from torch.utils.weak import WeakIdKeyDictionary
 
 import data
 import eval
 import model as model_file
 import train
 from model import CLIP_NAMES, IGNORE, MISTRAL_NAMES, PRESETS, VIDEO, Exo2Ego, Segments, attention, rename
+
+# --- the planner: a step on the meta device
+FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class Arithmetic(TorchFunctionMode):
+    """Matrices are multiplied in one dtype whatever their weights are stored in; norms run in float32. On the
+    meta device attention is the fused one, which holds no scores."""
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.autograd.backward:                     # what it computes again is computed likewise
+            with self:
+                return torch.autograd.graph._engine_run_backward(
+                    args[0], tuple(map(torch.ones_like, args[0])), False, False, (), allow_unreachable=True, accumulate_grad=True)
+        if func is F.scaled_dot_product_attention and args[0].is_meta:
+            return FLASH(*args[:3], 0.0, kwargs["is_causal"], scale=kwargs["scale"])[0]
+        wide = {F.layer_norm: torch.float32, F.rms_norm: torch.float32}
+        wide |= dict.fromkeys((F.linear, F.conv2d, F.conv_transpose2d), self.dtype)
+        if func in wide:
+            args, kwargs = tree_map_only(Tensor, lambda t: t.to(wide[func]), (args, kwargs))
+        out = func(*args, **kwargs)
+        return out.float() if func is F.embedding else out
+
+
+class Meter(TorchDispatchMode):
+    """Bytes that a step on the meta device would hold beyond `given` (weights, inputs), now and at most; the
+    FLOPs of its matrix products."""
+    def __init__(self, given):
+        super().__init__()
+        self.now, self.most, self.flops, self.seen = 0, 0, 0, WeakIdKeyDictionary()
+        for tensor in given:
+            self.seen[tensor.untyped_storage()] = True
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket is torch.ops.aten.convolution_backward:
+            # each gradient costs as much as the forward; torch's own count of a depthwise filter's is C times that
+            grad, x, weight, transposed = *args[:3], args[7]
+            positions = len(x) * math.prod((x if transposed else grad).shape[2:])
+            self.flops += 2 * positions * weight.numel() * sum(args[10][:2])
+        elif count := flop_registry.get(func.overloadpacket):
+            self.flops += count(*args, **(kwargs or {}), out_val=out)
+        elif func.overloadpacket in (FLASH, FLASH_BACKWARD):    # causal counts whole
+            q, k = args[:2] if func.overloadpacket is FLASH else args[1:3]
+            self.flops += (4 if func.overloadpacket is FLASH else 10) * q.numel() * k.shape[2]
+        for tensor in (t for t in tree_leaves(out) if isinstance(t, Tensor)):
+            storage = tensor.untyped_storage()
+            if storage not in self.seen:
+                self.seen[storage], size = True, storage.nbytes()
+                self.now += size
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self.gone, size)
+        return out
+
+    def gone(self, size: int):
+        self.now -= size
+
+
+def blank_batch(run, phase, model, device, text: int = 64) -> data.Batch:
+    """A micro batch of a stage's shapes, for measuring; `text` tokens, half of them the answer (assumed)."""
+    cfg, micro = model.cfg, run.cfg.micro_batch or max(1, phase.batch // run.world)
+    visual = cfg.visual_tokens * (1 + (phase.view != "exo" and model.F is not None))
+    ids = torch.cat([torch.full((micro, visual), VIDEO), torch.ones(micro, text, dtype=torch.long)], 1)
+    labels = torch.where(torch.arange(visual + text) < visual + text // 2, IGNORE, ids)
+    shape = (micro, cfg.frames, 3, cfg.image_size, cfg.image_size)
+    each, names = torch.arange(micro), [""] * micro
+    ego, exo = (torch.zeros(shape, dtype=torch.uint8, device=device) if phase.view in (view, "pair") else None
+                for view in ("ego", "exo"))
+    return data.Batch(ego, exo, each, ids.flatten(), labels.flatten(), (labels > 0).flatten().float(),
+                 [visual + text] * micro, each, micro, names, names, [])
+
+
+def meta_objective(stage, preset, *flags):
+    """-> (run, phase, objective) of a stage on the meta device: nothing is allocated. bfloat16, as on a GPU."""
+    cfg = train.parse(["--stage", str(stage), "--preset", preset, "--dtype", "bfloat16", *flags])
+    run, phase = train.Run(cfg, 0, 1, torch.device("cpu"), True), train.phases(cfg)[0]
+    mapping = cfg.mapping if stage > 1 and not cfg.no_mapping else "none"
+    with torch.device("meta"):
+        model = Exo2Ego(replace(PRESETS[preset], mapping=mapping, lora=stage == 3 and not cfg.no_lora))
+        objective = train.Objective(model, None, phase, cfg, 1)
+    if preset == "7b" and stage == 1:                           # as train.build: stage 1 never looks through them
+        model.ego_vit = model.ego_connector = None
+    train.set_trained(objective, phase, False, True)
+    return run, phase, objective
+
+
+def planned(stage, preset, micro, checkpointed, *flags):
+    """What a step of `micro` clips needs on one rank, in bytes by kind, and its FLOPs a sample."""
+    run, phase, objective = meta_objective(stage, preset, "--micro-batch", str(micro), *flags)
+    most, flops = measure_step(run, phase, objective, checkpointed)
+    size = {p: p.numel() * p.element_size() for p in objective.parameters()}
+    gradients = sum(size[p] for p in size if p.requires_grad)
+    return dict(weights=sum(size.values()), gradients=gradients, optimiser=gradients * (1 if run.cfg.optimizer == "muon" else 2),
+                activations=max(most - gradients, 0), flops=flops,
+                block=max(sum(map(size.get, m.parameters())) for m in objective.modules() if isinstance(m, model_file.BLOCKS)))
+
+
+def bench_plan(args):
+    """What a stage needs on each rank, in every way to run it, beside --memory (GB of a card): nothing is allocated."""
+    run, phase, objective = meta_objective(args.stage, args.preset, "--micro-batch", str(args.micro_batch))
+    print(f"stage {args.stage} ({phase.name}), preset {args.preset}, {args.ranks} ranks, bfloat16, {args.micro_batch} clips a forward")
+    for name, module in [*objective.model.named_children(), ("all", objective.model)]:
+        on, off = (sum(p.numel() for p in module.parameters() if p.requires_grad == kind) for kind in (True, False))
+        print(f"   {name:14} {on:>13,} trained {off:>14,} frozen")
+    rows = []
+    for checkpointed in (True, False):
+        need = planned(args.stage, args.preset, args.micro_batch, checkpointed)
+        gb = {kind: size / 1e9 for kind, size in need.items()}
+        print(f"   activations {'of whole blocks computed again' if checkpointed else 'kept by the policy'}: {gb['activations']:.2f} GB; "
+              f"{need['flops'] / 1e12:.1f} TFLOP a sample, forward and backward")
+        for kind, shards in (("DDP", 1), ("FSDP", args.ranks)):
+            held = (gb["weights"] + gb["gradients"] + gb["optimiser"]) / shards + 2 * gb["block"] * (shards > 1)
+            rank = held + gb["activations"]
+            print(f"      {kind:4} weights, gradients, optimiser {held:.2f} + activations {gb['activations']:.2f}: {rank:.2f} GB a rank"
+                  + (f", {'fits' if rank < args.memory else 'does not fit'} in {args.memory:g}" if args.memory else ""))
+            rows.append(dict(bench="plan", stage=args.stage, preset=args.preset, ranks=args.ranks, micro=args.micro_batch, kind=kind,
+                             checkpointed=checkpointed, gb=rank, tflop=need["flops"] / 1e12))
+    print(f"   a sample: {blank_batch(run, phase, objective.model, 'meta').lens[0]} tokens, 64 of them text, of at most "
+          f"{objective.model.cfg.max_length}")
+    return rows
+
+
+def measure_step(run, phase, objective, checkpointed: bool) -> tuple[int, float]:
+    """The most bytes beyond weights that a step, run on the meta device, would hold; FLOPs a sample."""
+    batch = blank_batch(run, phase, objective.model, "meta")
+    maths = Arithmetic(torch.bfloat16 if run.bf16 else torch.float32)
+    cfg = replace(run.cfg, fsdp=False, checkpoint_activations=checkpointed)
+    train.wrap(replace(run, world=1, cfg=cfg), objective)
+    clips = [clip for clip in (batch.ego, batch.exo) if clip is not None]
+    with Meter([*objective.parameters(), *objective.buffers(), *clips]) as meter, maths:
+        torch.autograd.backward(objective(batch, float(batch.weights.sum()), batch.samples)["loss"])
+    objective.zero_grad(set_to_none=True)
+    return meter.most, meter.flops / batch.samples
+
 
 # name: lengths, heads, kv_heads, head_dim, causal
 SHAPES = {"ViT, 4 frames of 577": ((577,) * 4, 16, 16, 64, False),
@@ -161,14 +310,8 @@ def bench_full(args):
     """One forward and backward of a stage of the 7b preset with random weights, in this machine's memory: frozen
     weights in bfloat16, activations checkpointed, a clip of 16 frames; seconds, peak, and what the plan had said."""
     ctypes.CDLL("libc.so.6").mallopt(-3, 4 << 20)               # glibc's own mmap threshold rises to 32 MB: holes in the heap
-    cfg = train.parse(["--stage", str(args.stage), "--preset", "7b", "--micro-batch", "1", "--checkpoint-activations",
-                       "--dtype", "bfloat16"])
-    run, phase = train.Run(cfg, 0, 1, torch.device("cpu"), True), train.phases(cfg)[0]
-    with torch.device("meta"):
-        model, _ = train.build(replace(run, cfg=replace(cfg, plan=True)))
-        objective = train.Objective(model, None, phase, cfg, 1).to("meta")
-    train.set_trained(objective, phase, False, True)
-    most, flops = eval.measure_step(run, phase, objective, True)
+    run, phase, objective = meta_objective(args.stage, "7b", "--micro-batch", "1", "--checkpoint-activations")
+    most, flops = measure_step(run, phase, objective, True)
     stored = sum(p.numel() * p.element_size() for p in objective.parameters())
     print(f"plan: weights {stored / 1e9:.2f} + step {most / 1e9:.2f} = {(stored + most) / 1e9:.2f} GB, "
           f"{flops / 1e12:.1f} TFLOP", flush=True)
@@ -179,9 +322,9 @@ def bench_full(args):
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.ones(buffer.shape))
     print(f"weights are there: {status('VmRSS') / 1e9:.2f} GB", flush=True)
-    eval.wrap(run, objective)
-    batch, began = eval.blank_batch(run, phase, model, "cpu"), time.time()
-    with eval.precision(run.device, True):
+    train.wrap(run, objective)
+    batch, began = blank_batch(run, phase, objective.model, "cpu"), time.time()
+    with model_file.precision(run.device, True):
         loss = objective(batch, float(batch.weights.sum()), 1)["loss"]
         print(f"forward: {time.time() - began:.0f} s, loss {float(loss.detach()):.2f}, {status('VmHWM') / 1e9:.2f} GB at most", flush=True)
         torch.autograd.backward(loss)
@@ -437,7 +580,7 @@ def our_objective(stage, preset, *more, device="cpu"):
     if preset == "7b" and stage == 1:                           # as train.build: stage 1 never looks through them
         model.ego_vit = model.ego_connector = None
     trained = train.set_trained(objective, phase, False, run.bf16)
-    return eval.wrap(run, objective), trained, run
+    return train.wrap(run, objective), trained, run
 
 
 def our_step(stage, batch, dtype=torch.float32, compile=False, preset="small", device="cpu"):
@@ -451,7 +594,7 @@ def make_step(objective, trained, run, batch):
     optimizers = train.make_optimizers(trained, {n: 1e-4 for n in trained}, "adamw")
 
     def step():
-        with eval.precision(run.device, run.bf16):
+        with model_file.precision(run.device, run.bf16):
             loss = objective(batch, float(batch.weights.sum()), batch.samples)["loss"]
             torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
@@ -538,7 +681,7 @@ def composed_step(stage, batch, dtype, preset="small", device="cpu", checkpointe
         else:
             x, y = grid(ego, batch.ego[batch.ego_of]), grid(exo, batch.exo)             # an ego clip again for each view
             loss = text_loss(torch.cat([ego_connector(x), exo_connector(model.F(x))], 1), batch)
-            loss = loss + 5 * eval.feature_kl(exo_connector(y), exo_connector(model.F(x))).mean()
+            loss = loss + 5 * model_file.feature_kl(exo_connector(y), exo_connector(model.F(x))).mean()
             loss = loss + 0.1 * ((model.G(model.F(x)) - x).abs().mean() + (model.F(model.G(y)) - y).abs().mean())
         return loss
 
@@ -569,7 +712,7 @@ STEP_SIDES = {"composition": composed_step, "composition, heap kept": composed_s
 
 
 def computed(dtype):
-    """What the CPU multiplies in: bfloat16 where it has the instructions for it, else float32 (eval.py: Arithmetic)."""
+    """What the CPU multiplies in fastest: bfloat16 where it has the instructions for it, else float32."""
     return dtype if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
@@ -641,12 +784,12 @@ def step_flops(run, phase, stage, batch, preset):
     """FLOPs of our step on this batch, counted on the meta device."""
     with torch.device("meta"):
         model = Exo2Ego(replace(PRESETS[preset], mapping="resnet" if stage > 1 else "none", lora=stage == 3, lora_dropout=0.0))
-        objective = train.Objective(model, None, phase, run.cfg, 1).to("meta")
+        objective = train.Objective(model, None, phase, run.cfg, 1)
     train.set_trained(objective, phase, False, False)
     meta = replace(batch, ego=None if batch.ego is None else batch.ego.to("meta"), exo=None if batch.exo is None else batch.exo.to("meta"))
-    maths = eval.Arithmetic(torch.float32)
-    eval.wrap(run, objective)
-    with eval.Meter([*objective.parameters(), *objective.buffers()]) as meter, maths:
+    maths = Arithmetic(torch.float32)
+    train.wrap(run, objective)
+    with Meter([*objective.parameters(), *objective.buffers()]) as meter, maths:
         torch.autograd.backward(objective(meta, float(batch.weights.sum()), batch.samples)["loss"])
     return meter.flops
 
@@ -688,7 +831,7 @@ def bench_parts(args):
             optimizer.step()
         spent["clipping and optimiser"] = time.process_time() - began
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-            log = eval.Log(Path(folder) / "log.jsonl", 0)
+            log = train.Log(Path(folder) / "log.jsonl", 0)
             log.start(0)
             began = time.process_time()
             log.step(10, 10, 8, len(batch.ids), {"loss": float(loss.detach())}, {"step": 10, "lr": 1e-4, "grad_norm": 1.0, "skipped": 0})
@@ -797,10 +940,14 @@ def bench_run(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    benches = {"attention": bench_attention, "full": bench_full, "data": bench_data, "score": bench_score, "generate": bench_generate,
+    benches = {"attention": bench_attention, "plan": bench_plan, "full": bench_full, "data": bench_data, "score": bench_score, "generate": bench_generate,
                "decode": bench_decode, "step": bench_step, "parts": bench_parts, "scaling": bench_scaling, "run": bench_run, "all": bench_all}
     parser.add_argument("bench", choices=benches)
-    parser.add_argument("--stage", type=int, default=1, choices=(1, 2, 3), help="of `full`")
+    parser.add_argument("--stage", type=int, default=1, choices=(1, 2, 3), help="of `plan` and `full`")
+    parser.add_argument("--preset", default="7b", choices=PRESETS, help="of `plan`")
+    parser.add_argument("--ranks", type=int, default=1, help="of `plan`: processes, a card each")
+    parser.add_argument("--memory", type=float, help="of `plan`: GB of a card")
+    parser.add_argument("--micro-batch", type=int, default=1, help="of `plan`: clips a forward")
     parser.add_argument("--stages", type=int, nargs="*", default=(1, 2, 3), help="of `step` and `parts`")
     parser.add_argument("--clips", type=int, default=8, help="of `step`")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of `step`")

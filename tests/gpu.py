@@ -95,7 +95,7 @@ def seconds_of(call, repeats=20, rounds=5):
 
 # ------------------------------------------------------------------------------------------------------ 1 correct
 # queries and keys of each segment, heads, kv_heads, causal, window
-CASES = eval.CASES | {
+CASES = network.CASES | {
     "grouped 4:1, ragged, causal": ((300, 1, 577, 64, 129), (300, 1, 577, 64, 129), 8, 2, True, None),
     "grouped 3:1, new queries on a cache": ((20, 33, 1, 128), (1562, 1575, 1543, 1650), 6, 2, True, None),
     "window of 1024": ((1560, 700), (1560, 700), 4, 1, True, 1024),
@@ -104,7 +104,7 @@ CASES = eval.CASES | {
     "577 tokens, 16 frames": ((577,) * 16, (577,) * 16, 4, 4, False, None),
     "3,081 tokens": ((3081, 1560), (3081, 1560), 8, 2, True, None)}
 if DRY:
-    CASES = {name: case for name, case in eval.CASES.items() if "long" not in name}
+    CASES = {name: case for name, case in network.CASES.items() if "long" not in name}
 
 
 def run_attention(case, backend, dtype, head_dim):
@@ -306,19 +306,10 @@ def part_tiles(out):
 
 
 # --------------------------------------------------------------------------------------------------------- 4 step
-def planned(stage, preset, micro, checkpointed, more=()):
-    """Bytes that a step should need at most, by the plan, and its FLOPs: counted on the meta device."""
-    cfg = train.parse(["--stage", str(stage), "--preset", preset, "--micro-batch", str(micro), "--dtype", "bfloat16", "--optimizer", "adamw", *more])
-    run, phase = train.Run(cfg, 0, 1, torch.device(DEVICE), True), train.phases(cfg)[0]
-    with torch.device("meta"):
-        built = network.Exo2Ego(replace(PRESETS[preset], mapping="resnet" if stage > 1 else "none", lora=stage == 3, lora_dropout=0.0))
-        objective = train.Objective(built, None, phase, cfg, 1)
-    if preset == "7b" and stage == 1:
-        built.ego_vit = built.ego_connector = None
-    trained = sum(p.numel() * 4 for p in train.set_trained(objective, phase, False, True).values())
-    weights = sum(p.numel() * p.element_size() for p in objective.parameters())
-    most, _ = eval.measure_step(run, phase, objective, checkpointed)
-    return weights + 3 * trained + max(most - trained, 0)       # weights, gradients, AdamW's two, activations
+def planned_bytes(stage, preset, micro, checkpointed):
+    """The plan's peak of a step."""
+    need = bench.planned(stage, preset, micro, checkpointed, "--optimizer", "adamw")
+    return need["weights"] + need["gradients"] + need["optimiser"] + need["activations"]
 
 
 def measure(out, step, flops, plan=None, **what):
@@ -357,14 +348,14 @@ def ours_and_theirs(out, stage, preset, clips, dtype, configurations):
     meta_run, phase = train.Run(cfg, 0, 1, torch.device("cpu"), False), train.phases(cfg)[0]
     first = clips[0]
     flops_a_clip = bench.step_flops(meta_run, phase, stage, bench.make_batch(stage, PRESETS[preset], first, text=(64, 65)), preset) / first
-    eval.choose_attention(torch.device(DEVICE), dtype, PRESETS[preset])
+    network.choose_attention(torch.device(DEVICE), dtype, PRESETS[preset])
     objective, trained, run = bench.our_objective(stage, preset, "--dtype", str(dtype)[6:], "--optimizer", "adamw", device=DEVICE)
     for checkpointed, compiled in configurations:
         for n in clips:
             set_up = replace(run, cfg=replace(run.cfg, checkpoint_activations=checkpointed, compile=compiled))
-            eval.wrap(set_up, objective)
+            train.wrap(set_up, objective)
             step = bench.make_step(objective, trained, set_up, batches[n])
-            plan = None if compiled else partial(planned, stage, preset, n, checkpointed)
+            plan = None if compiled else partial(planned_bytes, stage, preset, n, checkpointed)
             measure(out, step, n * flops_a_clip, plan, stage=stage, preset=preset, clips=n, side="ours", checkpointed=checkpointed, compiled=compiled)
             objective.zero_grad(set_to_none=True)
     del objective, trained, step, set_up, run
@@ -412,7 +403,7 @@ def differing(a, b):
 def self_check(out):
     """How long start-up's check of the kernels takes, with nothing compiled before and with all."""
     code = ("import time, torch, eval\nfrom model import PRESETS\nbegan = time.time()\n"
-            f"print(eval.choose_attention(torch.device('{DEVICE}'), torch.bfloat16, PRESETS['7b']), time.time() - began)")
+            f"print(network.choose_attention(torch.device('{DEVICE}'), torch.bfloat16, PRESETS['7b']), time.time() - began)")
     with tempfile.TemporaryDirectory() as cache:
         for name in ("nothing compiled before", "compiled before"):
             done = subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, env=os.environ | {"TRITON_CACHE_DIR": cache}, capture_output=True, text=True)
@@ -472,7 +463,7 @@ def fsdp_on_one_rank(out):
         objective, trained, run = bench.our_objective(1, "toy", "--dtype", "float32", "--optimizer", "adamw", *flags, device=DEVICE)
         loss = objective(batch, float(batch.weights.sum()), batch.samples)["loss"]
         torch.autograd.backward(loss)
-        grads = [eval.whole(p.grad).flatten() for p in objective.parameters() if p.grad is not None]
+        grads = [train.whole(p.grad).flatten() for p in objective.parameters() if p.grad is not None]
         results.append((float(loss.detach()), torch.cat(grads)))
     dist.destroy_process_group()
     (plain, plain_grad), (sharded, sharded_grad) = results
@@ -488,8 +479,8 @@ def part_answer(out):
     with torch.device(DEVICE):
         model = network.Exo2Ego(replace(PRESETS[PRESET], mapping="resnet", max_length=8192))
     bf16 = not DRY
-    model = eval.ready(model, torch.device(DEVICE), bf16).bfloat16().eval() if bf16 else model.eval()
-    print(eval.choose_attention(torch.device(DEVICE), torch.bfloat16 if bf16 else torch.float32, model.cfg), flush=True)
+    model = network.ready(model, torch.device(DEVICE), bf16).bfloat16().eval() if bf16 else model.eval()
+    print(network.choose_attention(torch.device(DEVICE), torch.bfloat16 if bf16 else torch.float32, model.cfg), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         words = bench.toy_words(folder)
     visual = torch.randn(1, 2 * model.cfg.visual_tokens, model.cfg.width, device=DEVICE, dtype=model.decoder.embedding.weight.dtype)
@@ -512,7 +503,7 @@ def part_answer(out):
             call()
             found.append(time.perf_counter() - began)
         return result, statistics.median(found)
-    with eval.precision(torch.device(DEVICE), bf16):
+    with network.precision(torch.device(DEVICE), bf16):
         (tokens, seconds), (other, beside) = timed(ours), timed(reference)
         equal = next((i for i, (a, b) in enumerate(zip(tokens, other)) if a != b), len(tokens))
         say(out, "answer", what=f"{new} tokens after {len(ids):,}", ok=True, ours_tokens_a_second=round(new / seconds, 1),

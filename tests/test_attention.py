@@ -75,9 +75,9 @@ def test_gradcheck(mask, backend, monkeypatch):
 
 
 @pytest.mark.parametrize("backend, dtype, head_dim", list(itertools.product(
-    ("tiled", "sdpa"), eval.TOLERANCE, (32, 64, 128))))
+    ("tiled", "sdpa"), model.TOLERANCE, (32, 64, 128))))
 def test_self_check_passes_here(backend, dtype, head_dim):
-    assert eval.attention_error(backend, "cpu", dtype, head_dim) <= 1
+    assert model.attention_error(backend, "cpu", dtype, head_dim) <= 1
 
 
 @pytest.mark.parametrize("backend", ("reference", "tiled", "sdpa"))
@@ -235,9 +235,9 @@ def error(backend, *_):
     calls.append((backend, time.monotonic()))
     time.sleep(0.3 if rank == 0 else 0)
     return 9.0 if (backend, rank) == ("triton", 1) else 0.1     # one GPU of the world fails
-eval.attention_error = error
+model.attention_error = error
 torch.cuda.get_device_capability = lambda device: (9, 0)
-line = eval.choose_attention(torch.device("cuda"), torch.bfloat16, model.PRESETS["toy"])
+line = model.choose_attention(torch.device("cuda"), torch.bfloat16, model.PRESETS["toy"])
 starts = [None, None]
 dist.all_gather_object(starts, calls[0][1])
 assert starts[1] >= starts[0] + 0.3, "local rank 0 goes first"
@@ -322,7 +322,7 @@ def test_check_attention_command(monkeypatch, capsys):
     _, out, _ = run(REPO / "model.py", "--check-attention")
     assert out.count("ok  ") == 18 and "FAIL" not in out and "they need a GPU: triton" in out
     monkeypatch.setattr(eval, "attention_error", lambda *_: float("nan"))
-    assert eval.check_attention() == 18 and "FAIL" in capsys.readouterr().out
+    assert model.check_attention() == 18 and "FAIL" in capsys.readouterr().out
 
 
 def test_check_attention_on_a_gpu_up_to_the_gpu(monkeypatch, capsys):
@@ -331,9 +331,9 @@ def test_check_attention_on_a_gpu_up_to_the_gpu(monkeypatch, capsys):
     monkeypatch.setattr(eval, "pick_device", lambda: torch.device("cuda"))
     monkeypatch.setattr(eval, "attention_error", lambda backend, *_: 0.5 if backend != "varlen" else 3.0)
     monkeypatch.setattr(eval, "run_case", lambda *_: [torch.tensor(float(next(draws)))])      # reruns that differ
-    assert eval.check_attention() == 6 + 6
+    assert model.check_attention() == 6 + 6
     draw = lambda *_: [torch.ones(())]                          # reruns that agree; a backend that cannot run
     monkeypatch.setattr(eval, "run_case", draw)
     monkeypatch.setattr(eval, "attention_error", lambda backend, *_: 1 / (backend != "varlen"))
-    assert eval.check_attention() == 6
+    assert model.check_attention() == 6
     assert "FAIL varlen torch.bfloat16 head_dim 32: ZeroDivisionError" in capsys.readouterr().out

@@ -142,7 +142,7 @@ RESTARTS = """
 import os, signal, time
 import torch.distributed as dist
 import eval
-eval.join_ranks("gloo", 60)
+train.join_ranks("gloo", 60)
 attempt, rank = os.environ["TORCHELASTIC_RESTART_COUNT"], dist.get_rank()
 print(f"rank {rank} met the other in attempt {attempt};\\n", end="", flush=True)
 dist.barrier()
@@ -197,7 +197,7 @@ def test_ranks_that_start_from_nothing_make_one_world(tmp_path):
 def stage_2(toy, *more):
     """What a run of stage 2 starts with."""
     cfg = train.parse([*map(str, flags(toy, 2)), *more])
-    run_ = eval.Run(cfg, 0, 1, torch.device("cpu"), False)
+    run_ = train.Run(cfg, 0, 1, torch.device("cpu"), False)
     return cfg, run_, train.phases(cfg)[0], *train.build(run_)
 
 
@@ -249,14 +249,14 @@ def test_a_skip_list_that_appears_between_runs_is_refused_and_moved_folders_are_
 def test_a_bug_is_named_with_its_place(tmp_path):
     with pytest.raises(ValueError) as bug:
         first, second = "one",
-    assert re.search(r"not enough values to unpack .* \(test_train.py:\d+\)$", eval.explain(bug.value, "out", 0, 1))
+    assert re.search(r"not enough values to unpack .* \(test_train.py:\d+\)$", train.explain(bug.value, "out", 0, 1))
     with pytest.raises(OSError) as denied:
         open(tmp_path)
-    assert f"{tmp_path} cannot be written or read" in eval.explain(denied.value, "out", 0, 1)
+    assert f"{tmp_path} cannot be written or read" in train.explain(denied.value, "out", 0, 1)
 
 
 def test_skips_are_counted_against_their_own_phase(tmp_path):
-    log = eval.Log(None, 0)
+    log = train.Log(None, 0)
     log.start(0)
     log.skip([], 4, 1000, 0.01)
     log.start(0)                                                # the next phase
@@ -447,26 +447,26 @@ def test_a_half_written_checkpoint_is_never_taken(toy, tmp_path):
 def test_a_sign_of_life_frees_no_lock(tmp_path):
     """Closing a second descriptor of the file would: touch must not open it."""
     with data.file_lock(tmp_path / ".lock", wait=False):
-        eval.lock_of(str(tmp_path), 0).touch()
+        train.lock_of(str(tmp_path), 0).touch()
         held = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(REPO)!r})\nimport data\n"
                                f"with data.file_lock({str(tmp_path / '.lock')!r}, wait=False): pass"], capture_output=True, text=True)
         assert "in use by process" in held.stderr
 
 
 def test_an_error_without_words_is_named_all_the_same():
-    assert eval.explain(OSError(), "out/mine", 0, 1) == "out/mine cannot be written or read: OSError()"
+    assert train.explain(OSError(), "out/mine", 0, 1) == "out/mine cannot be written or read: OSError()"
 
 
 def test_a_rank_that_does_not_come_is_named_and_never_ones_own(tmp_path):
     late = RuntimeError("Timed out after 3 seconds waiting for clients")
     for rank in (0, 1):
-        eval.lock_of(tmp_path, rank).touch()
-    os.utime(eval.lock_of(tmp_path, 0), (1, 1))                 # of an earlier run: this rank is 0
-    os.utime(eval.lock_of(tmp_path, 1), (2, time.time() - 50))
-    assert "in vain for rank 1, last heard of 50 s ago" in eval.explain(late, tmp_path, 0, 2)
-    assert "in vain for rank 2, never heard of" in eval.explain(late, tmp_path, 0, 3)
+        train.lock_of(tmp_path, rank).touch()
+    os.utime(train.lock_of(tmp_path, 0), (1, 1))                 # of an earlier run: this rank is 0
+    os.utime(train.lock_of(tmp_path, 1), (2, time.time() - 50))
+    assert "in vain for rank 1, last heard of 50 s ago" in train.explain(late, tmp_path, 0, 2)
+    assert "in vain for rank 2, never heard of" in train.explain(late, tmp_path, 0, 3)
     with pytest.raises(RuntimeError):
-        eval.explain(RuntimeError("a bug"), tmp_path, 0, 2)
+        train.explain(RuntimeError("a bug"), tmp_path, 0, 2)
 
 
 FAULTS = """

@@ -15,15 +15,15 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import eval
 import train
-from data import manifest_of, read_manifest
-from model import load_checkpoint
+from data import Tokenizer, manifest_of, read_manifest
+from model import load_checkpoint, newest_checkpoint
 from run import pack
 
 
 def narrations(ckpt, rows, view="learner") -> str:
     """Outcome of every test clip as run.py writes them: ego clips, read by the learner or by the exo encoder, or a
     grey clip in the place of each."""
-    model, tokenizer, _ = load_checkpoint(ckpt)
+    (model, _), tokenizer = load_checkpoint(ckpt), Tokenizer(newest_checkpoint(ckpt))
     model.eval()
     if view == "exo encoder":
         model.ego_vit, model.ego_connector, model.F = model.exo_vit, model.exo_connector, None
@@ -43,7 +43,7 @@ def features(ckpt, rows) -> dict:
     """What KL compares, over validation pairs: how much of the demonstrator's tokens is the same for every clip, and the
     KL of four estimates of them: their mean over clips, F(x) of a shuffled clip, F(x), and of F(x) what is left when its
     own mean is put right."""
-    model, tokenizer, _ = load_checkpoint(ckpt)
+    (model, _), tokenizer = load_checkpoint(ckpt), Tokenizer(newest_checkpoint(ckpt))
     model.eval()
     exo, estimate, patches = [], [], []
     for batch in eval.clips(model, tokenizer, rows, "pair"):
@@ -60,7 +60,7 @@ def features(ckpt, rows) -> dict:
             "constant share of patches": float(grid.mean(0).square().mean() / grid.square().mean()),
             "correlation of what is left": float((own * theirs).mean() / (own.square().mean() * theirs.square().mean()).sqrt()),
             "size of it, F(x) / y": float(theirs.std() / own.std()),
-            "KL": {name: float(eval.feature_kl(y, guess).mean()) for name, guess in kl.items()}}
+            "KL": {name: float(model.feature_kl(y, guess).mean()) for name, guess in kl.items()}}
 
 
 def gradients(ckpt, world, stage1, base, at: str) -> dict:

@@ -4,7 +4,7 @@
     python tests/study/run.py --core --minutes 90           # all rows, five seeds; stops in time, goes on when called again
     python tests/study/run.py --sweep pairs --minutes 60    # ego | pairs | noise | views
     python tests/study/run.py --probes                      # what is inside the models that are still cached
-    python tests/study/run.py --verify                      # after a change of code: are the numbers still the same?
+    python tests/study/run.py --verify --row full           # after a change of code: are the numbers still the same?
 
 It only calls data.py and train.py as a user would. A cell is (row, seed): its world, stages 0 to 3 and both
 benchmarks; stages that cells share are trained once. Every finished cell is one line of results.jsonl, with the
@@ -16,6 +16,7 @@ import ast
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -81,17 +82,48 @@ for sweep, (default, *values) in SWEEPS.items():
 locks, guard = {}, threading.Lock()
 
 
+def reachable() -> dict[str, ast.AST]:
+    """What a toy run can reach: the top-level definitions (functions, classes, constants, tables) whose names occur in
+    train.py's main, in data.py's command for the micro-world, or in what these reach, by "file: name"."""
+    defined = {}                                            # name -> [(file, node)]: a name may be in several files
+    for file in ("model.py", "data.py", "eval.py", "train.py"):
+        for node in ast.parse((REPO / file).read_text()).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                names = [node.name]
+            elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                names = [leaf.id for target in targets for leaf in ast.walk(target) if isinstance(leaf, ast.Name)]
+            else:
+                continue
+            for name in names:
+                defined.setdefault(name, []).append((file, node))
+    found = {}
+    todo = [("train.py", "main"), ("data.py", "command_toy")]
+    while todo:
+        home, name = todo.pop()
+        for file, node in defined.get(name, ()):
+            if name == "main" and file != home or f"{file}: {name}" in found:
+                continue
+            found[f"{file}: {name}"] = node
+            for leaf in ast.walk(node):
+                if isinstance(leaf, (ast.Name, ast.Attribute)):
+                    word = leaf.id if isinstance(leaf, ast.Name) else leaf.attr
+                    if word != "main":
+                        todo.append((file, word))
+    return found
+
+
 @cache
 def code_hash() -> str:
-    """Of the four files as the machine sees them, when this process began: comments and docstrings do not count."""
+    """Of what a toy run can reach, as the machine sees it, when this process began: comments and docstrings do not count,
+    nor does a benchmark's reader."""
     digest = hashlib.sha256()
-    for name in ("model.py", "data.py", "train.py", "eval.py"):
-        tree = ast.parse((REPO / name).read_text())
+    for name, tree in sorted(reachable().items()):
         for node in ast.walk(tree):
             body = getattr(node, "body", None)
             if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
                 body[0].value.value = ""
-        digest.update(ast.dump(tree).encode())
+        digest.update(f"{name} {ast.dump(tree)}".encode())
     return digest.hexdigest()[:12]
 
 
@@ -180,14 +212,21 @@ def append(line: dict):
         file.write(json.dumps(line) + "\n")
 
 
-def verify(out: Path):
-    """Run this kind of CPU's latest cell again with the code as it is: equal to the digit, and all older cells hold."""
-    old = next((line for line in reversed(recorded()) if "row" in line and line["cpu"] == CPU), None)
-    if old is None:
-        raise SystemExit(f"no cell in {RESULTS} was made on a CPU with {CPU}: run one before the change, then --verify after it")
+def verify(out: Path, row: str | None):
+    """Run a cell that this kind of CPU made (the latest, or the latest of `row`) afresh with the code as it is: what the old
+    cell recorded must be equal to the digit, and then all older cells hold. Figures that are new void nothing."""
+    cells = [line for line in recorded() if "row" in line and line["cpu"] == CPU and row in (None, line["row"])]
+    if not cells:
+        raise SystemExit(f"no cell of {row or 'any row'} in {RESULTS} was made on a CPU with {CPU}: run one before the change, then --verify after it")
+    old = cells[-1]
+    out = out / "verify"
+    shutil.rmtree(out, ignore_errors=True)
     new = run_cell(old["row"], old["seed"], out)
-    if new["figures"] != old["figures"] or new["outcomes"] != old["outcomes"]:
-        raise SystemExit(f"{old['row']}, seed {old['seed']}: the numbers changed; the cells of code {old['code']} are void")
+    apart = [f"{stage} {key}: {value} was {figures[key]}" for stage, figures in old["figures"].items() for key in figures
+             if (value := new["figures"][stage].get(key)) != figures[key]]
+    apart += [f"{stage}: other clips are right" for stage in old["outcomes"] if new["outcomes"][stage] != old["outcomes"][stage]]
+    if apart:
+        raise SystemExit(f"{old['row']}, seed {old['seed']}: the numbers changed, the cells of code {old['code']} are void:\n" + "\n".join(apart))
     if (old["row"], old["seed"]) not in finished():
         append(dict(verified=new["code"], same_as=old["code"], by=[old["row"], old["seed"]]))
     print(f"{old['row']}, seed {old['seed']}: equal to the digit")
@@ -201,13 +240,14 @@ def main():
     what.add_argument("--sweep", choices=SWEEPS)
     what.add_argument("--verify", action="store_true")
     what.add_argument("--probes", action="store_true")
+    parser.add_argument("--row", choices=ROWS, help="of --verify: which row's latest cell (the latest of all)")
     parser.add_argument("--minutes", type=float, default=90, help="no cell is started that would end later")
     parser.add_argument("--seeds", type=int, nargs="*", default=None, help="of 0 1 2 3 4")
     parser.add_argument("--rows", nargs="*", choices=ROWS, default=None)
     parser.add_argument("--out", type=Path, default=REPO / "out/study")
     args = parser.parse_args()
     if args.verify or args.probes:
-        return (verify if args.verify else probe)(args.out.resolve())
+        return verify(args.out.resolve(), args.row) if args.verify else probe(args.out.resolve())
     sweeps = [name for name in ROWS if name.split(" ")[0] in SWEEPS]
     names = args.rows or (QUICK if args.quick else [n for n in ROWS if n not in sweeps] if args.core else
                           [n for n in sweeps if n.startswith(f"{args.sweep} ")])
