@@ -7,7 +7,7 @@
 One row of a manifest (JSON lines) is one narrated moment; training reads nothing else:
 
     {"id": "s7/2", "ego": {"video": "ego/7.mp4", "start": 2.0, "end": 3.0}, "exo": [{"video": "cam0/7.mp4"}],
-     "text": "Camera-wearer cuts ...", "turns": [{"user": "Which hand do I use?", "assistant": "The left."}]}
+     "text": "Camera-verbalise_wearer cuts ...", "turns": [{"user": "Which hand do I use?", "assistant": "The left."}]}
 """
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def _pixels(frame, size: int, fit: str = "pad") -> np.ndarray:
     return out
 
 @contextmanager
-def whole_file(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary name to write to; it becomes `path` at the end: a killed write never looks finished."""
     part = Path(f"{path}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
@@ -208,7 +208,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 
 def write_video(path: str | os.PathLike, frames: np.ndarray, fps: int, gop: int = 12):
     """uint8 (N, H, W, 3) -> mp4 (mpeg4, 400 kbit/s)."""
-    with whole_file(path) as part, av.open(str(part), "w", format="mp4") as container:
+    with atomic_write(path) as part, av.open(str(part), "w", format="mp4") as container:
         stream = container.add_stream("mpeg4", rate=fps)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt, stream.bit_rate = "yuv420p", 400_000
@@ -293,14 +293,14 @@ def _check_row(row, where: str, base: Path, allow_outside: bool) -> dict:
         raise DataError(f'{where}: "turns" is a list of {{"user": ..., "assistant": ...}}')
     return row
 
-def write_whole(path: str | os.PathLike, text: str):
+def write_text_atomic(path: str | os.PathLike, text: str):
     """A text file that is never seen half written."""
-    with whole_file(path) as part:
+    with atomic_write(path) as part:
         part.write_text(text)
 
 def write_jsonl(path: str | os.PathLike, rows: list[dict]):
     """Rows as JSON lines."""
-    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_text_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 @contextmanager
 def file_lock(path: str | os.PathLike, wait: bool):
@@ -664,10 +664,10 @@ def plan_scene(rng: np.random.Generator) -> dict:
 
 def narration(verb: str, colour: str, pattern: str, hand: str) -> str:
     """What the scene's moment is: 9 x 5 x 3 x 2 = 270 possible sentences."""
-    return f"Camera-wearer {verb} the {colour} {pattern} block with the {hand} hand."
+    return f"Camera-verbalise_wearer {verb} the {colour} {pattern} block with the {hand} hand."
 
 def questions(verb: str, colour: str, pattern: str, hand: str, rng: np.random.Generator) -> list[dict]:
-    """EgoIT's style: a question of the wearer, answered in the first person."""
+    """EgoIT's style: a question of the verbalise_wearer, answered in the first person."""
     asked = verb if rng.random() < 0.5 else str(rng.choice([v for v in VERBS if v != verb]))
     pairs = [
         (NARRATE, narration(verb, colour, pattern, hand)),
@@ -947,7 +947,7 @@ def _claim_world(out: Path, world: World):
     if not file.is_file():
         if others := [f for f in out.iterdir() if f.name[0] != "." and f.suffix != ".part"]:
             raise DataError(f"{others[0]} is there and no micro-world: choose a new folder, or pass a .jsonl")
-        write_whole(file, json.dumps(asdict(world)))
+        write_text_atomic(file, json.dumps(asdict(world)))
     made = asdict(toy_world(out))
     for key, value in asdict(world).items():
         if made[key] != value:
@@ -971,7 +971,7 @@ def toy_tokenizer(out: str | os.PathLike, world: World) -> Path:
         rows = read_manifest(toy_split(out, "corpus", world))
         lines = [f"[INST] \n{turn['user']} [/INST] {turn['assistant']}" for row in rows
                  for turn in row["turns"] + [{"user": NARRATE, "assistant": row["text"]}]]
-        with whole_file(path) as part, open(part, "wb") as file:
+        with atomic_write(path) as part, open(part, "wb") as file:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=iter(lines), model_writer=file, vocab_size=PRESETS["toy"].vocab,
                 model_type="bpe", byte_fallback=True, hard_vocab_limit=False, num_threads=1, minloglevel=2,
@@ -992,7 +992,7 @@ class Build:
     allow_outside: bool = False                     # links may lead out of the root
     beta: Literal["annotator", "take"] = "annotator"        # whose narrations set the mean gap
     views: Literal["all", "best"] = "all"           # every exo camera, or the annotator's choice
-    subject: Literal["C", "any"] = "C"              # whose actions: the camera wearer's
+    subject: Literal["C", "any"] = "C"              # whose actions: the camera verbalise_wearer's
     keep_unsure: bool = False                       # narrations that are marked as unsure
     keep_hidden: bool = False                       # narrations of what the ego camera does not see
     video_size: Literal["448", "full"] = "448"      # downscaled files where there are any
@@ -1105,9 +1105,9 @@ def is_true(flag) -> bool:
         raise ValueError(f"a flag is {flag!r}, not true, false, 1 or 0")
     return flag in (True, "1")
 
-def wearer(text: str) -> str:
+def verbalise_wearer(text: str) -> str:
     """The narrators' C is verbalised (the paper's one published example)."""
-    return re.sub(r"\bC\b", "Camera-wearer", text).strip()
+    return re.sub(r"\bC\b", "Camera-verbalise_wearer", text).strip()
 
 def ego_exo4d(files: Files, o: Build) -> Iterator[dict]:
     """Ego-ExoClip from Ego-Exo4D v2: takes.json, annotations/{splits,atomic_descriptions_*}.json, takes/.
@@ -1156,7 +1156,7 @@ def ego_exo4d(files: Files, o: Build) -> Iterator[dict]:
                 t, length = float(said["timestamp"]), float(take["duration_sec"])
                 why = ("rejected annotation" if is_true(annotation.get("rejected", False)) else
                        "unsure" if is_true(said["unsure"]) and not o.keep_unsure else
-                       "not the wearer" if subject != "C" and o.subject == "C" else
+                       "not the verbalise_wearer" if subject != "C" and o.subject == "C" else
                        "not seen by the ego camera" if not is_true(said["ego_visible"]) and not o.keep_hidden
                        else "no best exo view" if not cameras
                        else "later than its take" if t > length else "")
@@ -1168,7 +1168,7 @@ def ego_exo4d(files: Files, o: Build) -> Iterator[dict]:
                         "end": min(length, max(t + reach, 2 / 30))}
                 yield {"id": f"{take['take_name']}/{annotation['annotator_id']}/{i}",
                        "ego": {"video": ego, **span}, "exo": [{"video": v, **span} for v in cameras.values()],
-                       "text": wearer(said["text"]), "source": "ego-exo4d"}
+                       "text": verbalise_wearer(said["text"]), "source": "ego-exo4d"}
     yield from files.tolerant(told, rows)
 
 def frame_rate(video: str | os.PathLike) -> float:
@@ -1217,7 +1217,7 @@ def egoclip(files: Files, o: Build) -> Iterator[dict]:
         if o.chunk:
             start, end = (min(max(t - piece * o.chunk, 0), o.chunk) for t in (start, end))
             name += f"/{piece}"
-        yield {"id": f"egoclip/{row['clip_idx']}", "text": wearer(text), "source": "egoclip",
+        yield {"id": f"egoclip/{row['clip_idx']}", "text": verbalise_wearer(text), "source": "egoclip",
                "ego": {"video": files.video(f"{name}.mp4"), "start": round(start, 6), "end": round(end, 6)},
                "verbs": ast.literal_eval(row["tag_verb"]), "nouns": ast.literal_eval(row["tag_noun"])}
     yield from files.tolerant(files.table("egoclip.csv", delimiter="\t"), rows)
@@ -1453,7 +1453,7 @@ def _cache_job(job) -> tuple[tuple, dict[tuple, str]]:
             moments |= {begin, *(begin + (stop - begin) * (np.arange(frames) + 0.5) / frames)}
         moments = sorted({round(moment / TICK) for moment in moments})
         try:
-            with open_video(video, fps) as (length, frames_at), whole_file(target) as part:
+            with open_video(video, fps) as (length, frames_at), atomic_write(target) as part:
                 _write_intra(part, moments, frames_at, round(length / TICK), size, fit)
             break
         except DataError as error:                              # then clip by clip: which ones are at fault?

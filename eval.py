@@ -37,11 +37,11 @@ from torch import Tensor
 
 from data import (COLOURS, NARRATE, PATTERNS, VERBS, Batch, DataError, Files, Loader, Tokenizer, contact_sheet,
                   convert, encode_png, file_lock, frame_rate, progress, read_clip, read_manifest, toy_split,
-                  toy_world, wearer, write_jsonl, write_whole)
-from model import (IGNORE, VIDEO, Exo2Ego, KVCache, Segments, choose_attention, feature_kl, fingerprint,
-                   git_revision, load_checkpoint, newest_checkpoint, pick_device, precision, read_json, ready)
+                  toy_world, verbalise_wearer, write_jsonl, write_text_atomic)
+from model import (IGNORE, VIDEO, Exo2Ego, KVCache, Segments, SharedPrefix, choose_attention, feature_kl, fingerprint,
+                   git_revision, load_checkpoint, newest_checkpoint, pick_device, autocast, read_json, to_device_and_dtype)
 
-SLOTS = re.compile(r"Camera-wearer (?P<verb>.+) the (?P<colour>\w+) (?P<pattern>\w+) block "
+SLOTS = re.compile(r"Camera-verbalise_wearer (?P<verb>.+) the (?P<colour>\w+) (?P<pattern>\w+) block "
                    r"with the (?P<hand>\w+) hand\.")
 GREEN, RED, GREY = (20, 130, 50), (190, 40, 40), (110, 110, 110)
 
@@ -104,7 +104,7 @@ def likelihood(model: Exo2Ego, tokenizer: Tokenizer, visual: Tensor, pairs: list
                  for _, text in pairs[i:i + batch]]
         ids, labels = (torch.tensor(sum(parts, []), device=visual.device) for parts in zip(*packs))
         shown = visual[[clip for clip, _ in pairs[i:i + batch]]]
-        scores.append(model.score(shown, ids, labels, [len(p[0]) for p in packs])[0])
+        scores.append(model.log_likelihood(shown, ids, labels, [len(p[0]) for p in packs]))
     return torch.cat(scores).cpu().numpy()
 
 # ----------------------------------------------------------------------------------------- the toy benchmark
@@ -206,7 +206,7 @@ def partners(model, tokenizer, rows):
     exo, estimate = [], []
     for batch in clips(model, tokenizer, rows, "pair"):
         exo.append(model.encode_exo(batch.exo))
-        estimate.append(model.exo_connector(model.F(model.grid(model.ego_vit, batch.ego))))
+        estimate.append(model.exo_connector(model.F(model.patch_features(model.ego_vit, batch.ego))))
     exo, estimate = torch.cat(exo), torch.cat(estimate)
     true, shuffled = (float(feature_kl(e, estimate).mean()) for e in (exo, exo.roll(len(exo) // 2, 0)))
     return {"kl_true": true, "kl_shuffled": shuffled, "kl_n": len(exo)}
@@ -227,33 +227,16 @@ def show(path: Path, rows, view, narrations, replies, n: int = 8):
 
 # --------------------------------------------------------------------------- attention, checked where it runs
 # ------------------------------------------------------------------------------ appendix: one video, EgoBench
-# A first reader can stop here: what follows asks a trained model, and scores it on real benchmarks.
-class SharedPrefix(KVCache):
-    """A cache whose sequences all start with the tokens of another one: a video is read once, whatever is
-    asked about it. Without `keep` one layer's copies exist at a time (scoring); with it, all (generating)."""
-    def __init__(self, first: KVCache, sequences: int, keep: bool):
-        super().__init__(sequences)
-        self.first, self.keep, self.lens = first, keep, first.lens * sequences
-
-    def extend(self, layer: int, k: Tensor, v: Tensor, seg: Segments) -> tuple[Tensor, Tensor]:
-        if layer in self.layers:
-            return super().extend(layer, k, v, seg)
-        k, v = (torch.cat([part for piece in new.split(seg.q_lens) for part in (old, piece)])
-                for old, new in zip(self.first.layers[layer], (k, v)))
-        if self.keep:
-            self.layers[layer] = k, v
-        return k, v
-
 class Seen:
     """What the decoder knows before a question: the video, read once (or nothing, with visual None)."""
     @torch.no_grad()
     def __init__(self, model: Exo2Ego, tokenizer: Tokenizer, visual: Tensor | None):
         self.model, self.tokenizer, self.cache, self.unread = model, tokenizer, KVCache(1), []
-        self.device = model.decoder.head.weight.device
+        self.device = model.decoder.lm_head.weight.device
         self.slots = 0 if visual is None else visual.shape[1]           # visual is (1, n, W)
         ids, _ = tokenizer.chat([{"user": ""}], self.slots)
         self.head = ids[:len(ids) - ids[::-1].index(VIDEO)] if self.slots else ids[:1]
-        embeddings = model.splice(visual, torch.tensor(self.head, device=self.device))
+        embeddings = model.insert_visual_tokens(visual, torch.tensor(self.head, device=self.device))
         self.pooled = None if visual is None else visual[0].float().mean(0)
         seg = Segments.packed([len(self.head)], self.device)
         model.decoder(embeddings, seg, torch.arange(len(self.head), device=self.device), self.cache)
@@ -498,7 +481,7 @@ def egomcq(files: Files, o) -> Iterator[Item]:
     for key, q in files.each(files.json("egomcq.json").items()):
         clips = [{"video": files.video(f"{c['video_uid']}.mp4"), "start": max(0.0, float(c["clip_start"])),
                   "end": float(c["clip_end"])} for c in (q["choices"][str(k)] for k in range(5))]
-        text = wearer(re.sub(r"^#\w+\s+", "", q["query"]["clip_text"]))
+        text = verbalise_wearer(re.sub(r"^#\w+\s+", "", q["query"]["clip_text"]))
         yield Item(key, clips, text, [], q["answer"], {1: "inter", 2: "intra"}[q["types"]])
 
 def ek100(files: Files, o) -> Iterator[Item]:
@@ -589,7 +572,7 @@ def egobench(model: Exo2Ego, tokenizer: Tokenizer, o, protocol: dict, rank: int,
         extra.unlink()
     figures = summarise(bench, items, [done[item.id] for item in items], o)
     figures = {key: None if value != value else value for key, value in figures.items()}    # NaN is not JSON
-    write_whole(out / f"{name}.json", json.dumps(protocol | figures, indent=1))
+    write_text_atomic(out / f"{name}.json", json.dumps(protocol | figures, indent=1))
     print("".join(f"{key}: {value:.4f}\n" if isinstance(value, float) else f"{key}: {value}\n"
                   for key, value in figures.items()) + f"{out / name}.json", flush=True)
 
@@ -691,7 +674,7 @@ def answer_item(seen: Seen, item: Item, bench: Bench, o, texts) -> dict:
 def text_side(model, tokenizer, items: list[Item], blind: bool) -> tuple[Tensor, Tensor, np.ndarray]:
     """For retrieval: the mean pooled video of the first 64 clips (W,), each text's mean word embedding around
     their mean (texts, W), and its mean log-likelihood without a video (texts,)."""
-    texts, device, clips = items[0].options, model.decoder.head.weight.device, []
+    texts, device, clips = items[0].options, model.decoder.lm_head.weight.device, []
     ids = (torch.tensor(tokenizer.encode(text), device=device) for text in texts)
     words = torch.stack([model.decoder.embed(words).float().mean(0) for words in ids])
     for item in [] if blind else items[:64]:
@@ -768,13 +751,13 @@ def summarise(bench: Bench, items: list[Item], predictions: list[dict], o) -> di
         figures["rouge_l"] = float(np.mean([rouge_l(p.get("reply", ""), item.answer) for item, p in known]))
         pairs = [dict(id=item.id, q=item.question, a=item.answer, pred=p.get("reply", ""))
                  for item, p in known]
-        write_whole(f"{name}.judge_in.json", json.dumps(pairs, indent=1))
+        write_text_atomic(f"{name}.judge_in.json", json.dumps(pairs, indent=1))
         if o.judge:
             figures |= judge_scores(read_json(Path(o.judge)))
     if o.bench in ("egoschema", "egoplan") and o.answer != "generate":
         chosen = {item.id: p.get("choice", int(np.argmax(p["scores"])) if "scores" in p else 0) or 0
                   for item, p in zip(items, predictions)}
-        write_whole(f"{name}.submission.json", json.dumps(chosen if o.bench == "egoschema" else [
+        write_text_atomic(f"{name}.submission.json", json.dumps(chosen if o.bench == "egoschema" else [
             {"sample_id": int(key), "label": "ABCD"[choice]} for key, choice in chosen.items()]))
     if replies:
         out["empty_replies"] = sum(not reply for reply in replies)
@@ -853,7 +836,7 @@ def report(out: Path, frames: bool = True, samples: int = 4) -> Path:
                  if row["item"]["options"] or row["item"]["answer"] is not None}
         for row in list(shown.values())[::max(1, len(shown) // samples)][:samples]:
             parts.append(report_item(row, frames))
-    write_whole(out / "report.html", "\n".join(parts) + "</html>")
+    write_text_atomic(out / "report.html", "\n".join(parts) + "</html>")
     return out / "report.html"
 
 def report_item(row: dict, frames: bool) -> str:
@@ -912,7 +895,7 @@ def main(argv: list[str] | None = None):
         if args.bench or args.report:
             return
         model, tokenizer, state, folder, half = open_checkpoint(args)
-        with precision(next(model.parameters()).device, half):
+        with autocast(next(model.parameters()).device, half):
             if args.video:
                 converse(model, tokenizer, args.video, args.ask, args.start, args.end)
                 return
@@ -931,7 +914,7 @@ def open_checkpoint(args):
     half = state.get("bf16", any(p.dtype != torch.float32 for p in model.parameters()))
     device = pick_device()
     print(choose_attention(device, torch.bfloat16 if half else torch.float32, model.cfg))
-    return ready(model, device, half), tokenizer, state, newest_checkpoint(ckpt), half
+    return to_device_and_dtype(model, device, half), tokenizer, state, newest_checkpoint(ckpt), half
 
 def run_benches(args):
     """One benchmark, or all whose folder is there; alone or as one of torchrun's ranks."""
@@ -947,7 +930,7 @@ def run_benches(args):
     for args.bench in names:
         try:
             lock = Path(args.out) / f".{args.bench}{'-blind' * args.blind}.lock{rank}"
-            with precision(next(model.parameters()).device, half), file_lock(lock, wait=False):
+            with autocast(next(model.parameters()).device, half), file_lock(lock, wait=False):
                 egobench(model, tokenizer, args, protocol, rank, world)
         except KeyboardInterrupt:
             sys.exit(f"\nstopped: what is done is in {args.out}/{args.bench}.jsonl, the same command goes on")

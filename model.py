@@ -57,7 +57,7 @@ class ModelConfig:
     layers: int
     heads: int
     kv_heads: int                   # grouped-query attention: heads / kv_heads queries share a key
-    ff: int
+    mlp_dim: int
     vocab: int
     rope_theta: float
     max_length: int                 # tokens, visual ones included
@@ -71,13 +71,13 @@ class ModelConfig:
     lora: bool = False              # True from stage 3 on
 
     @property
-    def grid(self) -> int:          # patches a side
+    def patches_per_side(self) -> int:          # patches a side
         return self.image_size // self.patch
 
     @property
     def visual_tokens(self) -> int:
         """n of one connector: 7b 9 x 13 x 13 = 1521."""
-        t, s = ((side + 2 * self.stc_padding) // 2 for side in (self.frames, self.grid))
+        t, s = ((side + 2 * self.stc_padding) // 2 for side in (self.frames, self.patches_per_side))
         return t * s * s
 
 PRESETS = {
@@ -85,16 +85,16 @@ PRESETS = {
     "toy": ModelConfig(
         frames=4, image_size=48, patch=12, vit_width=96, vit_layers=3, vit_heads=3, stc_depth=1,
         stc_padding=0, map_blocks=4, map_downs=1, map_width=64, width=96, layers=2, heads=3, kv_heads=1,
-        ff=256, vocab=512, rope_theta=1e4, max_length=256, lora_rank=16, lora_alpha=32, lora_dropout=0.0),
+        mlp_dim=256, vocab=512, rope_theta=1e4, max_length=256, lora_rank=16, lora_alpha=32, lora_dropout=0.0),
     "small": ModelConfig(           # benchmarks and first tries on a GPU: our choice
         frames=8, image_size=112, patch=14, vit_width=384, vit_layers=7, vit_heads=6, stc_depth=4,
         stc_padding=1, map_blocks=9, map_downs=1, map_width=128, width=512, layers=8, heads=8, kv_heads=2,
-        ff=1536, vocab=32000, rope_theta=1e6, max_length=2048, lora_rank=64, lora_alpha=128,
+        mlp_dim=1536, vocab=32000, rope_theta=1e6, max_length=2048, lora_rank=64, lora_alpha=128,
         lora_dropout=0.1),
     "7b": ModelConfig(             # the paper: two CLIP-L/14-336, VideoLLaMA2's STC, Mistral-7B-Instruct-v0.2
         frames=16, image_size=336, patch=14, vit_width=1024, vit_layers=24, vit_heads=16, stc_depth=4,
         stc_padding=1, map_blocks=9, map_downs=2, map_width=512, width=4096, layers=32, heads=32, kv_heads=8,
-        ff=14336, vocab=32000, rope_theta=1e6, max_length=4096, lora_rank=128, lora_alpha=256,
+        mlp_dim=14336, vocab=32000, rope_theta=1e6, max_length=4096, lora_rank=128, lora_alpha=256,
         lora_dropout=0.1),
 }
 
@@ -106,12 +106,12 @@ def pick_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def precision(device: torch.device, bf16: bool):
+def autocast(device: torch.device, bf16: bool):
     """The context of a forward and its backward: torch's autocast to bfloat16, or nothing."""
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
-def ready(model: Exo2Ego, device: torch.device, bf16: bool) -> Exo2Ego:
+def to_device_and_dtype(model: Exo2Ego, device: torch.device, bf16: bool) -> Exo2Ego:
     """The model on a device, stored in dtypes that `precision` computes with."""
     for p in model.parameters():
         half = torch.bfloat16 if p.dtype == torch.float16 else p.dtype
@@ -444,10 +444,10 @@ class VisionEncoder(nn.Module):
     are not built: 7b has 303,507,456 parameters in the published files, 290,909,184 of them here."""
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.cfg, self.grid, self.patch = cfg, cfg.grid, cfg.patch
+        self.cfg, self.grid, self.patch = cfg, cfg.patches_per_side, cfg.patch
         self.patch_embedding = nn.Conv2d(3, cfg.vit_width, cfg.patch, stride=cfg.patch, bias=False)
         self.class_token = nn.Parameter(torch.randn(cfg.vit_width) * cfg.vit_width ** -0.5)
-        self.position = nn.Parameter(torch.randn(cfg.grid ** 2 + 1, cfg.vit_width) * cfg.vit_width ** -0.5)
+        self.position = nn.Parameter(torch.randn(cfg.patches_per_side ** 2 + 1, cfg.vit_width) * cfg.vit_width ** -0.5)
         self.pre_norm = nn.LayerNorm(cfg.vit_width)
         self.blocks = nn.ModuleList(ViTBlock(cfg.vit_width, cfg.vit_heads) for _ in range(cfg.vit_layers - 1))
 
@@ -596,8 +596,8 @@ class Mapping(nn.Module):
         d, c, downs = cfg.vit_width, cfg.map_width, cfg.map_downs
         if kind not in ("resnet", "mlp"):
             raise ValueError(f"mapping is {kind!r}: choose resnet or mlp")
-        if cfg.grid % 2 ** downs:
-            raise ValueError(f"map_downs={downs} does not divide the {cfg.grid} x {cfg.grid} patch grid")
+        if cfg.patches_per_side % 2 ** downs:
+            raise ValueError(f"map_downs={downs} does not divide the {cfg.patches_per_side} x {cfg.patches_per_side} patch grid")
         self.kind = kind
         if kind == "mlp":
             blocks = [FCBlock(c) for _ in range(cfg.map_blocks)]
@@ -662,6 +662,24 @@ class KVCache:
         self.layers[layer] = k, v
         return k, v
 
+# A first reader can stop here: what follows asks a trained model, and scores it on real benchmarks.
+class SharedPrefix(KVCache):
+    """A cache whose sequences all start with the tokens of another one: a video is read once, whatever is
+    asked about it. Without `keep` one layer's copies exist at a time (scoring); with it, all (generating)."""
+    def __init__(self, first: KVCache, sequences: int, keep: bool):
+        super().__init__(sequences)
+        self.first, self.keep, self.lens = first, keep, first.lens * sequences
+
+    def extend(self, layer: int, k: Tensor, v: Tensor, seg: Segments) -> tuple[Tensor, Tensor]:
+        if layer in self.layers:
+            return super().extend(layer, k, v, seg)
+        k, v = (torch.cat([part for piece in new.split(seg.q_lens) for part in (old, piece)])
+                for old, new in zip(self.first.layers[layer], (k, v)))
+        if self.keep:
+            self.layers[layer] = k, v
+        return k, v
+
+
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Channels i and i + D/2 turn by the angle position * theta^(-2i/D). x (tokens, H, D)."""
     a, b = x.chunk(2, dim=-1)
@@ -682,9 +700,9 @@ class DecoderBlock(nn.Module):
         self.v = Linear(cfg.width, cfg.kv_heads * self.head_dim, bias=False)
         self.out = Linear(cfg.heads * self.head_dim, cfg.width, bias=False)
         self.norm2 = nn.RMSNorm(cfg.width, eps=cfg.norm_eps)
-        self.gate = Linear(cfg.width, cfg.ff, bias=False)
-        self.up = Linear(cfg.width, cfg.ff, bias=False)
-        self.down = Linear(cfg.ff, cfg.width, bias=False)
+        self.gate = Linear(cfg.width, cfg.mlp_dim, bias=False)
+        self.up = Linear(cfg.width, cfg.mlp_dim, bias=False)
+        self.down = Linear(cfg.mlp_dim, cfg.width, bias=False)
 
     def forward(self, x, seg, cos, sin, cache):                             # (tokens, 4096)
         h = self.norm1(x)
@@ -708,7 +726,7 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(cfg.vocab, cfg.width)
         self.blocks = nn.ModuleList(DecoderBlock(cfg, i) for i in range(cfg.layers))
         self.norm = nn.RMSNorm(cfg.width, eps=cfg.norm_eps)
-        self.head = nn.Linear(cfg.width, cfg.vocab, bias=False)
+        self.lm_head = nn.Linear(cfg.width, cfg.vocab, bias=False)
         nn.init.normal_(self.embedding.weight, std=0.5)         # visual tokens must be heard beside words
         for name, weight in self.blocks.named_parameters():
             if weight.ndim == 2:
@@ -735,7 +753,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(tokens, W) -> (tokens, vocab); call it on the positions you need, 32,000 floats each."""
-        return self.head(hidden)
+        return self.lm_head(hidden)
 
     @classmethod
     def from_hf(cls, path, dtype: torch.dtype | None = None) -> Decoder:
@@ -750,7 +768,7 @@ class Decoder(nn.Module):
                      hidden_size=width, num_hidden_layers=layers)
         files.expect(c | rope, rope_type="default", type="default", partial_rotary_factor=1)
         cfg = replace(PRESETS["7b"], width=width, layers=layers, vocab=vocab, norm_eps=c["rms_norm_eps"],
-                      heads=c["num_attention_heads"], ff=c["intermediate_size"], head_dim=c.get("head_dim"),
+                      heads=c["num_attention_heads"], mlp_dim=c["intermediate_size"], head_dim=c.get("head_dim"),
                       kv_heads=files.config.get("num_key_value_heads", 8) or c["num_attention_heads"],
                       window=files.config.get("sliding_window", 4096),
                       rope_theta=float((c | rope)["rope_theta"]))
@@ -836,7 +854,7 @@ class Exo2Ego(nn.Module):
         if lora:
             self.decoder.add_lora(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout)
 
-    def grid(self, vit: VisionEncoder, frames: Tensor) -> Tensor:
+    def patch_features(self, vit: VisionEncoder, frames: Tensor) -> Tensor:
         """uint8 (B, T, 3, S, S) -> the ViT's grid (B, T, h, w, D)."""
         if frames.dtype != torch.uint8:
             raise ValueError(f"frames are uint8, 0 to 255, and are normalised here; these are {frames.dtype}")
@@ -844,20 +862,20 @@ class Exo2Ego(nn.Module):
         mean, std = (torch.tensor(v, device=x.device)[:, None, None] * 255 for v in (PIXEL_MEAN, PIXEL_STD))
         return rearrange(vit((x - mean) / std), "(b t) h w d -> b t h w d", b=len(frames))
 
-    def read_ego(self, x: Tensor) -> Tensor:
+    def ego_tokens(self, x: Tensor) -> Tensor:
         """[con_ego(x) ; con_exo(F(x))], along tokens: F(x) lives in exo space, the exo connector reads it."""
         tokens = self.ego_connector(x)                                      # (B, 1521, 4096)
         return tokens if self.F is None else torch.cat([tokens, self.exo_connector(self.F(x))], dim=1)
 
     def encode_ego(self, frames: Tensor) -> Tensor:
         """uint8 ego frames (B, T, 3, S, S) -> visual tokens (B, 3042, W); (B, 1521, W) before stage 2."""
-        return self.read_ego(self.grid(self.ego_vit, frames))
+        return self.ego_tokens(self.patch_features(self.ego_vit, frames))
 
     def encode_exo(self, frames: Tensor) -> Tensor:
         """uint8 exo frames (B, T, 3, S, S) -> visual tokens (B, 1521, W)."""
-        return self.exo_connector(self.grid(self.exo_vit, frames))
+        return self.exo_connector(self.patch_features(self.exo_vit, frames))
 
-    def splice(self, visual: Tensor | None, ids: Tensor) -> Tensor:
+    def insert_visual_tokens(self, visual: Tensor | None, ids: Tensor) -> Tensor:
         """Embeddings of packed ids (tokens,) in which each VIDEO id stands for one visual token, in order."""
         embeddings = self.decoder.embed(ids.clamp(min=0).to(self.decoder.embedding.weight.device))
         if visual is None:
@@ -868,7 +886,7 @@ class Exo2Ego(nn.Module):
     def text_logits(self, visual: Tensor | None, ids: Tensor, labels: Tensor, lens: Sequence[int]):
         """Logits (supervised, vocab) where a label is, and their targets: position t predicts t + 1. ids and
         labels are packed (tokens,), visual (B, n, W) fills the B * n slots where ids == VIDEO."""
-        x = self.splice(visual, ids)
+        x = self.insert_visual_tokens(visual, ids)
         positions = torch.cat([torch.arange(n) for n in lens]).to(x.device)
         hidden = self.decoder(x, Segments.packed(lens, x.device), positions)
         where = (labels[1:] != IGNORE).nonzero().squeeze(1)     # never a sequence's first token: the
@@ -876,26 +894,23 @@ class Exo2Ego(nn.Module):
         return self.decoder.logits(hidden[where.to(hidden.device)]), targets
 
     @torch.no_grad()
-    def score(self, visual: Tensor, ids: Tensor, labels: Tensor, lens: Sequence[int]):
-        """Per sequence (B,): sum of the log-probabilities of its supervised tokens; whether greedy decoding
-        would write exactly these: with the truth as prefix, all argmax right = greedy right."""
+    def log_likelihood(self, visual: Tensor, ids: Tensor, labels: Tensor, lens: Sequence[int]) -> Tensor:
+        """log p of each sequence's supervised tokens given what stands before them, summed, in nats (B,)."""
         logits, targets = self.text_logits(visual, ids, labels, lens)
         logp = logits.float().log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
-        owner = torch.repeat_interleave(torch.arange(len(lens)), torch.tensor(lens)).to(ids.device)[1:]
-        owner = owner[labels[1:] != IGNORE]
-        total = torch.zeros(len(lens), device=ids.device).index_add(0, owner, logp)
-        misses = (logits.argmax(-1) != targets).float()
-        wrong = torch.zeros(len(lens), device=ids.device).index_add(0, owner, misses)
-        return total, wrong == 0
+        sequence = torch.repeat_interleave(torch.arange(len(lens)), torch.tensor(lens)).to(ids.device)
+        supervised = labels[1:] != IGNORE
+        total = torch.zeros(len(lens), device=ids.device)
+        return total.index_add(0, sequence[1:][supervised], logp)
 
     @torch.no_grad()
     def stream(self, visual: Tensor | None, prompts: Sequence[Tensor], *, eos: int, max_new: int = 64,
                temperature: float = 0.0, cache: KVCache | None = None):
         """Answers as they come: a token id a sequence and step, None once it has ended. Prompts (with VIDEO
         ids for visual (B, n, W)) go on where `cache` stands; temperature 0 is greedy."""
-        device = self.decoder.head.weight.device
+        device = self.decoder.lm_head.weight.device
         cache, done = cache or KVCache(len(prompts)), [False] * len(prompts)
-        x, new = self.splice(visual, torch.cat(list(prompts)).to(device)), [*map(len, prompts)]
+        x, new = self.insert_visual_tokens(visual, torch.cat(list(prompts)).to(device)), [*map(len, prompts)]
         for _ in range(max_new):
             total = [past + n for past, n in zip(cache.lens, new)]
             seg = Segments.cached(new, total, device)
@@ -925,7 +940,7 @@ CLIP_NAMES = (
     (r"\.out\.", ".self_attn.out_proj."))
 MISTRAL_NAMES = (
     (r"\.([qkv])\.", r".self_attn.\1_proj."), (r"^embedding", "model.embed_tokens"),
-    (r"^blocks", "model.layers"), (r"^norm", "model.norm"), (r"^head", "lm_head"),
+    (r"^blocks", "model.layers"), (r"^norm", "model.norm"),
     (r"\.norm1\.", ".input_layernorm."), (r"\.norm2\.", ".post_attention_layernorm."),
     (r"\.(gate|up|down)\.", r".mlp.\1_proj."), (r"\.out\.", ".self_attn.o_proj."))
 
@@ -1011,7 +1026,7 @@ def export_hf(ckpt: str | os.PathLike, out: str | os.PathLike, base=None, vision
                 num_attention_heads=cfg.vit_heads, image_size=cfg.image_size, patch_size=cfg.patch,
                 hidden_act="quick_gelu", layer_norm_eps=1e-5, projection_dim=cfg.vit_width)
     mistral = dict(architectures=["MistralForCausalLM"], model_type="mistral", hidden_size=cfg.width,
-                   intermediate_size=cfg.ff, num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads,
+                   intermediate_size=cfg.mlp_dim, num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads,
                    num_key_value_heads=cfg.kv_heads, head_dim=cfg.head_dim or cfg.width // cfg.heads,
                    hidden_act="silu", rms_norm_eps=cfg.norm_eps, rope_theta=cfg.rope_theta,
                    vocab_size=cfg.vocab, sliding_window=cfg.window, max_position_embeddings=32768,
@@ -1070,7 +1085,7 @@ def read_state(path: Path) -> dict:
         return dict(stage=0, step=0, steps=0, base=None)
     return read_json(path / "state.json")
 
-def base_of(path: Path, base: str | os.PathLike | None = None) -> Path | None:
+def base_checkpoint_of(path: Path, base: str | os.PathLike | None = None) -> Path | None:
     """The folder that a checkpoint builds on, `base` or the one it recorded, by hash; None: it is whole."""
     state = read_state(path)
     if state["base"] is None:
@@ -1082,15 +1097,15 @@ def base_of(path: Path, base: str | os.PathLike | None = None) -> Path | None:
         raise ValueError(f"{root} is not the base of {path}, its weights differ: pass --base DIR")
     return root
 
-def hash_of(file: Path) -> str:
+def file_hash(file: Path) -> str:
     """sha256 of a whole file."""
     with open(file, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
-def own_tensors(path: Path, name: str = "model.safetensors") -> dict[str, Tensor]:
+def load_delta(path: Path, name: str = "model.safetensors") -> dict[str, Tensor]:
     """What a checkpoint's own file holds, every tensor that differs from its base; a flipped bit is seen."""
     try:
-        if read_state(path).get("sha256", {}).get(name) not in (None, hash_of(path / name)):
+        if read_state(path).get("sha256", {}).get(name) not in (None, file_hash(path / name)):
             raise ValueError("it has changed since it was saved")
         return load_file(path / name)
     except Exception as error:
@@ -1104,7 +1119,7 @@ def load_checkpoint(path: str | os.PathLike, base: str | os.PathLike | None = No
     folder = newest_checkpoint(path)
     if folder is None:
         raise FileNotFoundError(f"no checkpoint in {path}: train it first (torchrun train.py --stage N)")
-    state, root = read_state(folder), base_of(folder, base)
+    state, root = read_state(folder), base_checkpoint_of(folder, base)
     published = next((p for p in (folder, root) if p and (p / "config.json").is_file()), None)
     optional = sum(({"mapping": ("F.", "G."), "lora": ("lora_",)}[key] for key in added), ())   # start fresh
     if published:
@@ -1112,10 +1127,10 @@ def load_checkpoint(path: str | os.PathLike, base: str | os.PathLike | None = No
         state.setdefault("model", asdict(model.cfg))
         optional += tuple(model.state_dict())                   # there already
         model.add(**{key: state["model"][key] for key in ("mapping", "lora")} | added)
-        tensors = own_tensors(folder) if root else {}
+        tensors = load_delta(folder) if root else {}
     else:
         model = Exo2Ego(replace(ModelConfig(**state["model"]), **added))
-        tensors = (own_tensors(root) if root else {}) | own_tensors(folder)
+        tensors = (load_delta(root) if root else {}) | load_delta(folder)
     tensors = {n: t for n, t in tensors.items() if not n.startswith("loss.")}
     try:
         missing, extra = model.load_state_dict(tensors, strict=False, assign=bool(published))

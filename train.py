@@ -44,8 +44,8 @@ from data import (Batch, DataError, Loader, Tokenizer, add_flags, die_with_paren
                   read_manifest, toy_tokenizer, toy_world)
 from eval import toy_benchmark
 from model import (BLOCKS, IGNORE, PRESETS, VIDEO, DecoderBlock, Exo2Ego, attention, choose_attention,
-                   feature_kl, fingerprint, git_revision, hash_of, load_checkpoint, newest_checkpoint,
-                   own_tensors, pick_device, precision, read_state, ready)
+                   feature_kl, fingerprint, git_revision, file_hash, load_checkpoint, newest_checkpoint,
+                   load_delta, pick_device, autocast, read_state, to_device_and_dtype)
 
 
 # ------------------------------------------------------------------------------------------- the stage table
@@ -186,7 +186,7 @@ class Objective(nn.Module):
             self.loss.image = nn.Linear(model.cfg.vit_width, 64)
             self.loss.log_scale = nn.Parameter(torch.tensor(14.0).log())
         if "ccl" in phase.losses:
-            self.loss.register_buffer("std", torch.ones(model.cfg.grid, model.cfg.grid, model.cfg.vit_width))
+            self.loss.register_buffer("std", torch.ones(model.cfg.patches_per_side, model.cfg.patches_per_side, model.cfg.vit_width))
 
     def forward(self, batch, supervised: float, samples: int) -> dict[str, Tensor]:
         """-> {"loss": the weighted sum, and each term} of one micro batch, as its share of the step."""
@@ -213,11 +213,11 @@ class Objective(nn.Module):
         model, losses = self.model, self.phase.losses
         if batch.ego is None:
             return {"vtg": self.vtg(model.encode_exo(batch.exo), batch)}
-        x = model.grid(model.ego_vit, batch.ego)                            # (E, T, h, w, D): E moments
+        x = model.patch_features(model.ego_vit, batch.ego)                            # (E, T, h, w, D): E moments
         if self.phase.view == "ego" or model.F is None:
-            return {"vtg": self.vtg(model.read_ego(x), batch)}
+            return {"vtg": self.vtg(model.ego_tokens(x), batch)}
         with torch.no_grad():                                               # the demonstrator is frozen
-            y = model.grid(model.exo_vit, batch.exo)            # (X, T, h, w, D): their X exo views
+            y = model.patch_features(model.exo_vit, batch.exo)            # (X, T, h, w, D): their X exo views
         fx = model.F(x)
         estimate = model.exo_connector(fx)
         terms = {"vtg": self.vtg(torch.cat([model.ego_connector(x), estimate], dim=1), batch)}
@@ -264,7 +264,7 @@ class Objective(nn.Module):
         n, total, squares, samples = 0, 0, 0, min(samples, loader.samples)
         for i in range(0, samples, loader.micro):               # sums: 256 grids of 7b are 10 GB
             frames = loader.micro_batch(range(i, min(i + loader.micro, samples))).exo.to(self.loss.std.device)
-            y = self.model.grid(self.model.exo_vit, frames).flatten(0, 1).cpu().double()    # (m T, h, w, D)
+            y = self.model.patch_features(self.model.exo_vit, frames).flatten(0, 1).cpu().double()    # (m T, h, w, D)
             n, total, squares = n + len(y), total + y.sum(0), squares + y.square().sum(0)
         self.loss.std.copy_(((squares - total ** 2 / n) / (n - 1)).clamp(min=1e-6).sqrt())
 
@@ -277,7 +277,7 @@ class Objective(nn.Module):
 
     def clip(self, batch) -> dict[str, Tensor]:
         """Stage 0: CLIP's InfoNCE of frames and narrations; its text tower, a bag of words, is not kept."""
-        grid = self.model.grid(self.model.exo_vit, batch.exo[:, ::2])  # every second frame: (B, T/2, h, w, D)
+        grid = self.model.patch_features(self.model.exo_vit, batch.exo[:, ::2])  # every second frame: (B, T/2, h, w, D)
         image = self.loss.image(rearrange(grid, "b t h w d -> (b t) (h w) d").amax(1))
         words = [self.tokenizer.encode(text) for text in batch.texts]
         starts = torch.tensor([0] + [len(w) for w in words[:-1]], device=image.device).cumsum(0)
@@ -407,7 +407,7 @@ def make_loader(run: Run, phase: Phase, model: Exo2Ego, tokenizer: Tokenizer, sp
     if cfg.shuffle_pairs and phase.view == "pair" and not split:
         rows = shuffle_pairs(rows, cfg.seed)
     files = [f for f in (path, path.with_suffix(".bad.jsonl")) if f.is_file() and f.stat().st_size]
-    run.record.setdefault("manifest", "+".join(hash_of(f)[:16] for f in files))         # with its skip list
+    run.record.setdefault("manifest", "+".join(file_hash(f)[:16] for f in files))         # with its skip list
     return Loader(rows, model.cfg, tokenizer, view=phase.view, text=phase.text, batch=phase.batch,
                   micro=cfg.micro_batch, seed=cfg.seed, rank=run.rank, world=run.world, train=not split,
                   video_tokens=model.cfg.visual_tokens * (1 + (phase.view != "exo" and model.F is not None)))
@@ -437,7 +437,7 @@ def build(run: Run) -> tuple[Exo2Ego, Tokenizer | None]:
         run.record |= dict(init=fingerprint(source), base_hash=fingerprint(base),
                            vision=os.path.abspath(cfg.vision) if cfg.vision else state.get("vision"),
                            base=os.path.relpath(base if published else base.parent, cfg.out))
-        earlier = own_tensors(source) if state["base"] else {}
+        earlier = load_delta(source) if state["base"] else {}
         run.inherited = {*earlier, *(n for n in model.state_dict() if part_of(n) in ("F", "G"))}
     if cfg.preset == "7b" and cfg.stage == 1:                   # never looked through: the memory is dear
         model.ego_vit = model.ego_connector = None
@@ -574,7 +574,7 @@ def save_checkpoint(run: Run, objective, optimizers: list, step: int, trained: d
     shutil.copyfile(objective.tokenizer.path, part / "tokenizer.model")
     state = dict(stage=cfg.stage, step=step, steps=run.total, model=asdict(objective.model.cfg),
                  config=asdict(cfg), skipped=skipped, bf16=run.bf16, git=git_revision(),
-                 sha256={f.name: hash_of(f) for f in sorted(part.glob("*.safetensors"))}) | run.record
+                 sha256={f.name: file_hash(f) for f in sorted(part.glob("*.safetensors"))}) | run.record
     (part / "state.json").write_text(json.dumps(state, indent=1))
     if step == run.total:
         (part / "README.md").write_text(model_card(state, len(tensors)))
@@ -621,7 +621,7 @@ def set_random_state(state: Tensor, device: torch.device):
 
 def load_optimizers(folder: Path, optimizers: list, rank: int, device: torch.device):
     """Moments and this rank's random state, exactly as saved."""
-    moments = own_tensors(folder, "optim.safetensors")
+    moments = load_delta(folder, "optim.safetensors")
     for i, optimizer in enumerate(optimizers):
         values, places = {}, [p for group in optimizer.param_groups for p in group["params"]]
         for name in (n for n in moments if n.startswith(f"{i}.")):
@@ -775,7 +775,7 @@ def validate(run, objective, loader: Loader, step: int, log: Log, batches: int =
     objective.eval()
     whole_ones = loader.samples // loader.batch_size if run.world > 1 else batches      # ranks in step
     for batch in (b.to(run.device) for i in range(min(batches, whole_ones)) for b in loader.batch(i)):
-        with precision(run.device, run.bf16):
+        with autocast(run.device, run.bf16):
             vtg = objective(batch, run.world, run.world)["vtg"]             # a plain sum: both counts cancel
         sums += torch.stack([vtg, batch.weights.sum()])
     objective.train()
@@ -809,8 +809,8 @@ def train(cfg: TrainConfig, rank: int = 0, world: int = 1):
     if wanted and (done < run.total or not (Path(cfg.out) / "eval.json").is_file()):
         if cfg.fsdp or done == run.total:                       # whole again, for one process
             model = load_checkpoint(cfg.out, vision=cfg.vision)[0]
-        with precision(run.device, bf16):
-            toy_benchmark(ready(model, run.device, bf16), tokenizer, cfg.data, cfg.stage, cfg.out, cfg.init)
+        with autocast(run.device, bf16):
+            toy_benchmark(to_device_and_dtype(model, run.device, bf16), tokenizer, cfg.data, cfg.stage, cfg.out, cfg.init)
 
 def run_phase(run: Run, model: Exo2Ego, tokenizer: Tokenizer, phase: Phase, loader: Loader, start: int,
               length: int, folder: Path | None, log):
@@ -820,12 +820,12 @@ def run_phase(run: Run, model: Exo2Ego, tokenizer: Tokenizer, phase: Phase, load
     objective = Objective(model, tokenizer, phase, cfg, world).to(run.device)
     step = max(start, read_state(folder)["step"]) if folder else start
     if folder:                                                  # assigned: the base may be half precision
-        own = {n: t.to(run.device, copy=True) for n, t in own_tensors(folder).items()}
+        own = {n: t.to(run.device, copy=True) for n, t in load_delta(folder).items()}
         saved = own | {f"model.{n}": t for n, t in own.items()}
         objective.load_state_dict(saved, strict=False, assign=True)
     trained = set_trained(objective, phase, step == start, run.bf16)
     if "ccl" in phase.losses and step == start:
-        with precision(run.device, run.bf16):
+        with autocast(run.device, run.bf16):
             objective.measure(loader)
     wrapped = wrap(run, objective)
     trained = {n: p for n, p in objective.named_parameters() if n in trained}           # FSDP made new ones
@@ -853,7 +853,7 @@ def run_phase(run: Run, model: Exo2Ego, tokenizer: Tokenizer, phase: Phase, load
                 wrapped.set_requires_gradient_sync(meet)
             elif world > 1:
                 wrapped.require_backward_grad_sync = meet
-            with precision(run.device, run.bf16):
+            with autocast(run.device, run.bf16):
                 terms = wrapped(batch, supervised, samples)
                 torch.autograd.backward(terms["loss"])           # Tensor.backward would leave `precision`
             sums = {name: sums.get(name, 0) + value.detach() for name, value in terms.items()}

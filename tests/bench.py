@@ -324,7 +324,7 @@ def bench_full(args):
     print(f"weights are there: {status('VmRSS') / 1e9:.2f} GB", flush=True)
     train.wrap(run, objective)
     batch, began = blank_batch(run, phase, objective.model, "cpu"), time.time()
-    with model_file.precision(run.device, True):
+    with model_file.autocast(run.device, True):
         loss = objective(batch, float(batch.weights.sum()), 1)["loss"]
         print(f"forward: {time.time() - began:.0f} s, loss {float(loss.detach()):.2f}, {status('VmHWM') / 1e9:.2f} GB at most", flush=True)
         torch.autograd.backward(loss)
@@ -459,7 +459,7 @@ def bench_score(args):
         for question, answer in pairs:
             visual = visual if encode_once else model.encode_ego(frames)
             ids, labels = words.chat([{"user": question, "assistant": answer}], visual.shape[1])
-            scores.append(float(model.score(visual, torch.tensor(ids), torch.tensor(labels), [len(ids)])[0]))
+            scores.append(float(model.log_likelihood(visual, torch.tensor(ids), torch.tensor(labels), [len(ids)])))
         return np.array(scores)
 
     def cached():
@@ -483,7 +483,7 @@ def bench_generate(args):
         return model.generate(visual, [ids], eos=-1, max_new=64)[0]
 
     def uncached():
-        x, told = model.splice(visual, ids), []
+        x, told = model.insert_visual_tokens(visual, ids), []
         for _ in range(64):
             hidden = model.decoder(x, Segments.packed([len(x)]), torch.arange(len(x)))
             told.append(int(model.decoder.logits(hidden[-1:]).argmax()))
@@ -492,7 +492,7 @@ def bench_generate(args):
     theirs = as_transformers(model)
 
     def reference():
-        return theirs.generate(inputs_embeds=model.splice(visual, ids)[None], max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0,
+        return theirs.generate(inputs_embeds=model.insert_visual_tokens(visual, ids)[None], max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0,
                                attention_mask=torch.ones(1, len(ids), dtype=torch.long))[0].tolist()
     print(f"64 tokens after {len(ids)}: equal tokens: cache and none {ours() == uncached()}, transformers {ours() == reference()}")
     return show_ratios("generate", interleaved({"no cache": uncached, "transformers generate": reference, "ours": ours}, args.rounds), "ours")
@@ -541,13 +541,13 @@ def as_transformers(model):
     from transformers import MistralConfig, MistralForCausalLM
     c = model.decoder.cfg
     config = MistralConfig(
-        vocab_size=c.vocab, hidden_size=c.width, intermediate_size=c.ff, num_hidden_layers=c.layers, num_attention_heads=c.heads,
+        vocab_size=c.vocab, hidden_size=c.width, intermediate_size=c.mlp_dim, num_hidden_layers=c.layers, num_attention_heads=c.heads,
         num_key_value_heads=c.kv_heads, rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta, sliding_window=None, max_position_embeddings=4096)
     with torch.device("meta"):
         theirs = MistralForCausalLM(config).eval()
     weights = {rename(n, MISTRAL_NAMES): t for n, t in model.decoder.state_dict().items() if ".lora_" not in n}
     theirs.load_state_dict(weights, assign=True)
-    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config).to(model.decoder.head.weight.device)    # its table is no weight
+    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config).to(model.decoder.lm_head.weight.device)    # its table is no weight
     return theirs
 
 
@@ -594,7 +594,7 @@ def make_step(objective, trained, run, batch):
     optimizers = train.make_optimizers(trained, {n: 1e-4 for n in trained}, "adamw")
 
     def step():
-        with model_file.precision(run.device, run.bf16):
+        with model_file.autocast(run.device, run.bf16):
             loss = objective(batch, float(batch.weights.sum()), batch.samples)["loss"]
             torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
@@ -658,7 +658,7 @@ def composed_step(stage, batch, dtype, preset="small", device="cpu", checkpointe
     def grid(vit, frames):
         x = (frames.flatten(0, 1).float() - mean) / std
         hidden = vit(x, output_hidden_states=True).hidden_states[-2][:, 1:]
-        return hidden.unflatten(1, (cfg.grid, cfg.grid)).unflatten(0, (-1, cfg.frames))
+        return hidden.unflatten(1, (cfg.patches_per_side, cfg.patches_per_side)).unflatten(0, (-1, cfg.frames))
 
     def text_loss(visual, batch):
         texts, labels = batch.ids.split(batch.lens), batch.labels.split(batch.lens)
@@ -929,7 +929,7 @@ def bench_run(args):
                   "time; two processes of one thread {ratio:.2f}x the clips/s of one ({low:.2f}-{high:.2f})".format(**rows[-1]), flush=True)
         make_take(folder / "take.mp4", seconds=60)
         moments = np.random.default_rng(0).uniform(0, 59, 8 * steps)
-        data.write_jsonl(folder / "take.jsonl", [{"id": str(i), "exo": [{"video": "take.mp4", "start": at, "end": at + 0.7}], "text": "Camera-wearer waits."}
+        data.write_jsonl(folder / "take.jsonl", [{"id": str(i), "exo": [{"video": "take.mp4", "start": at, "end": at + 0.7}], "text": "Camera-verbalise_wearer waits."}
                                                  for i, at in enumerate(moments)])
         python("data.py", "cache", folder / "take.jsonl", "--out", folder / "cached")
         rows.append(dict(bench="run", preset=preset, clips="cached, 448 pixels", waiting=waiting("cached", clips=folder / "cached/manifest.jsonl")))

@@ -479,7 +479,7 @@ def part_answer(out):
     with torch.device(DEVICE):
         model = network.Exo2Ego(replace(PRESETS[PRESET], mapping="resnet", max_length=8192))
     bf16 = not DRY
-    model = network.ready(model, torch.device(DEVICE), bf16).bfloat16().eval() if bf16 else model.eval()
+    model = network.to_device_and_dtype(model, torch.device(DEVICE), bf16).bfloat16().eval() if bf16 else model.eval()
     print(network.choose_attention(torch.device(DEVICE), torch.bfloat16 if bf16 else torch.float32, model.cfg), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         words = bench.toy_words(folder)
@@ -492,7 +492,7 @@ def part_answer(out):
         return model.generate(visual, [ids], eos=-1, max_new=new)[0]
 
     def reference():
-        embeddings = model.splice(visual, ids)[None]
+        embeddings = model.insert_visual_tokens(visual, ids)[None]
         mask = torch.ones(1, len(ids), dtype=torch.long, device=DEVICE)
         return theirs.generate(inputs_embeds=embeddings, max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0, attention_mask=mask)[0].tolist()
 
@@ -503,7 +503,7 @@ def part_answer(out):
             call()
             found.append(time.perf_counter() - began)
         return result, statistics.median(found)
-    with network.precision(torch.device(DEVICE), bf16):
+    with network.autocast(torch.device(DEVICE), bf16):
         (tokens, seconds), (other, beside) = timed(ours), timed(reference)
         equal = next((i for i, (a, b) in enumerate(zip(tokens, other)) if a != b), len(tokens))
         say(out, "answer", what=f"{new} tokens after {len(ids):,}", ok=True, ours_tokens_a_second=round(new / seconds, 1),
@@ -518,7 +518,7 @@ def part_answer(out):
             for question, answer in pairs:
                 one, labels = words.chat([{"user": question, "assistant": answer}], visual.shape[1])
                 one, labels = (torch.tensor(t, device=DEVICE) for t in (one, labels))
-                scores.append(float(model.score(visual, one, labels, [len(one)])[0]))
+                scores.append(float(model.log_likelihood(visual, one, labels, [len(one)])))
             return torch.tensor(scores)
 
         def cached():

@@ -149,7 +149,7 @@ def test_cached_prefix_and_packed_options_score_like_each_pair_alone(learner):
     got = Seen(model, tokenizer, visual).score(pairs, batch=5)
     for (question, text), (total, mean) in zip(pairs, got):
         ids, labels = tokenizer.chat([{"user": question, "assistant": text}], visual.shape[1])
-        alone = model.score(visual, torch.tensor(ids), torch.tensor(labels), [len(ids)])[0]
+        alone = model.log_likelihood(visual, torch.tensor(ids), torch.tensor(labels), [len(ids)])
         assert abs(float(alone) - total) < 1e-4 and mean == pytest.approx(total / sum(label != -100 for label in labels), abs=1e-6)
     order = [7, 2, 11, 0, 5, 3, 9, 1, 10, 4, 8, 6]
     again = Seen(model, tokenizer, visual).score([pairs[i] for i in order])
@@ -272,7 +272,7 @@ def test_likelihoods_are_the_plain_ones(scored, sets, learner):
     visual = model.encode_ego(torch.from_numpy(frames)[None])
     for text, score in zip(row["item"]["options"], row["scores"]):
         ids, labels = tokenizer.chat([{"user": row["item"]["question"], "assistant": text}], visual.shape[1])
-        total = model.score(visual, torch.tensor(ids), torch.tensor(labels), [len(ids)])[0]
+        total = model.log_likelihood(visual, torch.tensor(ids), torch.tensor(labels), [len(ids)])
         assert abs(float(total) / sum(label != -100 for label in labels) - score) < 1e-4
 
 

@@ -74,10 +74,10 @@ def test_ego_exo4d(tmp_path, capsys):
     assert row["ego"]["start"] == pytest.approx(18.48356 - 1.882168 / 2, abs=1e-6) and row["exo"][0]["end"] == row["ego"]["end"]
     assert rows["cmu_bike_1/p1/1"]["ego"]["start"] == 0     # would begin below 0
     assert rows["cmu_bike_1/p2/2"]["ego"]["end"] == 60      # cut at the take's end
-    assert row["text"] == "Camera-wearer touches the screw of the hub with his right hand."
-    assert rows["cmu_bike_1/p1/1"]["text"] == "Camera-wearer picks Camera-wearer's tool."
+    assert row["text"] == "Camera-verbalise_wearer touches the screw of the hub with his right hand."
+    assert rows["cmu_bike_1/p1/1"]["text"] == "Camera-verbalise_wearer picks Camera-verbalise_wearer's tool."
     out = capsys.readouterr().out
-    for line in ("take not in takes.json: 1", "take without an ego or exo video: 1", "take of another split: 1", "unsure: 2", "not the wearer: 1",
+    for line in ("take not in takes.json: 1", "take without an ego or exo video: 1", "take of another split: 1", "unsure: 2", "not the verbalise_wearer: 1",
                  "rejected annotation: 1", "not seen by the ego camera: 1", "takes: 1", "3 rows, 6 ego-exo pairs", "mean clip", "2,925 takes"):
         assert line in out or line == "take of another split: 1", (line, out)
 
@@ -140,8 +140,8 @@ def test_egoclip(tmp_path, capsys):
     assert row["ego"] == {"video": f"{UID}/0.mp4", "start": 2.967651, "end": 3.721266}
     assert (row["ego"]["start"] + row["ego"]["end"]) / 2 == pytest.approx(3.3445, abs=1e-3)      # EgoVLP's row 0
     assert (row["ego"]["end"] - row["ego"]["start"]) * 4.9 == pytest.approx(3.6927, abs=1e-3)    # its beta
-    assert row["verbs"] == [93] and row["nouns"] == [192, 115, 12] and row["text"] == "Camera-wearer picks a bag of clothes from the floor"
-    assert rows["egoclip/2"]["ego"]["start"] == 0 and rows["egoclip/2"]["text"] == 'Camera-wearer walks "to" the door'
+    assert row["verbs"] == [93] and row["nouns"] == [192, 115, 12] and row["text"] == "Camera-verbalise_wearer picks a bag of clothes from the floor"
+    assert rows["egoclip/2"]["ego"]["start"] == 0 and rows["egoclip/2"]["text"] == 'Camera-verbalise_wearer walks "to" the door'
     assert rows["egoclip/3"]["ego"] == {"video": f"{UID}/1.mp4", "start": 0, "end": 1.5}          # of two files the one of its middle
     assert len(rows) == 3
     out = capsys.readouterr().out
@@ -445,7 +445,7 @@ def test_a_manifest_beside_its_cache_trains(tmp_path, toy):
     folder.mkdir()
     for i in range(9):
         (folder / f"{i}-rgb.png").write_bytes(encode_png(np.full((48, 48, 3), 20 * i, np.uint8)))
-    write_jsonl(tmp_path / "m.jsonl", [{"id": "w", "ego": {"video": "walk", "fps": 3}, "text": "Camera-wearer walks."}])
+    write_jsonl(tmp_path / "m.jsonl", [{"id": "w", "ego": {"video": "walk", "fps": 3}, "text": "Camera-verbalise_wearer walks."}])
     loader = data.Loader(read_manifest(tmp_path / "m.jsonl"), PRESETS["toy"], data.Tokenizer(toy / "toy" / "tokenizer.model"), view="ego", batch=1)
     batch = loader.batch(0)[0]
     assert batch.ego.shape == (1, 4, 3, 48, 48) and not batch.skipped

@@ -64,7 +64,7 @@ def test_the_policy_changes_no_bit_and_computes_no_product_again(monkeypatch, st
         if name == "everything kept":
             for block in objective.modules():
                 block.__dict__.pop("forward", None)
-        with bench.Meter([*objective.parameters(), *objective.buffers()]) as meter, network.precision(run.device, run.bf16):
+        with bench.Meter([*objective.parameters(), *objective.buffers()]) as meter, network.autocast(run.device, run.bf16):
             loss = objective(batch, float(batch.weights.sum()), batch.samples)["loss"]
             torch.autograd.backward(loss)
         found[name] = loss, [p.grad for p in trained.values()], meter

@@ -111,7 +111,7 @@ def test_cache_equals_no_cache():
     for k, written in enumerate(ids):                           # the slow way: all tokens again for every new one
         slow = []
         for _ in range(12):
-            hidden = model.decoder(model.splice(visual[k:k + 1], written), Segments.packed([len(written)]),
+            hidden = model.decoder(model.insert_visual_tokens(visual[k:k + 1], written), Segments.packed([len(written)]),
                                    torch.arange(len(written)))
             slow.append(int(model.decoder.logits(hidden[-1]).argmax()))
             if slow[-1] == 2:
@@ -145,7 +145,7 @@ def test_supervised_logits_are_the_full_ones_shifted():
     labels = torch.full_like(ids, IGNORE)
     labels[-3:] = ids[-3:]
     logits, targets = model.text_logits(visual, ids, labels, [len(ids)])
-    hidden = model.decoder(model.splice(visual, ids), Segments.packed([len(ids)]), torch.arange(len(ids)))
+    hidden = model.decoder(model.insert_visual_tokens(visual, ids), Segments.packed([len(ids)]), torch.arange(len(ids)))
     assert torch.equal(targets, ids[-3:]) and torch.allclose(logits, model.decoder.logits(hidden)[-4:-1], atol=1e-6)
 
 

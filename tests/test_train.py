@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import data
 import eval
 import train
-from model import base_of, load_checkpoint, newest_checkpoint, own_tensors
+from model import base_checkpoint_of, load_checkpoint, newest_checkpoint, load_delta
 
 
 def weights(folder):
@@ -41,7 +41,7 @@ def go(*args):
 
 def all_tensors(folder):
     """Of a checkpoint, by name, the "loss." ones too: those of its base, overlaid with its own."""
-    return (own_tensors(base_of(folder)) if base_of(folder) else {}) | own_tensors(folder)
+    return (load_delta(base_checkpoint_of(folder)) if base_checkpoint_of(folder) else {}) | load_delta(folder)
 
 
 @pytest.mark.parametrize("stage, moves", [
@@ -208,7 +208,7 @@ def test_the_cycles_constant_is_the_spread_of_exo_features(toy):
         objective = train.Objective(model, tokenizer, phase, cfg, 1)
         objective.measure(loader)
         with torch.no_grad():
-            y = torch.cat([model.grid(model.exo_vit, loader.micro_batch(range(i, i + 1)).exo) for i in range(loader.samples)])
+            y = torch.cat([model.patch_features(model.exo_vit, loader.micro_batch(range(i, i + 1)).exo) for i in range(loader.samples)])
         torch.testing.assert_close(objective.loss.std, y.flatten(0, 1).std(0).clamp(min=1e-3), rtol=1e-5, atol=1e-7)
     model.grid = lambda vit, frames: torch.full((len(frames), 4, 4, 4, 96), 0.1)        # a still video: sums round below 0
     objective.measure(loader)

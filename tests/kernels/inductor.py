@@ -30,7 +30,7 @@ def objective(stage, *more):
 def gradients(stage, batch, *more, made=None):
     result, run = made or objective(stage, *more)
     result.zero_grad()
-    with model.precision(run.device, run.bf16):
+    with model.autocast(run.device, run.bf16):
         loss = result(batch, float(batch.weights.sum()), batch.samples)["loss"]
         torch.autograd.backward(loss)
     return torch.cat([loss.detach().float()[None], *(p.grad.flatten() for p in result.parameters() if p.grad is not None)])

@@ -47,7 +47,7 @@ def features(ckpt, rows) -> dict:
     model.eval()
     exo, estimate, patches = [], [], []
     for batch in eval.clips(model, tokenizer, rows, "pair"):
-        x, y = model.grid(model.ego_vit, batch.ego), model.grid(model.exo_vit, batch.exo)
+        x, y = model.patch_features(model.ego_vit, batch.ego), model.patch_features(model.exo_vit, batch.exo)
         exo.append(model.exo_connector(y))
         estimate.append(model.exo_connector(model.F(x)))
         patches.append(y)
