@@ -134,14 +134,14 @@ def blank_batch(run, phase, model, device, text: int = 64) -> data.Batch:
 def meta_objective(stage, preset, *flags):
     """-> (run, phase, objective) of a stage on the meta device: nothing is allocated. bfloat16, as on a GPU."""
     cfg = train.parse(["--stage", str(stage), "--preset", preset, "--dtype", "bfloat16", *flags])
-    run, phase = train.Run(cfg, 0, 1, torch.device("cpu"), True), train.phases(cfg)[0]
+    run, phase = train.Run(cfg, 0, 1, torch.device("cpu"), True), train.stages_of(cfg)[0]
     mapping = cfg.mapping if stage > 1 and not cfg.no_mapping else "none"
     with torch.device("meta"):
         model = Exo2Ego(replace(PRESETS[preset], mapping=mapping, lora=stage == 3 and not cfg.no_lora))
         objective = train.Objective(model, None, phase, cfg, 1)
-    if preset == "7b" and stage == 1:                           # as train.build: stage 1 never looks through them
+    if preset == "7b" and stage == 1:                           # as train.initial_model: stage 1 never looks through them
         model.ego_vit = model.ego_connector = None
-    train.set_trained(objective, phase, False, True)
+    train.freeze(objective, phase, True)
     return run, phase, objective
 
 
@@ -463,7 +463,7 @@ def bench_score(args):
         return np.array(scores)
 
     def cached():
-        return eval.Seen(model, words, model.encode_ego(frames)).score(pairs)[:, 0]
+        return eval.VideoContext(model, words, model.encode_ego(frames)).score(pairs)[:, 0]
     print(f"8 questions x 5 options about one video: largest difference of scores {np.abs(cached() - alone(True)).max():.1e}")
     sides = {"each pair alone, video encoded each time": lambda: alone(False), "each pair alone, video encoded once": lambda: alone(True),
              "prefix cached, options packed": cached}
@@ -572,14 +572,14 @@ def make_batch(stage, cfg, clips=8, views=2, text=(8, 200)):
 def our_objective(stage, preset, *more, device="cpu"):
     """-> (objective of train.py, wrapped as train.py does; what trains, by name; the run): random weights, no dropout."""
     cfg = train.parse(["--stage", str(stage), "--preset", preset, *more])
-    run, phase = train.Run(cfg, 0, 1, torch.device(device), cfg.dtype == "bfloat16"), train.phases(cfg)[0]
+    run, phase = train.Run(cfg, 0, 1, torch.device(device), cfg.dtype == "bfloat16"), train.stages_of(cfg)[0]
     torch.manual_seed(0)
     with torch.device(device):
         model = Exo2Ego(replace(PRESETS[preset], mapping="resnet" if stage > 1 else "none", lora=stage == 3, lora_dropout=0.0))
         objective = train.Objective(model, None, phase, cfg, 1)
-    if preset == "7b" and stage == 1:                           # as train.build: stage 1 never looks through them
+    if preset == "7b" and stage == 1:                           # as train.initial_model: stage 1 never looks through them
         model.ego_vit = model.ego_connector = None
-    trained = train.set_trained(objective, phase, False, run.bf16)
+    trained = train.freeze(objective, phase, run.bf16)
     return train.wrap(run, objective), trained, run
 
 
@@ -645,7 +645,7 @@ def composed_step(stage, batch, dtype, preset="small", device="cpu", checkpointe
     parts = {"exo_vit": exo, "ego_vit": ego, "exo_connector": exo_connector, "ego_connector": ego_connector, "F": model.F, "G": model.G}
     for module in (llm, *filter(None, parts.values())):
         module.requires_grad_(False)
-    for name in objective.phase.trains:
+    for name in objective.stage.trains:
         if name in parts:
             parts[name].requires_grad_(True)
     for module in llm.modules():
@@ -720,7 +720,7 @@ def step_worker(pipe, side, stage, dtype, clips):
     """One side in a process of its own: answers "loss", "memory", "time", and "peak" (FLOP/s of a matmul)."""
     torch.set_num_threads(1)
     if side != "composition":
-        train.keep_heap()                                                   # as train.py does
+        train.tune_malloc()                                                   # as train.py does
     batch = make_batch(stage, PRESETS["small"], clips)
     _, step = STEP_SIDES[side](stage, batch, torch.float32 if side.endswith("float32") else dtype)
     while request := pipe.recv():
@@ -764,7 +764,7 @@ def bench_step(args):
             rounds.append(ask("time"))
             peaks.append(ask("peak")["ours"])                               # the best round is the peak: the machine is noisy
         cfg = train.parse(["--stage", str(stage), "--preset", "small", "--optimizer", "adamw", "--micro-batch", str(args.clips)])
-        run, phase = train.Run(cfg, 0, 1, torch.device("cpu"), False), train.phases(cfg)[0]
+        run, phase = train.Run(cfg, 0, 1, torch.device("cpu"), False), train.stages_of(cfg)[0]
         flops = step_flops(run, phase, stage, batch, "small")
         print(f"stage {stage}, {args.dtype}, {args.clips} clips: {flops / 1e9:.0f} GFLOP; first losses "
               f"{ {side: round(value, 5) for side, value in loss.items()} }; matmul peak ({str(computed(dtype))[6:]}) {max(peaks) / 1e9:.0f} GFLOP/s")
@@ -785,7 +785,7 @@ def step_flops(run, phase, stage, batch, preset):
     with torch.device("meta"):
         model = Exo2Ego(replace(PRESETS[preset], mapping="resnet" if stage > 1 else "none", lora=stage == 3, lora_dropout=0.0))
         objective = train.Objective(model, None, phase, run.cfg, 1)
-    train.set_trained(objective, phase, False, False)
+    train.freeze(objective, phase, False)
     meta = replace(batch, ego=None if batch.ego is None else batch.ego.to("meta"), exo=None if batch.exo is None else batch.exo.to("meta"))
     maths = Arithmetic(torch.float32)
     train.wrap(run, objective)
@@ -797,7 +797,7 @@ def step_flops(run, phase, stage, batch, preset):
 def bench_parts(args):
     """Where a step of ours goes: CPU seconds of each part, which sum to the step (stage 1, 2, 3; preset small); reading
     the clips (from the micro-world's videos) is a worker's, beside the step."""
-    train.keep_heap()
+    train.tune_malloc()
     rows = []
     for stage in args.stages:
         batch = make_batch(stage, PRESETS["small"])
@@ -836,7 +836,7 @@ def bench_parts(args):
             began = time.process_time()
             log.step(10, 10, 8, len(batch.ids), {"loss": float(loss.detach())}, {"step": 10, "lr": 1e-4, "grad_norm": 1.0, "skipped": 0})
             spent["logging"] = time.process_time() - began
-            phase = train.phases(train.parse(["--stage", str(stage)]))[0]
+            phase = train.stages_of(train.parse(["--stage", str(stage)]))[0]
             manifest = data.toy_split(folder, phase.split, data.World(**{phase.split: 8, "exo_cams": 2 if stage == 2 else 1}))
             loader = data.Loader(data.read_manifest(manifest), PRESETS["small"], toy_words(folder), view=phase.view, text=phase.text, batch=8)
             began = time.process_time()
@@ -853,7 +853,7 @@ def bench_parts(args):
 
 def bench_scaling(args):
     """A step's cost over clips, text length and frames (stage 1, preset small): seconds, and the slope on log axes."""
-    train.keep_heap()
+    train.tune_malloc()
     rows, small = [], PRESETS["small"]
     for knob, values in (("clips", (1, 2, 4, 8)), ("text", (64, 128, 256, 512, 1024)), ("frames", (4, 8, 16, 32))):
         seconds = []

@@ -345,7 +345,7 @@ def ours_and_theirs(out, stage, preset, clips, dtype, configurations):
     """Steps of one stage: ours in several configurations (checkpointed, compiled), then the composition."""
     batches = {n: bench.make_batch(stage, PRESETS[preset], n, text=(64, 65)).to(DEVICE) for n in clips}
     cfg = train.parse(["--stage", str(stage), "--preset", preset, "--optimizer", "adamw", "--micro-batch", "1"])
-    meta_run, phase = train.Run(cfg, 0, 1, torch.device("cpu"), False), train.phases(cfg)[0]
+    meta_run, phase = train.Run(cfg, 0, 1, torch.device("cpu"), False), train.stages_of(cfg)[0]
     first = clips[0]
     flops_a_clip = bench.step_flops(meta_run, phase, stage, bench.make_batch(stage, PRESETS[preset], first, text=(64, 65)), preset) / first
     network.choose_attention(torch.device(DEVICE), dtype, PRESETS[preset])
@@ -463,7 +463,7 @@ def fsdp_on_one_rank(out):
         objective, trained, run = bench.our_objective(1, "toy", "--dtype", "float32", "--optimizer", "adamw", *flags, device=DEVICE)
         loss = objective(batch, float(batch.weights.sum()), batch.samples)["loss"]
         torch.autograd.backward(loss)
-        grads = [train.whole(p.grad).flatten() for p in objective.parameters() if p.grad is not None]
+        grads = [train.gather_full_tensor(p.grad).flatten() for p in objective.parameters() if p.grad is not None]
         results.append((float(loss.detach()), torch.cat(grads)))
     dist.destroy_process_group()
     (plain, plain_grad), (sharded, sharded_grad) = results
@@ -522,7 +522,7 @@ def part_answer(out):
             return torch.tensor(scores)
 
         def cached():
-            return torch.tensor(eval.Seen(model, words, visual).score(pairs)[:, 0])
+            return torch.tensor(eval.VideoContext(model, words, visual).score(pairs)[:, 0])
         (each, seconds), (shared, fast) = timed(alone, 1), timed(cached)
         say(out, "answer", what="8 questions x 5 options about one video", ok=True, alone_seconds=round(seconds, 3), cached_seconds=round(fast, 3),
             ratio=round(seconds / fast, 2), largest_difference=round(float((each - shared).abs().max()), 4), spread_of_scores=round(float(each.std()), 3))

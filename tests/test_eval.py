@@ -8,8 +8,12 @@ import torch
 from conftest import REPO, run
 
 import eval as evaluation
-from data import NARRATE, DataError, read_manifest
-from model import load_checkpoint
+from data import NARRATE, DataError, Tokenizer, read_manifest
+from model import load_checkpoint, newest_checkpoint
+
+
+def load(run):
+    return load_checkpoint(run)[0], Tokenizer(newest_checkpoint(run))
 
 
 def test_constant_scores_give_chance_and_ties_are_shared():
@@ -40,10 +44,10 @@ def test_benchmark_prints_every_figure(toy, tmp_path):
 
 
 def test_likelihood_is_the_sum_over_answer_tokens(toy):
-    model, tokenizer, _ = load_checkpoint(toy / "stage3")
+    model, tokenizer = load(toy / "stage3")
     rows = read_manifest(toy / "toy" / "test.jsonl")[:3]
-    visual = evaluation.see(model, tokenizer, rows, "ego")
-    scores = evaluation.likelihood(model, tokenizer, visual, [(2, rows[0]["text"])])
+    visual = evaluation.encode_clips(model, tokenizer, rows, "ego")
+    scores = evaluation.narration_log_likelihood(model, tokenizer, visual, [(2, rows[0]["text"])])
     ids, labels = tokenizer.chat([{"user": NARRATE, "assistant": rows[0]["text"]}], visual.shape[1])
     with torch.no_grad():
         logits, targets = model.text_logits(visual[2:], torch.tensor(ids), torch.tensor(labels), [len(ids)])
@@ -52,12 +56,12 @@ def test_likelihood_is_the_sum_over_answer_tokens(toy):
 
 
 def test_batched_answers_equal_single_ones(toy):
-    model, tokenizer, _ = load_checkpoint(toy / "stage3")
+    model, tokenizer = load(toy / "stage3")
     rows = read_manifest(toy / "toy" / "test.jsonl")[:6]
-    visual = evaluation.see(model, tokenizer, rows, "ego")
+    visual = evaluation.encode_clips(model, tokenizer, rows, "ego")
     asked = [row["turns"][0]["user"] for row in rows]
-    alone = [evaluation.answer(model, tokenizer, visual[i:i + 1], [q])[0] for i, q in enumerate(asked)]
-    assert evaluation.answer(model, tokenizer, visual, asked) == alone
+    alone = [evaluation.generate_answers(model, tokenizer, visual[i:i + 1], [q])[0] for i, q in enumerate(asked)]
+    assert evaluation.generate_answers(model, tokenizer, visual, asked) == alone
 
 
 def test_a_world_too_small_for_a_choice_is_refused(toy):
@@ -91,7 +95,7 @@ def test_a_moved_base_is_named_and_another_one_refused(toy, tmp_path):
     shutil.copytree(toy / "stage1", tmp_path / "a" / "stage1")
     code, _, err = run(REPO / "eval.py", "--ckpt", tmp_path / "a" / "stage1", "--data", toy / "toy", check=False)
     assert code != 0 and "--base" in err
-    model, _, _ = load_checkpoint(tmp_path / "a" / "stage1", base=toy / "stage0")
+    model, _ = load_checkpoint(tmp_path / "a" / "stage1", base=toy / "stage0")
     assert model is not None
     code, _, err = run(REPO / "eval.py", "--ckpt", tmp_path / "a" / "stage1", "--base", toy / "stage2", check=False)
     assert code != 0 and "not the base" in err

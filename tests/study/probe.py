@@ -32,9 +32,9 @@ def narrations(ckpt, rows, view="learner") -> str:
         with torch.no_grad():
             visual = model.encode_ego(grey).expand(len(rows), -1, -1)
     else:
-        visual = eval.see(model, tokenizer, rows, "ego")
-    said = eval.answer(model, tokenizer, visual, [eval.NARRATE] * len(rows))
-    asked = eval.ask(model, tokenizer, rows, visual)[0]["qa"] if view == "blind" else None
+        visual = eval.encode_clips(model, tokenizer, rows, "ego")
+    said = eval.generate_answers(model, tokenizer, visual, [eval.NARRATE] * len(rows))
+    asked = eval.evaluate_questions(model, tokenizer, rows, visual)[0]["qa"] if view == "blind" else None
     return {"outcomes": pack(a == row["text"] for a, row in zip(said, rows))} | ({"qa": asked} if asked is not None else {})
 
 
@@ -46,7 +46,7 @@ def features(ckpt, rows) -> dict:
     (model, _), tokenizer = load_checkpoint(ckpt), Tokenizer(newest_checkpoint(ckpt))
     model.eval()
     exo, estimate, patches = [], [], []
-    for batch in eval.clips(model, tokenizer, rows, "pair"):
+    for batch in eval.iterate_batches(model, tokenizer, rows, "pair"):
         x, y = model.patch_features(model.ego_vit, batch.ego), model.patch_features(model.exo_vit, batch.exo)
         exo.append(model.exo_connector(y))
         estimate.append(model.exo_connector(model.F(x)))
@@ -66,12 +66,12 @@ def features(ckpt, rows) -> dict:
 def gradients(ckpt, world, stage1, base, at: str) -> dict:
     """Norm of each weighted loss's gradient on the ego encoder, F and G, for one batch of stage 2."""
     cfg = train.parse(["--stage", "2", "--data", world, "--init", stage1, "--base", base])
-    phase, run = train.phases(cfg)[0], train.Run(cfg, 0, 1, torch.device("cpu"), False)
-    model, tokenizer = train.build(run)
+    phase, run = train.stages_of(cfg)[0], train.Run(cfg, 0, 1, torch.device("cpu"), False)
+    model, tokenizer = train.initial_model(run)
     if at == "end":
         model = load_checkpoint(ckpt)[0]
     objective = train.Objective(model, tokenizer, phase, cfg, 1)
-    train.set_trained(objective, phase, False, False)
+    train.freeze(objective, phase, False)
     loader = train.make_loader(run, phase, model, tokenizer)
     objective.measure(loader)
     batch, norms = loader.micro_batch(range(32)), {}
