@@ -45,17 +45,19 @@ from model import (IGNORE, VIDEO, Exo2Ego, KVCache, Segments, SharedPrefix, auto
 # ------------------------------------------------------- 1 a score is a share, its chance and its interval
 def wilson(share: float, n: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a proportion: it stays inside [0, 1] and is honest near both ends."""
+    # The normal distribution holds 95 % within z standard deviations.
     z = 1.96
     centre = share + z * z / (2 * n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+    low = (centre - half) / scale
+    high = (centre + half) / scale
+    return max(0.0, low), min(1.0, high)
 
 
-def proportion(name: str, outcomes, chance: float) -> dict[str, float]:
+def proportion(name: str, outcomes, chance: float) -> dict:
     """The mean of outcomes in [0, 1], as the five figures that every score has."""
-    outcomes = np.asarray(outcomes, float)
-    share = float(outcomes.mean())
+    share = float(np.mean(outcomes))
     low, high = wilson(share, len(outcomes))
     return {
         name: share,
@@ -83,9 +85,10 @@ def format_figures(figures: dict) -> str:
     return "\n".join(lines)
 
 
-def spread(n: int, count: int, first: int = 0) -> range:
+def spread(n, count, first=0):
     """At most `count` indices below n, evenly spaced from `first` on: the samples that are shown."""
-    return range(first, n, max(1, n // count))[:count]
+    step = max(1, n // count)
+    return range(first, n, step)[:count]
 
 
 # -------------------------------------------------------------------------------------------- 2 answering
@@ -93,21 +96,24 @@ def iterate_batches(model: Exo2Ego, tokenizer: Tokenizer, rows: list[dict], view
                     batch: int = 100) -> Iterator[Batch]:
     """The clips of all rows, in order, in batches on the model's device.
 
-    `view` is ego, exo or pair. Of a row's exo cameras the first one is read. DataError: a clip cannot be read.
+    `view` is ego, exo or pair. DataError: a clip cannot be read.
     """
     device = next(model.parameters()).device
-    one_camera = [row | {"exo": row["exo"][:1]} if "exo" in row else row for row in rows]
-    loader = Loader(one_camera, model.cfg, tokenizer, view=view, batch=batch, train=False)
-    for micro_batches in loader.stream(0, math.ceil(len(rows) / batch)):
-        for micro_batch in micro_batches:
-            if micro_batch.skipped:
-                raise DataError(f"a benchmark needs every clip: {micro_batch.skipped[0]}")
-            yield micro_batch.to(device)
+    # Of a row's exo cameras the first one is read, so that each row is one sample.
+    if view != "ego":
+        rows = [row | {"exo": row.get("exo", [])[:1]} for row in rows]
+    loader = Loader(rows, model.cfg, tokenizer, view=view, batch=batch, train=False)
+    steps = math.ceil(len(rows) / batch)
+    for (clips,) in loader.stream(0, steps):
+        if clips.skipped:
+            raise DataError(f"a benchmark needs every clip: {clips.skipped[0]}")
+        yield clips.to(device)
 
 
 @torch.no_grad()
 def encode_clips(model: Exo2Ego, tokenizer: Tokenizer, rows: list[dict], view: str) -> Tensor:
     """Visual tokens (rows, tokens, W) of every row's clip; `view` is ego or exo."""
+    # All clips of a split fit into memory as tokens, and several tasks read them.
     encode = model.encode_ego if view == "ego" else model.encode_exo
     batches = iterate_batches(model, tokenizer, rows, view)
     return torch.cat([encode(getattr(batch, view)) for batch in batches])
@@ -118,47 +124,55 @@ def generate_answers(model: Exo2Ego, tokenizer: Tokenizer, visual: Tensor, quest
     """Greedy answers to one question about each row of `visual` (questions, tokens, W)."""
     answers = []
     for first in range(0, len(questions), batch):
+        # One prompt a clip; all prompts of a batch are decoded together.
+        part = slice(first, first + batch)
         prompts = []
-        for question in questions[first:first + batch]:
+        for question in questions[part]:
             ids, _ = tokenizer.chat([{"user": question}], visual.shape[1])
             prompts.append(torch.tensor(ids))
-        shown = visual[first:first + batch]
-        replies = model.generate(shown, prompts, eos=tokenizer.eos, max_new=max_new)
+        replies = model.generate(visual[part], prompts, eos=tokenizer.eos, max_new=max_new)
         answers += [tokenizer.decode(reply).strip() for reply in replies]
     return answers
 
 
-def narration_log_likelihood(model: Exo2Ego, tokenizer: Tokenizer, visual: Tensor,
-                             pairs: list[tuple[int, str]], batch: int = 250) -> np.ndarray:
+def narration_log_likelihood(model: Exo2Ego, tokenizer: Tokenizer, visual: Tensor, pairs,
+                             batch: int = 250) -> np.ndarray:
     """log p(narration | clip) in nats, summed over its tokens, of each (row of visual, narration) -> (n,)."""
     scores = []
     for first in range(0, len(pairs), batch):
-        clips, ids, labels, lens = [], [], [], []
+        # The narration is the supervised answer of a chat that shows the clip.
+        clips, chats = [], []
         for clip, text in pairs[first:first + batch]:
             turn = {"user": NARRATE, "assistant": text}
-            its_ids, its_labels = tokenizer.chat([turn], visual.shape[1])
             clips.append(clip)
-            ids += its_ids
-            labels += its_labels
-            lens.append(len(its_ids))
-        packed_ids = torch.tensor(ids, device=visual.device)
-        packed_labels = torch.tensor(labels, device=visual.device)
-        scores.append(model.log_likelihood(visual[clips], packed_ids, packed_labels, lens))
+            chats.append(tokenizer.chat([turn], visual.shape[1]))
+        ids, labels, lens = pack(chats, visual.device)
+        scores.append(model.log_likelihood(visual[clips], ids, labels, lens))
     return torch.cat(scores).cpu().numpy()
+
+
+def pack(chats, device):
+    """(ids, labels) of several chats -> all ids (tokens,), all labels (tokens,), each chat's length."""
+    ids, labels, lens = [], [], []
+    for chat_ids, chat_labels in chats:
+        ids += chat_ids
+        labels += chat_labels
+        lens.append(len(chat_ids))
+    return torch.tensor(ids, device=device), torch.tensor(labels, device=device), lens
 
 
 # ------------------------------------------------------------------------------------ 3 the toy benchmark
 # A narration of the micro-world and its four facts.
 NARRATION = re.compile(r"Camera-wearer (?P<verb>.+) the (?P<colour>\w+) (?P<pattern>\w+) block "
                        r"with the (?P<hand>\w+) hand\.")
-NARRATION_CHANCE = 1 / (len(VERBS) * len(COLOURS) * len(PATTERNS) * 2)
+NARRATION_CHANCE = 1 / (len(VERBS) * len(COLOURS) * len(PATTERNS) * 2)      # two hands: 1 / 270
+# The colours of a sample's text: right, wrong, the truth.
 GREEN = (20, 130, 50)
 RED = (190, 40, 40)
 GREY = (110, 110, 110)
 
 
-def toy_benchmark(model: Exo2Ego, tokenizer: Tokenizer, data: str, stage: int, out: str | os.PathLike,
-                  init: str | os.PathLike | None = None) -> dict:
+def toy_benchmark(model: Exo2Ego, tokenizer: Tokenizer, data: str, stage: int, out, init=None) -> dict:
     """The figures of a stage on clips of unseen scenes. They are printed and kept in out/eval.json.
 
     Stages 0 and 1 score the demonstrator's narrations of exo clips. Stage 2 scores the learner's narrations,
@@ -171,8 +185,12 @@ def toy_benchmark(model: Exo2Ego, tokenizer: Tokenizer, data: str, stage: int, o
         raise DataError(f"--data {data} is no micro-world (data.py toy makes one); your own videos: --video")
     model.eval()
     out = Path(out)
+
+    # The exo encoder reads the demonstrator's clips, the ego encoder the learner's.
     world = toy_world(data)
-    split, view = ("exo_test", "exo") if stage <= 1 else ("test", "ego")
+    split, view = "test", "ego"
+    if stage <= 1:
+        split, view = "exo_test", "exo"
     rows = read_manifest(toy_split(data, split, world))
     visual = encode_clips(model, tokenizer, rows, view)
 
@@ -183,9 +201,11 @@ def toy_benchmark(model: Exo2Ego, tokenizer: Tokenizer, data: str, stage: int, o
         pairs = read_manifest(toy_split(data, "val", world))
         figures |= kl_true_vs_shuffled(model, tokenizer, pairs)
     if stage == 3:
-        choice_figures, columns["inter"], columns["intra"] = choose_clip(model, tokenizer, rows, visual)
-        question_figures, columns["reply"] = evaluate_questions(model, tokenizer, rows, visual)
-        figures |= choice_figures | question_figures
+        more, inter, intra = choose_clip(model, tokenizer, rows, visual)
+        figures |= more
+        more, replies = evaluate_questions(model, tokenizer, rows, visual)
+        figures |= more
+        columns |= {"inter": inter, "intra": intra, "reply": replies}
 
     # The choice takes at most a thousand rows, so its columns may be shorter than the others.
     predictions = []
@@ -195,56 +215,61 @@ def toy_benchmark(model: Exo2Ego, tokenizer: Tokenizer, data: str, stage: int, o
     write_jsonl(out / "predictions.jsonl", predictions)
     draw_samples(out / "samples.png", rows, view, narrations, columns.get("reply"))
 
-    # Before the figures of stage 1 comes the one that it set out from.
+    # Stage 1 also says how good the model was that it set out from.
     earlier = Path(init or "") / "eval.json"
     if stage == 1 and init and earlier.is_file():
         before = json.loads(earlier.read_text())["exo_em"]
         print(f"exo narration exact match: {before:.3f} before, {figures['exo_em']:.3f} after")
     print(format_figures(figures))
-    print(f"pictures: {out / 'samples.png'} ({time.time() - began:.0f} s)", flush=True)
+    seconds = time.time() - began
+    print(f"pictures: {out}/samples.png ({seconds:.0f} s)", flush=True)
     (out / "eval.json").write_text(json.dumps(figures, indent=1))
     return figures
 
 
-def evaluate_narrations(model, tokenizer, rows: list[dict], visual: Tensor, view: str):
+def evaluate_narrations(model, tokenizer, rows, visual, view: str):
     """Exact match of whole narrations and of each of their four facts -> figures, the narrations."""
     narrations = generate_answers(model, tokenizer, visual, [NARRATE] * len(rows))
-    exact = [said == row["text"] for said, row in zip(narrations, rows)]
+    truths = [row["text"] for row in rows]
+    exact = [said == truth for said, truth in zip(narrations, truths)]
     figures = proportion(f"{view}_em", exact, NARRATION_CHANCE)
 
     # A narration of another form has none of the facts right.
-    matches = [(NARRATION.fullmatch(said), NARRATION.fullmatch(row["text"]))
-               for said, row in zip(narrations, rows)]
+    found = list(map(NARRATION.fullmatch, narrations))
+    expected = list(map(NARRATION.fullmatch, truths))
     for fact in NARRATION.groupindex:
-        right = [said is not None and said[fact] == true[fact] for said, true in matches]
+        right = [a is not None and a[fact] == b[fact] for a, b in zip(found, expected)]
         figures[f"{view}_{fact}"] = float(np.mean(right))
 
+    # A few narrations on the screen say more than a number.
     for i in spread(len(rows), 5):
         if exact[i]:
             print(f"  ok    {narrations[i]}")
         else:
-            print(f"  wrong {narrations[i]}   (true: {rows[i]['text']})")
+            print(f"  wrong {narrations[i]}   (true: {truths[i]})")
     return figures, narrations
 
 
-def evaluate_questions(model, tokenizer, rows: list[dict], visual: Tensor):
-    """Exact match of the answers to each row's first question -> figures, the answers.
+def evaluate_questions(model, tokenizer, rows, visual):
+    """Exact match of the answers to each row's first question -> figures, the answers."""
+    questions = [row["turns"][0]["user"] for row in rows]
+    truths = [row["turns"][0]["assistant"] for row in rows]
+    replies = generate_answers(model, tokenizer, visual, questions)
 
-    Chance is a uniform draw from the answers that this very question has in the test set.
-    """
-    turns = [row["turns"][0] for row in rows]
-    replies = generate_answers(model, tokenizer, visual, [turn["user"] for turn in turns])
+    # Chance is a uniform draw from the answers that this very question has in the test set.
     answers_of = defaultdict(set)
-    for turn in turns:
-        answers_of[turn["user"]].add(turn["assistant"])
-    chance = float(np.mean([1 / len(answers_of[turn["user"]]) for turn in turns]))
-    right = [reply == turn["assistant"] for reply, turn in zip(replies, turns)]
+    for question, truth in zip(questions, truths):
+        answers_of[question].add(truth)
+    chances = [1 / len(answers_of[question]) for question in questions]
+    right = [reply == truth for reply, truth in zip(replies, truths)]
+
+    # Samples of their own: the first row's question is about its narration.
     for i in spread(len(rows), 5, first=1):
-        print(f"  Q: {turns[i]['user']}  A: {replies[i]}   (true: {turns[i]['assistant']})")
-    return proportion("qa", right, chance), replies
+        print(f"  Q: {questions[i]}  A: {replies[i]}   (true: {truths[i]})")
+    return proportion("qa", right, float(np.mean(chances))), replies
 
 
-def choose_clip(model, tokenizer, rows: list[dict], visual: Tensor, n: int = 1000):
+def choose_clip(model, tokenizer, rows, visual):
     """EgoMCQ's task: which of five clips does this narration describe?
 
     The five are of five scenes (inter), or the five moments of one scene (intra); all have different
@@ -254,10 +279,12 @@ def choose_clip(model, tokenizer, rows: list[dict], visual: Tensor, n: int = 100
     different = len({row["text"] for row in rows})
     if different < 9:
         raise DataError(f"the test split tells {different} things, a choice needs 9: render a larger --test")
+    # The same items for every model.
     rng = np.random.default_rng(0)
-    count = min(n, len(rows))
+    count = min(1000, len(rows))
     figures, outcomes = {}, []
     for kind in ("inter", "intra"):
+        # The right clip stands first, which a score that ties shares out.
         pairs = []
         for item in range(count):
             candidates = [item, *wrong_clips(rows, item, kind, rng)]
@@ -269,12 +296,14 @@ def choose_clip(model, tokenizer, rows: list[dict], visual: Tensor, n: int = 100
     return figures, *outcomes
 
 
-def wrong_clips(rows: list[dict], item: int, kind: str, rng: np.random.Generator) -> list[int]:
-    """The four other candidates of an item, as row numbers; five rows in a row are of one scene."""
+def wrong_clips(rows, item: int, kind: str, rng):
+    """The four other candidates of an item, as row numbers."""
+    # Five rows in a row are the moments of one scene.
     first = item // 5 * 5
     scene = range(first, first + 5)
     if kind == "intra":
         return [clip for clip in scene if clip != item]
+    # Clips of other scenes are drawn until four have narrations of their own.
     clips, texts = [], {rows[item]["text"]}
     while len(clips) < 4:
         clip = int(rng.integers(len(rows)))
@@ -285,16 +314,18 @@ def wrong_clips(rows: list[dict], item: int, kind: str, rng: np.random.Generator
 
 
 @torch.no_grad()
-def kl_true_vs_shuffled(model, tokenizer, rows: list[dict]) -> dict[str, float]:
+def kl_true_vs_shuffled(model, tokenizer, rows) -> dict:
     """KL(exo || F(ego)) of true partners and of shuffled ones: after transfer the true one is well below."""
     if model.F is None:
         return {}
     exo, estimate = [], []
     for batch in iterate_batches(model, tokenizer, rows, "pair"):
-        exo.append(model.encode_exo(batch.exo))
         x = model.patch_features(model.ego_vit, batch.ego)
+        exo.append(model.encode_exo(batch.exo))
         estimate.append(model.exo_connector(model.F(x)))
-    exo, estimate = torch.cat(exo), torch.cat(estimate)                     # (rows, tokens, W)
+    exo = torch.cat(exo)                                                    # (rows, tokens, W)
+    estimate = torch.cat(estimate)
+    # Half the rows away is another scene.
     shuffled = exo.roll(len(exo) // 2, 0)
     return {
         "kl_true": float(feature_kl(exo, estimate).mean()),
@@ -302,14 +333,14 @@ def kl_true_vs_shuffled(model, tokenizer, rows: list[dict]) -> dict[str, float]:
         "kl_n": len(exo)}
 
 
-def draw_samples(path: Path, rows: list[dict], view: str, narrations: list[str], replies: list[str] | None):
+def draw_samples(path: Path, rows, view: str, narrations, replies):
     """A contact sheet: frames, what the model said (green when right), and the truth when it was wrong."""
     items = []
     for i in spread(len(rows), 8):
+        # Lines of text below the frames, each with its colour.
         row, said = rows[i], narrations[i]
-        if said == row["text"]:
-            lines = [(said, GREEN), ("", GREY)]
-        else:
+        lines = [(said, GREEN)]
+        if said != row["text"]:
             lines = [(said, RED), (f"true: {row['text']}", GREY)]
         if replies and replies[i]:
             turn = row["turns"][0]
@@ -334,62 +365,69 @@ class VideoContext:
         self.model = model
         self.tokenizer = tokenizer
         self.device = model.decoder.lm_head.weight.device
-        self.cache = KVCache(sequences=1)
-        self.video_tokens = 0 if visual is None else visual.shape[1]
-        self.pooled = None if visual is None else visual[0].float().mean(0)             # (W,)
-        self.unread = []        # the last token of an answer that was cut short: the cache lacks it
+        self.video_tokens = 0
+        self.pooled = None
+        if visual is not None:
+            self.video_tokens = visual.shape[1]
+            self.pooled = visual[0].float().mean(0)                         # (W,)
+        # What a later turn must read first: see `stream`.
+        self.unread = []
 
         # The prefix ends with the last visual token. Without a video it is <s> alone.
         ids, _ = tokenizer.chat([{"user": ""}], self.video_tokens)
-        length = len(ids) - ids[::-1].index(VIDEO) if self.video_tokens else 1
-        self.prefix = ids[:length]
-        embeddings = model.insert_visual_tokens(visual, torch.tensor(self.prefix, device=self.device))
-        positions = torch.arange(length, device=self.device)
-        model.decoder(embeddings, Segments.packed([length], self.device), positions, self.cache)
+        self.start = 1
+        if visual is not None:
+            self.start = len(ids) - ids[::-1].index(VIDEO)
+        prefix = torch.tensor(ids[:self.start], device=self.device)
+        embeddings = model.insert_visual_tokens(visual, prefix)
+        seg = Segments.packed([self.start], self.device)
+        positions = torch.arange(self.start, device=self.device)
+        self.cache = KVCache(sequences=1)
+        model.decoder(embeddings, seg, positions, self.cache)
 
-    def prompt(self, question: str, answer: str | None = None) -> tuple[list[int], list[int]]:
+    def prompt(self, question: str, answer=None):
         """ids and labels of what follows the prefix: a question, and its answer if there is one."""
+        # The video stands in the prefix already.
         turn = {"user": question.replace("<video>", "")}
         if answer is not None:
             turn["assistant"] = answer
         ids, labels = self.tokenizer.chat([turn], self.video_tokens)
-        return ids[len(self.prefix):], labels[len(self.prefix):]
+        return ids[self.start:], labels[self.start:]
 
     @torch.no_grad()
-    def score(self, pairs: list[tuple[str, str]], batch: int = 64) -> np.ndarray:
+    def score(self, pairs, batch: int = 64) -> np.ndarray:
         """log p(answer, </s> | video, question) of each (question, answer) -> (pairs, 2).
 
         The columns are the sum over the answer's tokens, and the mean as `mean_of_nonzero` takes it. At most
         `batch` answers, each with a copy of one layer's keys and values of the video, are in memory at a time.
         """
-        decoder, start = self.model.decoder, len(self.prefix)
+        decoder, start = self.model.decoder, self.start
         scores = []
         for first in range(0, len(pairs), batch):
             # The new tokens of all pairs are packed; each pair also sees the prefix.
-            ids, labels, lens, supervised = [], [], [], []
-            for question, answer in pairs[first:first + batch]:
-                its_ids, its_labels = self.prompt(question, answer)
-                ids += its_ids
-                labels += its_labels
-                lens.append(len(its_ids))
-                supervised.append(sum(label != IGNORE for label in its_labels))
+            part = pairs[first:first + batch]
+            chats = [self.prompt(*pair) for pair in part]
+            ids, labels, lens = pack(chats, self.device)
             seg = Segments.cached(lens, [start + n for n in lens], self.device)
-            positions = torch.cat([torch.arange(start, start + n) for n in lens]).to(self.device)
+            positions = torch.cat([torch.arange(n) for n in lens]).to(self.device) + start
             shared = SharedPrefix(self.cache, len(lens), keep=False)
-            embeddings = decoder.embed(torch.tensor(ids, device=self.device))
-            hidden = decoder(embeddings, seg, positions, shared)
+            hidden = decoder(decoder.embed(ids), seg, positions, shared)
 
             # Position t predicts token t + 1. A sequence's first token is never supervised, so this shift
             # stays inside a sequence.
-            targets = torch.tensor(labels, device=self.device)[1:]
+            targets = labels[1:]
             where = targets != IGNORE
             logits = decoder.logits(hidden[:-1][where]).float()
-            losses = F.cross_entropy(logits, targets[where], reduction="none").double().cpu()
-            for own in losses.split(supervised):
-                scores.append((-float(own.sum()), -float(mean_of_nonzero(own))))
+            losses = F.cross_entropy(logits, targets[where], reduction="none")
+
+            # An answer has as many losses as it has labels.
+            counts = [sum(label != IGNORE for label in labels) for _, labels in chats]
+            for own in losses.double().cpu().split(counts):
+                total, mean = own.sum(), mean_of_nonzero(own)
+                scores.append((-float(total), -float(mean)))
         return np.array(scores)
 
-    def generate(self, questions: list[str], max_new: int = 64) -> list[str]:
+    def generate(self, questions: list[str], max_new: int = 64):
         """Greedy answers to several questions at once."""
         prompts = [torch.tensor(self.prompt(question)[0]) for question in questions]
         shared = SharedPrefix(self.cache, len(prompts), keep=True)
@@ -399,40 +437,50 @@ class VideoContext:
     def stream(self, question: str, max_new: int = 256) -> Iterator[str]:
         """Pieces of an answer as they come; the next question goes on from here."""
         ids, _ = self.prompt(question)
-        if self.cache.lens[0] > len(self.prefix):
+        eos = self.tokenizer.eos
+        if self.cache.lens[0] > self.start:
             # A later turn stands after the </s> of the answer before, which no decoding step has read.
             turn = self.tokenizer.encode(f"[INST] {question} [/INST]")
-            ids = [*self.unread, self.tokenizer.eos, *turn]
+            ids = [*self.unread, eos, *turn]
         tokens, emitted = [], ""
-        steps = self.model.stream(None, [torch.tensor(ids)], eos=self.tokenizer.eos, max_new=max_new,
-                                  cache=self.cache)
-        for (token,) in steps:
+        prompt = torch.tensor(ids)
+        for (token,) in self.model.stream(None, [prompt], eos=eos, max_new=max_new, cache=self.cache):
             tokens.append(token)
             text = self.tokenizer.decode(tokens)
             # A character of several bytes is emitted when its last byte is there.
             if not text.endswith("\ufffd"):
                 yield text[len(emitted):]
                 emitted = text
-        self.unread = tokens[-1:] if len(tokens) == max_new else []
+        # The decoder has not read the last token of an answer that was cut short.
+        self.unread = []
+        if len(tokens) == max_new:
+            self.unread = tokens[-1:]
 
 
 def mean_of_nonzero(losses: Tensor) -> Tensor:
     """The mean over the last axis of the losses that are not exactly 0: EgoPlan's rule for a mean per token."""
-    return losses.sum(-1) / (losses != 0).sum(-1).clamp(min=1)
+    counted = losses != 0
+    return losses.sum(-1) / counted.sum(-1).clamp(min=1)
 
 
 @torch.no_grad()
-def prefill(model: Exo2Ego, tokenizer: Tokenizer, clip: dict | None) -> VideoContext:
+def prefill(model, tokenizer, clip: dict | None) -> VideoContext:
     """Read one ego clip of a manifest's form ("video", "start", "end", "fps"), or nothing for None."""
     if clip is None:
         return VideoContext(model, tokenizer, None)
-    frames = read_clip(clip["video"], clip.get("start"), clip.get("end"), num_frames=model.cfg.frames,
-                       size=model.cfg.image_size, rng=None, fps=clip.get("fps"))
-    pixels = torch.from_numpy(frames)[None].to(next(model.parameters()).device)         # (1, T, 3, S, S)
+    frames = read_clip(
+        clip["video"],
+        clip.get("start"),
+        clip.get("end"),
+        num_frames=model.cfg.frames,
+        size=model.cfg.image_size,
+        fps=clip.get("fps"))
+    device = next(model.parameters()).device
+    pixels = torch.from_numpy(frames)[None].to(device)                      # (1, T, 3, S, S)
     return VideoContext(model, tokenizer, model.encode_ego(pixels))
 
 
-def chat(model: Exo2Ego, tokenizer: Tokenizer, clip: dict, question: str | None):
+def chat(model, tokenizer, clip: dict, question: str | None):
     """Print the answer to one question about a clip, or without one chat until an empty line or Ctrl-D."""
     context = prefill(model, tokenizer, clip)
     with contextlib.suppress(EOFError):
@@ -450,12 +498,13 @@ class Checkpoint:
     """A checkpoint on this machine's device, in the dtype that it computes with."""
     model: Exo2Ego
     tokenizer: Tokenizer
+    config: dict                            # the flags of its training
     state: dict                             # its state.json
     folder: Path
     bf16: bool
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse(argv):
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -479,65 +528,81 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--allow-outside", action="store_true", help="video paths may leave their folder")
     add("--report", action="store_true", help="OUT/report.html from what is in OUT")
     args = parser.parse_args(argv)
-    if args.ask and not args.video or args.bench and not args.data:
-        parser.error("--ask needs --video FILE, and --bench needs --data DIR")
+    if args.ask and not args.video:
+        parser.error("--ask needs --video FILE")
+    if args.bench and not args.data:
+        parser.error("--bench needs --data DIR")
     return args
 
 
-def main(argv: list[str] | None = None):
+def main(argv=None):
     args = parse(argv)
     try:
-        if args.bench:
-            run_benches(args)
+        # A page is made of what earlier calls left: by itself it needs no checkpoint.
+        if args.bench or not args.report:
+            use_checkpoint(args)
         if args.report:
             print(write_report(Path(args.out)))
-        if args.bench or args.report:
-            return
-        ckpt = open_checkpoint(args)
-        with autocast(next(ckpt.model.parameters()).device, ckpt.bf16):
-            if args.video:
-                clip = {"video": args.video, "start": args.start, "end": args.end}
-                chat(ckpt.model, ckpt.tokenizer, clip, args.ask)
-            else:
-                score_toy(ckpt, args.data)
     except (DataError, ValueError, FileNotFoundError) as error:
         sys.exit(f"eval.py: {error}")
 
 
+def use_checkpoint(args):
+    """Score or ask the checkpoint that the flags name."""
+    ckpt = open_checkpoint(args)
+    with autocast(pick_device(), ckpt.bf16):
+        if args.bench:
+            run_benches(ckpt, args)
+        elif args.video:
+            clip = {"video": args.video, "start": args.start, "end": args.end}
+            chat(ckpt.model, ckpt.tokenizer, clip, args.ask)
+        else:
+            score_toy(ckpt, args.data)
+
+
 def open_checkpoint(args) -> Checkpoint:
     """The checkpoint that the flags name, or the newest stage's."""
-    runs = ["out/stage3", "out/stage2", "out/stage1", "out/stage0"]
+    runs = [f"out/stage{stage}" for stage in (3, 2, 1, 0)]
     run = args.ckpt or next(filter(newest_checkpoint, runs), runs[0])
     model, state = load_checkpoint(run, args.base, args.vision)
     folder = newest_checkpoint(run)
-    bf16 = state.get("bf16", any(p.dtype != torch.float32 for p in model.parameters()))
+
+    # Published weights do not say how they compute: in half precision if they are stored so.
+    stored_half = any(p.dtype != torch.float32 for p in model.parameters())
+    bf16 = state.get("bf16", stored_half)
     device = pick_device()
     print(choose_attention(device, torch.bfloat16 if bf16 else torch.float32, model.cfg))
-    model = to_device_and_dtype(model, device, bf16)
-    return Checkpoint(model=model, tokenizer=Tokenizer(folder), state=state, folder=folder, bf16=bf16)
+    return Checkpoint(
+        model=to_device_and_dtype(model, device, bf16),
+        tokenizer=Tokenizer(folder),
+        config=state.get("config", {}),
+        state=state,
+        folder=folder,
+        bf16=bf16)
 
 
-def score_toy(ckpt: Checkpoint, data: str | None):
+def score_toy(ckpt: Checkpoint, data):
     """The toy benchmark of a checkpoint, on the micro-world that it was trained on unless `data` is another."""
     state = ckpt.state
     print(f"{ckpt.folder}: stage {state['stage']}, step {state['step']} of {state['steps']}")
-    data = data or state.get("config", {}).get("data", "out/toy")
+    if data is None:
+        # A run on the micro-world names one folder.
+        data = ckpt.config.get("data", "out/toy")
+        data = data[0] if isinstance(data, list) else data
     toy_benchmark(ckpt.model, ckpt.tokenizer, data, state["stage"], out=ckpt.folder.parent)
 
 
-def run_benches(args):
+def run_benches(ckpt: Checkpoint, args):
     """One benchmark, or all whose folder is there, by this process or as one of torchrun's ranks."""
     names = [args.bench]
     if args.bench == "all":
         names = [name for name in BENCHES if (Path(args.data) / name).is_dir()]
     if not names:
         raise DataError(f"{args.data} has none of the folders {', '.join(BENCHES)}")
-    ckpt = open_checkpoint(args)
     for name in names:
-        changed = {"bench": name, "root": str(Path(args.data) / name)}
+        own = {"bench": name, "root": f"{args.data}/{name}"}
         try:
-            with autocast(next(ckpt.model.parameters()).device, ckpt.bf16):
-                egobench(ckpt, argparse.Namespace(**vars(args) | changed))
+            egobench(ckpt, argparse.Namespace(**vars(args) | own))
         except KeyboardInterrupt:
             sys.exit(f"\nstopped: what is done is in {args.out}/{name}*.jsonl, the same command goes on")
 
@@ -545,16 +610,17 @@ def run_benches(args):
 # ------------------------------------------------------------------------------------- appendix: EgoBench
 # Eight public benchmarks. A first reader can stop here.
 # ------------------------------------------------------------------------------------- EgoBench: metrics
-def ranked_precision(sim: np.ndarray, rel: np.ndarray) -> np.ndarray:
-    """EK-100's AP of each query (rows): hits are relevance 1, but precision counts graded relevance too."""
+def ranked_precision(sim, rel):
+    """AP of each query (rows). EK-100's: hits are relevance 1, but precision counts graded relevance too."""
     order = np.argsort(-sim, axis=1, kind="stable")
     ranked = np.take_along_axis(rel, order, axis=1)
-    precision = np.cumsum(ranked, axis=1) / np.arange(1, rel.shape[1] + 1)
+    ranks = np.arange(1, rel.shape[1] + 1)
+    precision = np.cumsum(ranked, axis=1) / ranks
     hits = ranked == 1
     return (precision * hits).sum(1) / hits.sum(1)
 
 
-def ranked_gain(sim: np.ndarray, rel: np.ndarray) -> np.ndarray:
+def ranked_gain(sim, rel):
     """nDCG of each query over as many ranks as it has relevant items (> 0).
 
     Ties are in reversed order, as in the official code.
@@ -562,18 +628,17 @@ def ranked_gain(sim: np.ndarray, rel: np.ndarray) -> np.ndarray:
     order = np.argsort(sim, axis=1, kind="stable")[:, ::-1]
     ranked = np.take_along_axis(rel, order, axis=1)
     ideal = np.sort(rel, axis=1)[:, ::-1]
-    discount = 1 / np.log2(np.arange(2, rel.shape[1] + 2))
-    counted = np.arange(rel.shape[1]) < (rel > 0).sum(1)[:, None]
-    return (ranked * discount * counted).sum(1) / (ideal * discount * counted).sum(1)
+    ranks = np.arange(rel.shape[1])
+    relevant = (rel > 0).sum(1)[:, None]
+    weight = 1 / np.log2(ranks + 2) * (ranks < relevant)
+    return (ranked * weight).sum(1) / (ideal * weight).sum(1)
 
 
-def retrieval_metrics(sim: np.ndarray, rel: np.ndarray) -> dict[str, float]:
-    """EPIC-KITCHENS-100 multi-instance retrieval: sim and rel (videos, texts) -> fractions.
+def retrieval_metrics(sim: np.ndarray, rel: np.ndarray) -> dict:
+    """EPIC-KITCHENS-100 multi-instance retrieval: sim and rel (videos, texts), float64 -> fractions.
 
     The arithmetic is the official one (joint-part-of-speech embeddings, mAP.py and nDCG.py), with stable sorts.
     """
-    sim = np.asarray(sim, np.float64)
-    rel = np.asarray(rel, np.float64)
     figures = {}
     for name, metric in (("mAP", ranked_precision), ("nDCG", ranked_gain)):
         text_of_video = float(metric(sim, rel).mean())
@@ -584,19 +649,17 @@ def retrieval_metrics(sim: np.ndarray, rel: np.ndarray) -> dict[str, float]:
     return figures
 
 
-def class_precision(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def class_precision(scores, labels):
     """AP of each class (columns), NaN without a positive; rows without any label are ranked last."""
     labelled = labels.any(1)[:, None]
-    order = np.argsort(-np.where(labelled, scores, -np.inf), axis=0, kind="stable")
-    ranked = np.take_along_axis(labels, order, axis=0) > 0
-    precision = np.cumsum(ranked, axis=0) / np.arange(1, len(labels) + 1)[:, None]
+    scores = np.where(labelled, scores, -np.inf)
     with np.errstate(invalid="ignore"):
-        return (precision * ranked).sum(0) / ranked.sum(0)
+        return ranked_precision(scores.T, labels.T)
 
 
-def charades_map(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+def charades_map(scores: np.ndarray, labels: np.ndarray) -> dict:
     """Charades: (videos, classes) -> mAP (NaN if a class has no positive, as official) and its nan-mean."""
-    each = class_precision(np.asarray(scores, np.float64), np.asarray(labels))
+    each = class_precision(scores, labels)
     return {"mAP": float(each.mean()), "nanmAP": float(np.nanmean(each))}
 
 
@@ -607,10 +670,14 @@ def rouge_l(said: str, truth: str) -> float:
     # row[j] is the length of the longest common subsequence of the words of a so far and the first j of b.
     row = [0] * (len(b) + 1)
     for word in a:
-        above, row = row, [0]
+        above = row
+        row = [0]
         for j, other in enumerate(b):
-            row.append(above[j] + 1 if word == other else max(row[j], above[j + 1]))
-    return 2 * row[-1] / (len(a) + len(b)) if row[-1] else 0.0
+            if word == other:
+                row.append(above[j] + 1)
+            else:
+                row.append(max(row[j], above[j + 1]))
+    return 2 * row[-1] / max(1, len(a) + len(b))
 
 
 def parse_letter(reply: str, options: int) -> int | None:
@@ -646,24 +713,29 @@ class Item:
 
     def chance(self) -> float:
         """What a guess gets; an open question has no chance level."""
-        if self.options:
-            return 1 / len(self.options)
-        return 1 / len(self.clips) if len(self.clips) > 1 else 0.0
+        candidates = len(self.options) or len(self.clips)
+        return 1 / candidates if candidates > 1 else 0.0
 
 
-def egoschema(files: Files, args) -> Iterator[Item]:
+# A reader yields the items of a benchmark, with the paths of their videos as the publishers name them.
+def whole_video(files: Files, name: str):
+    """The one clip of an item that is about all of a video."""
+    return [{"video": files.video(f"{name}.mp4")}]
+
+
+def egoschema(files: Files, args):
     """EgoSchema: questions.json (5,031), subset_answers.json (the 500 public answers); whole videos."""
     answers = files.json("subset_answers.json")
     for q in files.each(files.json("questions.json")):
         yield Item(
             id=q["q_uid"],
-            clips=[{"video": files.video(f"{q['q_uid']}.mp4")}],
+            clips=whole_video(files, q["q_uid"]),
             question=q["question"],
             options=[q[f"option {i}"] for i in range(5)],
             answer=answers.get(q["q_uid"]))
 
 
-def qaego4d(files: Files, args) -> Iterator[Item]:
+def qaego4d(files: Files, args):
     """QAEgo4D, where `video_id` is an Ego4D clip that is shown whole.
 
     qaego4d-closed: annotations.QaEgo4D_test_close.json (GroundVQA: 500 items, three wrong answers each), in an
@@ -674,53 +746,44 @@ def qaego4d(files: Files, args) -> Iterator[Item]:
     for q in files.each(files.json(file)):
         item = Item(
             id=q["sample_id"],
-            clips=[{"video": files.video(f"{q['video_id']}.mp4")}],
+            clips=whole_video(files, q["video_id"]),
             question=q["question"],
             answer=q["answer"])
         if closed:
             options = [q["answer"], *q["wrong_answers"]]
-            order = np.random.default_rng(zlib.crc32(item.id.encode())).permutation(len(options))
+            seed = zlib.crc32(item.id.encode())
+            order = np.random.default_rng(seed).permutation(len(options))
             item.options = [options[i] for i in order]
             item.answer = int(np.argmin(order))
         yield item
 
 
-def egotaskqa(files: Files, args) -> Iterator[Item]:
+def egotaskqa(files: Files, args):
     """EgoTaskQA, direct or indirect: test_qas.json or formatted_test_qas_encode.json, and answer_set.txt.
 
     The official test is open-vocabulary: classification over answer_set.txt by likelihood, or exact match of
-    what is generated. egotaskqa.json is EgoThinker's 5-way form {q, video_path, a, option}: another test.
+    what is generated. EgoThinker's 5-way form is another test.
     """
-    if (files.root / "egotaskqa.json").is_file():
-        for i, q in enumerate(files.each(files.json("egotaskqa.json"))):
-            letters = sorted(q["option"])
-            yield Item(
-                id=str(i),
-                clips=[{"video": files.video(q["video_path"])}],
-                question=q["q"],
-                options=[q["option"][letter] for letter in letters],
-                answer=letters.index(q["a"]),
-                kind="5-way")
-        return
     known = []
     if args.answer != "generate":
         answers = [" ".join(words) for words in files.lines("answer_set.txt")]
         known = [answer for answer in answers if not answer.startswith("<UNK")]
     for q in files.each(files.json("formatted_test_qas_encode.json", "test_qas.json")):
         truth = q["answer"].lower()
-        answer = truth
+        kind = "binary" if truth in ("yes", "no") else "open"
+        # An answer outside the vocabulary is -1: no option is right.
         if known:
-            answer = known.index(truth) if truth in known else -1           # -1: no option is right
+            truth = known.index(truth) if truth in known else -1
         yield Item(
             id=str(q["question_id"]),
-            clips=[{"video": files.video(f"{q['interval']}.mp4")}],
+            clips=whole_video(files, q["interval"]),
             question=q["question"],
             options=known,
-            answer=answer,
-            kind="binary" if truth in ("yes", "no") else "open")
+            answer=truth,
+            kind=kind)
 
 
-def charades(files: Files, args) -> Iterator[Item]:
+def charades(files: Files, args):
     """Charades-Ego: CharadesEgo_v1_test_only1st.csv and Charades_v1_classes.txt.
 
     Every class is scored on the whole video (157-way zero-shot protocol).
@@ -729,36 +792,39 @@ def charades(files: Files, args) -> Iterator[Item]:
     names = dict(line.split(" ", 1) for line in lines if line)
     codes = sorted(names)
     for row in files.table("CharadesEgo_v1_test_only1st.csv"):
-        actions = [action for action in row["actions"].split(";") if action]
+        # An action is a class's code, its start and its end in seconds.
+        occur = {action.split()[0] for action in row["actions"].split(";") if action}
         yield Item(
             id=row["id"],
-            clips=[{"video": files.video(f"{row['id']}.mp4")}],
+            clips=whole_video(files, row["id"]),
             question="What am I doing?",
             options=[names[code] for code in codes],
-            answer=sorted({codes.index(action.split()[0]) for action in actions}))
+            answer=sorted(map(codes.index, occur)))
 
 
-def egoplan(files: Files, args) -> Iterator[Item]:
+def egoplan(files: Files, args):
     """EgoPlan-Bench: EgoPlan_validation.json; the candidates are answer texts.
 
     The clip runs from the first progress to the current frame. Frames count at the file's own rate.
     """
     for q in files.each(files.json("EgoPlan_validation.json")):
+        # Without any progress so far the clip is the current frame and the one before.
         now = q["current_observation_frame"]
         starts = [step["start_frame"] for step in q["task_progress_metadata"]]
         first = min(starts, default=max(0, now - 1))
         goal = q["task_goal"].strip().rstrip(".").lower()
         letter = q["golden_choice_idx"]
+        video = files.video(f"{q['video_id']}.mp4")
         yield Item(
             id=str(q["sample_id"]),
-            clips=[{"video": files.video(f"{q['video_id']}.mp4"), "frames": [first, now]}],
+            clips=[{"video": video, "frames": [first, now]}],
             question=f"I want to {goal}. The video shows what I have done so far. What do I do next?",
             options=[q[f"choice_{name}"] for name in "abcd"],
             answer="ABCD".index(letter) if letter in [*"ABCD"] else None,
             kind=q["video_source"])
 
 
-def vln_qa(files: Files, args) -> Iterator[Item]:
+def vln_qa(files: Files, args):
     """VLN-QA: MVBench's egocentric_navigation.json (200 items, four candidates); whole videos."""
     for i, q in enumerate(files.each(files.json("egocentric_navigation.json"))):
         yield Item(
@@ -769,13 +835,14 @@ def vln_qa(files: Files, args) -> Iterator[Item]:
             answer=q["candidates"].index(q["answer"]))
 
 
-def egomcq(files: Files, args) -> Iterator[Item]:
+def egomcq(files: Files, args):
     """EgoMCQ: egomcq.json; which of five clips does a narration describe?
 
     Type 1 is inter and 2 intra (the original code prints them swapped). Clips are in seconds of the whole Ego4D
     video, negative ones cut to 0.
     """
     for key, q in files.each(files.json("egomcq.json").items()):
+        # The candidates are clips of up to five videos.
         clips = []
         for number in range(5):
             choice = q["choices"][str(number)]
@@ -788,7 +855,7 @@ def egomcq(files: Files, args) -> Iterator[Item]:
         yield Item(id=key, clips=clips, question=verbalise_wearer(narration), answer=q["answer"], kind=kind)
 
 
-def ek100(files: Files, args) -> Iterator[Item]:
+def ek100(files: Files, args):
     """EPIC-KITCHENS-100 retrieval: EPIC_100_retrieval_test.csv (videos) and ..._test_sentence.csv (texts).
 
     The relevance of a text is (same verb class + overlap of noun sets) / 2; texts keep their file's order.
@@ -799,13 +866,17 @@ def ek100(files: Files, args) -> Iterator[Item]:
     for row in files.table(f"{prefix}_test.csv"):
         key = row["narration_id"]
         videos[key] = row
-        classes[key] = int(row["verb_class"]), set(ast.literal_eval(row["all_noun_classes"]))
-    texts = {row["narration_id"]: row["narration"] for row in files.table(f"{prefix}_test_sentence.csv")}
+        nouns = ast.literal_eval(row["all_noun_classes"])
+        classes[key] = int(row["verb_class"]), set(nouns)
+    texts = {}
+    for row in files.table(f"{prefix}_test_sentence.csv"):
+        texts[row["narration_id"]] = row["narration"]
     for key, row in videos.items():
         clip = {
             "video": files.video(f"{row['video_id']}.mp4"),
             "start": clock_seconds(row["start_timestamp"]),
             "end": clock_seconds(row["stop_timestamp"])}
+        # One relevance a text, in the order of the options.
         relevance = [relevance_of(classes[key], classes[text]) for text in texts]
         yield Item(
             id=key,
@@ -821,10 +892,11 @@ def clock_seconds(clock: str) -> float:
     return float(seconds) + 60 * float(minutes) + 3600 * float(hours)
 
 
-def relevance_of(video: tuple[int, set], text: tuple[int, set]) -> float:
+def relevance_of(video, text):
     """EK-100's relevance of a text for a video, both as (verb class, noun classes): 1 is a match."""
     verb, nouns = video
     other_verb, other_nouns = text
+    # The share of nouns that they have in common.
     overlap = len(nouns & other_nouns) / len(nouns | other_nouns)
     return ((verb == other_verb) + overlap) / 2
 
@@ -871,38 +943,43 @@ def egobench(ckpt: Checkpoint, args):
     world = int(os.environ.get("WORLD_SIZE", 1))
     bench = BENCHES[args.bench]
     items = list(convert(bench.reader, args))[:args.limit]
-    if not items or len({item.id for item in items}) < len(items):
+    ids = {item.id for item in items}
+    if not items or len(ids) < len(items):
         raise DataError(f"{args.root}: ids repeat, or there are no items")
     args.answer = answer_mode(bench, items, args)
     protocol = protocol_of(ckpt, items, args)
     place_clips(items, Path(args.videos or args.root), args.allow_outside, args.blind)
+
+    # This process answers what is not done of its share, the questions about a clip in a row.
     name = f"{args.bench}-blind" if args.blind else args.bench
     files = PredictionFiles(Path(args.out), name, protocol, rank=rank, world=world)
     with files.lock(rank):
         done = files.begin()
         todo = [item for item in items[rank::world] if item.id not in done]
         todo.sort(key=Item.video_order)
-        skipped = len(items) - len(todo)
-        print(f"{name}: {len(items)} items, {skipped} of them done or of other ranks", flush=True)
+        others = len(items) - len(todo)
+        print(f"{name}: {len(items)} items, {others} of them done or of other ranks", flush=True)
         predictions = run_items(ckpt, todo, items[0].options, bench, args)
         if rank == 0:
             predictions = progress(predictions, len(todo), "items")
         files.append(predictions)
 
+    # Whoever ends last has them all.
     predictions = files.gather(items)
     if predictions is None:
         print(f"{name}: rank {rank} is done; the last rank sums up, or later this command without torchrun")
         return
+    stem = f"{args.out}/{name}"
     figures = summarise(bench, items, predictions, args)
     if args.bench in ("egoschema", "egoplan"):
-        write_submission(f"{args.out}/{name}.submission.json", args.bench, items, predictions)
+        write_submission(f"{stem}.submission.json", args.bench, items, predictions)
     # JSON has no NaN.
     figures = {key: None if value != value else value for key, value in figures.items()}
-    write_text_atomic(f"{args.out}/{name}.json", json.dumps(protocol | figures, indent=1))
-    print(f"{format_figures(figures)}\n{args.out}/{name}.json", flush=True)
+    write_text_atomic(f"{stem}.json", json.dumps(protocol | figures, indent=1))
+    print(f"{format_figures(figures)}\n{stem}.json", flush=True)
 
 
-def answer_mode(bench: Bench, items: list[Item], args) -> str:
+def answer_mode(bench: Bench, items, args) -> str:
     """--answer, or what this benchmark allows instead of it, which is then said.
 
     Open questions are generated, letters need a choice among at most 26, all others go by likelihood.
@@ -919,13 +996,14 @@ def answer_mode(bench: Bench, items: list[Item], args) -> str:
     return mode
 
 
-def protocol_of(ckpt: Checkpoint, items: list[Item], args) -> dict:
+def protocol_of(ckpt: Checkpoint, items, args) -> dict:
     """What predictions depend on: the weights, the questions and the way of answering."""
+    # A file that the publishers change makes another test.
     questions = json.dumps([asdict(item) for item in items])
     return {
         "ckpt": str(ckpt.folder),
         "weights": fingerprint(ckpt.folder),
-        "preset": ckpt.state.get("config", {}).get("preset"),
+        "preset": ckpt.config.get("preset"),
         "stage": ckpt.state["stage"],
         "git": git_revision(),
         "bench": args.bench,
@@ -936,40 +1014,41 @@ def protocol_of(ckpt: Checkpoint, items: list[Item], args) -> dict:
         "content": hashlib.sha256(questions.encode()).hexdigest()[:16]}
 
 
-def place_clips(items: list[Item], root: Path, allow_outside: bool, blind: bool):
+def place_clips(items, root: Path, allow_outside: bool, blind: bool):
     """Make the paths of all clips absolute, and their frame numbers seconds at the file's own rate.
 
     DataError: a path leads out of `root`, or not one video is there.
     """
+    # Links are followed before the comparison.
     inside = os.path.join(os.path.realpath(root), "")
-    places, rates = {}, {}
+    videos = set()
     for clip in [clip for item in items for clip in item.clips]:
-        name = clip["video"]
-        if name not in places:
-            places[name] = find_video(root, name)
-        video = places[name]
+        video = find_video(root, clip["video"])
         if not allow_outside and not video.startswith(inside):
-            raise DataError(f"{name} is outside {inside}: pass --videos or --allow-outside")
+            raise DataError(f"{clip['video']} is outside {inside}: pass --videos or --allow-outside")
         clip["video"] = video
+        videos.add(video)
         if "frames" in clip:
-            if video not in rates:
-                rates[video] = 30.0
-                # A file that cannot be read will be the error of its items.
-                with contextlib.suppress(DataError):
-                    rates[video] = frame_rate(video)
+            # The last frame is shown too.
             first, last = clip.pop("frames")
-            clip["start"] = max(0, first) / rates[video]
-            clip["end"] = (max(last, first) + 1) / rates[video]
-    if not blind and not any(os.path.isfile(video) for video in places.values()):
-        example = next(iter(places.values()))
-        raise DataError(f"none of {len(places)} videos is there, such as {example}: pass --videos")
+            rate = 30.0
+            # A file that cannot be read will be the error of its items.
+            with contextlib.suppress(DataError):
+                rate = frame_rate(video)
+            clip["start"] = max(0, first) / rate
+            clip["end"] = (max(last, first) + 1) / rate
+    if not blind and not any(map(os.path.isfile, videos)):
+        raise DataError(f"none of {len(videos)} videos is there, such as {min(videos)}: pass --videos")
 
 
 def find_video(root: Path, name: str) -> str:
     """The real path of a video, also where EPIC-KITCHENS puts its files (P01/videos/P01_11.MP4)."""
     stem = Path(name).stem
     person = stem.split("_")[0]
-    tries = [root / name, (root / name).with_suffix(".MP4"), root / person / "videos" / f"{stem}.MP4"]
+    tries = [
+        root / name,
+        (root / name).with_suffix(".MP4"),
+        root / f"{person}/videos/{stem}.MP4"]
     return os.path.realpath(next(filter(Path.is_file, tries), tries[0]))
 
 
@@ -984,84 +1063,93 @@ class PredictionFiles:
         self.name = name
         self.protocol = protocol
         self.gathered = out / f"{name}.jsonl"
-        self.own = self.gathered if world == 1 else out / f"{name}.rank{rank}.jsonl"
+        self.own = self.gathered
+        if world > 1:
+            self.own = out / f"{name}.rank{rank}.jsonl"
 
-    def lock(self, rank: int | str, wait: bool = False):
+    def lock(self, rank, wait: bool = False):
         """A second process of this rank is refused; "all" is held for a moment, to read or gather all files."""
         return file_lock(self.out / f".{self.name}.lock{rank}", wait)
 
-    def rank_files(self) -> list[Path]:
-        """The files of ranks, of this run or an earlier one."""
-        return sorted(self.out.glob(f"{self.name}.rank*.jsonl"))
+    def paths(self):
+        """NAME.jsonl, and the files of ranks, of this run or an earlier one."""
+        return sorted(self.out.glob(f"{self.name}.*jsonl"))
 
-    def rows(self, path: Path) -> Iterator[dict]:
-        """The predictions in one file. DataError names the field in which it has another protocol."""
+    def rows(self, path: Path):
+        """The predictions in one file."""
         lines = path.read_text().splitlines() if path.is_file() else []
         for number, line in enumerate(lines):
             try:
                 row = json.loads(line)
             except ValueError:
                 return                                          # a kill cut this last line short
-            if number > 0:
+            if number == 0:
+                self.check_protocol(path, row)
+            else:
                 yield row
-                continue
-            for key, value in self.protocol.items():
-                if row.get(key) != value and key not in ("ckpt", "git"):
-                    raise DataError(f"{path} was made with {key}={row.get(key)}, this run has {value}: "
-                                    f"choose another --out or remove it")
 
-    def read(self) -> dict[str, dict]:
+    def check_protocol(self, path, found):
+        """DataError names the field in which a file has another protocol; its place and code may differ."""
+        for key, value in self.protocol.items():
+            if found.get(key) != value and key not in ("ckpt", "git"):
+                raise DataError(
+                    f"{path} was made with {key}={found.get(key)}, this run has {value}: "
+                    f"choose another --out or remove it")
+
+    def read(self) -> dict:
         """The prediction of each item that has one, by id; an error gives way to a success."""
         predictions = {}
-        for path in [self.gathered, *self.rank_files()]:
+        for path in self.paths():
             for row in self.rows(path):
                 known = predictions.get(row["id"])
                 if known is None or "error" in known:
                     predictions[row["id"]] = row
         return predictions
 
-    def begin(self) -> set[str]:
-        """Make the own file ready to be appended to; -> ids of the items that are done.
-
-        Items with errors are not done: they are tried again.
-        """
+    def begin(self):
+        """Make the own file ready to be appended to; -> ids of the items that are done."""
+        # Items with errors are not done: they are tried again.
         with self.lock("all", wait=True):
             done = {key for key, row in self.read().items() if "error" not in row}
             kept = [row for row in self.rows(self.own) if "error" not in row]
             write_jsonl(self.own, [self.protocol, *kept])
         return done
 
-    def append(self, predictions: Iterator[dict]):
+    def append(self, predictions):
         """Write each prediction as it comes."""
         with open(self.own, "a", buffering=1) as file:
             for prediction in predictions:
                 file.write(json.dumps(prediction) + "\n")
 
-    def gather(self, items: list[Item]) -> list[dict] | None:
+    def gather(self, items):
         """All predictions, in the items' order, which NAME.jsonl alone holds from now on.
 
         None: items are missing, a rank is still at work, or another one has gathered them already.
         """
         with contextlib.ExitStack() as locks:
             locks.enter_context(self.lock("all", wait=True))
+            # Of ranks that end together the first one gathers, and takes the others' files away.
             if not self.own.is_file():
                 return None
+            # A rank that is at work holds its lock.
             try:
-                for path in sorted(self.out.glob(f".{self.name}.lock[0-9]*")):
+                for path in self.out.glob(f".{self.name}.lock[0-9]*"):
                     locks.enter_context(file_lock(path, wait=False))
             except DataError:
                 return None
+            # Now nobody writes: either all items have predictions, or a rank was killed.
             predictions = self.read()
             if any(item.id not in predictions for item in items):
                 return None
             ordered = [predictions[item.id] for item in items]
             write_jsonl(self.gathered, [self.protocol, *ordered])
-            for path in self.rank_files():
-                path.unlink()
+            for path in self.paths():
+                if path != self.gathered:
+                    path.unlink()
         return ordered
 
 
-def run_items(ckpt: Checkpoint, items: list[Item], texts: list[str], bench: Bench, args) -> Iterator[dict]:
+def run_items(ckpt: Checkpoint, items, texts, bench: Bench, args):
     """The predictions of items, one by one; a clip that several questions in a row are about is read once.
 
     A prediction holds its item and "scores", "reply" or both "reply" and "choice". What cannot be read is an
@@ -1071,31 +1159,32 @@ def run_items(ckpt: Checkpoint, items: list[Item], texts: list[str], bench: Benc
     sides = None
     if items and bench.task == "retrieval":
         sides = text_side(model, tokenizer, [] if args.blind else items, texts)
-    clip, context = None, None                                  # the clip that was read last
+
+    # The context of the clip that was read last; blind contexts have none.
+    last_clip, context = None, None
     for item in items:
+        # The item stands in its prediction, so that a reader or a judge needs no other file.
         prediction = asdict(item)
+        # All items of these tasks share up to thousands of texts, which no file needs in each line.
         if bench.task in ("retrieval", "classes"):
-            # All items have the same texts, up to thousands of them: no file needs them in each line.
             prediction |= {"options": [], "answer": None}
+        scores = []
         try:
+            # Only EgoMCQ's items have several clips: the narration gets a score for each.
+            for clip in item.clips:
+                clip = None if args.blind else clip
+                if context is None or clip != last_clip:
+                    context = prefill(model, tokenizer, clip)
+                    last_clip = clip
+                if bench.task == "clips":
+                    scores.append(context.score([(NARRATE, item.question)])[0, 0])
             if bench.task == "clips":
-                scores = [score_clip(ckpt, None if args.blind else one, item.question) for one in item.clips]
                 prediction["scores"] = scores
             else:
-                wanted = None if args.blind else item.clips[0]
-                if context is None or wanted != clip:
-                    context = prefill(model, tokenizer, wanted)
-                    clip = wanted
                 prediction |= score_item(context, item, bench, args, sides)
         except DataError as error:
             prediction["error"] = str(error)
         yield prediction
-
-
-def score_clip(ckpt: Checkpoint, clip: dict | None, narration: str) -> float:
-    """log p(narration | clip)."""
-    context = prefill(ckpt.model, ckpt.tokenizer, clip)
-    return float(context.score([(NARRATE, narration)])[0, 0])
 
 
 def score_item(context: VideoContext, item: Item, bench: Bench, args, sides) -> dict:
@@ -1108,6 +1197,7 @@ def score_item(context: VideoContext, item: Item, bench: Bench, args, sides) -> 
         return {"scores": score_texts(context, item.options, sides)}
     if not item.options:
         return {"reply": context.generate([item.question])[0]}
+    # The options are listed, and the model is to name one.
     if args.answer == "letter":
         lines = [item.question]
         for letter, text in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", item.options):
@@ -1115,66 +1205,80 @@ def score_item(context: VideoContext, item: Item, bench: Bench, args, sides) -> 
         lines.append("Answer with the letter of the right option.")
         reply = context.generate(["\n".join(lines)], max_new=16)[0]
         return {"reply": reply, "choice": parse_letter(reply, len(item.options))}
+    # The model does not see the options beside each other, so their order cannot matter.
     scores = context.score([(item.question, option) for option in item.options])
     column = 1 if args.length == "mean" else 0
     return {"scores": scores[:, column].tolist()}
 
 
 @torch.no_grad()
-def text_side(model, tokenizer, items: list[Item], texts: list[str]) -> tuple[Tensor, Tensor, np.ndarray]:
+def text_side(model, tokenizer, items, texts):
     """What a retrieval computes once for all videos.
 
     -> the mean pooled video of the first 64 clips (W,), each text's mean word embedding around the mean of all
     (texts, W), and its mean log-likelihood without a video (texts,).
     """
+    # The decoder's own embeddings, averaged over the words of a text.
     device = model.decoder.lm_head.weight.device
     words = []
     for text in texts:
         ids = torch.tensor(tokenizer.encode(text), device=device)
         words.append(model.decoder.embed(ids).float().mean(0))
     words = torch.stack(words)
-    clips = [torch.zeros_like(words[0])] if not items else []
+    # All videos look alike to a cosine until their mean is taken away.
+    videos = []
     for item in items[:64]:
         with contextlib.suppress(DataError):
-            clips.append(prefill(model, tokenizer, item.clips[0]).pooled)
-    centre = torch.stack(clips or [torch.zeros_like(words[0])]).mean(0)
-    alone = VideoContext(model, tokenizer, None).score([(NARRATE, text) for text in texts])[:, 1]
-    return centre, F.normalize(words - words.mean(0), dim=-1), alone
+            videos.append(prefill(model, tokenizer, item.clips[0]).pooled)
+    centre = torch.stack(videos).mean(0) if videos else 0.0
+    words = F.normalize(words - words.mean(0), dim=-1)
+    blind = VideoContext(model, tokenizer, None)
+    alone = blind.score([(NARRATE, text) for text in texts])
+    return centre, words, alone[:, 1]
 
 
-def score_texts(context: VideoContext, texts: list[str], sides, shortlist: int = 16) -> list[float]:
+def score_texts(context: VideoContext, texts, sides, shortlist: int = 16):
     """A score of every text for one video, where `sides` is what `text_side` returned.
 
-    First comes the cosine of pooled [x ; F(x)] and pooled word embeddings, each around its mean, for the decoder
-    reads both in one space (our choice). The best texts are then ranked again, above all others, by what the
-    video adds to their mean log-likelihood. Blind: how likely a text is by itself, the same for every video.
+    Blind, it is how likely a text is by itself, the same for every video.
     """
     centre, words, alone = sides
     if context.pooled is None:
-        return (alone / (1 + np.abs(alone).max())).round(5).tolist()
-    cosine = (words * F.normalize(context.pooled - centre, dim=-1)).sum(-1).cpu().numpy()
+        return alone.tolist()
+
+    # The cosine of pooled [x ; F(x)] and pooled word embeddings, each around its mean: the decoder reads both
+    # in one space (our choice).
+    video = F.normalize(context.pooled - centre, dim=-1)
+    cosine = (words * video).sum(-1).cpu().numpy()
     scores = cosine.astype(float).round(5)
+
+    # The best texts are ranked again, above all others, by what the video adds to their log-likelihood.
     best = np.argsort(-cosine, kind="stable")[:shortlist]
-    with_video = context.score([(NARRATE, texts[i]) for i in best])[:, 1]
-    gain = with_video - alone[best]
-    scores[best] = 1 + 1 / (1 + np.exp(-gain))                  # above every cosine
+    with_video = context.score([(NARRATE, texts[i]) for i in best])
+    gain = with_video[:, 1] - alone[best]
+    scores[best] = 2 + np.tanh(gain / 2)
     return scores.tolist()
 
 
 # ------------------------------------------------------------------------------------- EgoBench: the figures
 def outcome(item: Item, prediction: dict) -> float:
     """1 right, 0 wrong or unread; equally good options share. Equal texts count as one option (EgoPlan)."""
+    # A likelihood or a similarity for each option, or for each clip.
     if "scores" in prediction:
         if item.answer < 0:
             return 0.0
         scores = np.array(prediction["scores"])
         best = scores == scores.max()
-        options = item.options or range(len(scores))
-        right = np.array([option == options[item.answer] for option in options])
+        options = np.array(item.options or range(len(scores)))
+        right = options == options[item.answer]
         return float((best & right).sum() / best.sum())
+    # A letter.
     if "choice" in prediction:
         choice = prediction["choice"]
-        return float(choice is not None and item.options[choice] == item.options[item.answer])
+        if choice is None:
+            return 0.0
+        return float(item.options[choice] == item.options[item.answer])
+    # An open answer, or an error.
     said = plain_words(prediction.get("reply", ""))
     return float(said == plain_words(item.answer))
 
@@ -1184,7 +1288,7 @@ def plain_words(text) -> str:
     return " ".join(str(text).lower().strip(" .").split())
 
 
-def summarise(bench: Bench, items: list[Item], predictions: list[dict], args) -> dict:
+def summarise(bench: Bench, items, predictions, args) -> dict:
     """The score with n, chance and a 95 % interval, and whatever else the benchmark reports."""
     counts = {"unreadable": sum("error" in p for p in predictions)}
     if bench.task in ("retrieval", "classes"):
@@ -1192,72 +1296,78 @@ def summarise(bench: Bench, items: list[Item], predictions: list[dict], args) ->
     known = [(item, p) for item, p in zip(items, predictions) if item.answer is not None]
     if not known:
         raise DataError(f"{args.bench}: none of these {len(items)} items has a public answer")
+
+    # What a model that does not follow the instruction would hide.
     if args.answer == "letter":
         counts["parser_failures"] = sum(p.get("choice") is None for p in predictions)
-    replies = [p["reply"] for p in predictions if "reply" in p]
-    if replies:
-        counts["empty_replies"] = sum(not reply for reply in replies)
+    if args.answer != "likelihood":
+        counts["empty_replies"] = sum(p.get("reply") == "" for p in predictions)
 
     # The score of all items, then one for each kind of them.
     chance = float(np.mean([item.chance() for item, _ in known]))
     outcomes = [outcome(item, p) for item, p in known]
     figures = proportion("score", outcomes, chance)
-    by_kind = defaultdict(list)
-    for (item, _), right in zip(known, outcomes):
-        by_kind[item.kind].append(right)
-    for kind in sorted(by_kind.keys() - {""}):
-        figures |= proportion(kind, by_kind[kind], chance)
+    kinds = {item.kind for item, _ in known}
+    for kind in sorted(kinds - {""}):
+        own = [right for right, (item, _) in zip(outcomes, known) if item.kind == kind]
+        figures |= proportion(kind, own, chance)
     if args.answer == "generate":
         overlaps = [rouge_l(p.get("reply", ""), item.answer) for item, p in known]
         figures["rouge_l"] = float(np.mean(overlaps))
     return counts | figures
 
 
-def write_submission(path: str, bench: str, items: list[Item], predictions: list[dict]):
+def write_submission(path: str, bench: str, items, predictions):
     """The file that the benchmark's server takes; an item without a choice gets the first option."""
     choices = {}
     for item, prediction in zip(items, predictions):
-        choices[item.id] = prediction.get("choice") or 0
-        if "scores" in prediction:
-            choices[item.id] = int(np.argmax(prediction["scores"]))
+        best = int(np.argmax(prediction.get("scores", [0])))
+        choices[item.id] = prediction.get("choice") or best
     if bench == "egoplan":
-        choices = [{"sample_id": int(key), "label": "ABCD"[choice]} for key, choice in choices.items()]
+        choices = [
+            {"sample_id": int(key), "label": "ABCD"[choice]}
+            for key, choice in choices.items()]
     write_text_atomic(path, json.dumps(choices))
 
 
-def ranking_figures(bench: Bench, items: list[Item], predictions: list[dict]) -> dict:
+def ranking_figures(bench: Bench, items, predictions) -> dict:
     """mAP (and nDCG), with chance as random scores on the same labels get it.
 
-    The interval is the normal one of a mean, over queries or classes. A video that was not read ranks last.
+    The interval is the normal one of a mean, over queries or classes.
     """
-    read = [p["scores"] for p in predictions if "scores" in p]
-    texts = len(items[0].options)
-    last = [np.min(read, initial=0.0) - 1] * texts
-    scores = np.array([p.get("scores", last) for p in predictions])
+    # A video that was not read ranks last.
+    unread = [-1e9] * len(items[0].options)
+    scores = np.array([p.get("scores", unread) for p in predictions])
     random = np.random.default_rng(0).normal(size=scores.shape)
     if bench.task == "classes":
         labels = np.zeros_like(scores)
         for row, item in zip(labels, items):
             row[item.answer] = 1
         figures = charades_map(scores, labels)
-        score, chance = figures["nanmAP"], charades_map(random, labels)["nanmAP"]
+        score = figures["nanmAP"]
+        chance = charades_map(random, labels)["nanmAP"]
         each = class_precision(scores, labels)
         each = each[np.isfinite(each)]
     else:
         # With --limit some texts have no video.
-        labels = np.array([item.answer for item in items])
-        used = (labels == 1).any(0)
-        scores, random, labels = (table[:, used] for table in (scores, random, labels))
-        figures = retrieval_metrics(scores, labels)
-        by_chance = retrieval_metrics(random, labels)
+        relevance = np.array([item.answer for item in items])
+        used = (relevance == 1).any(0)
+        relevance = relevance[:, used]
+        figures = retrieval_metrics(scores[:, used], relevance)
+        by_chance = retrieval_metrics(random[:, used], relevance)
         score, chance = figures["mAP_avg"], by_chance["mAP_avg"]
         figures["nDCG_avg_chance"] = by_chance["nDCG_avg"]
-        each = ranked_precision(scores, labels)
+        each = ranked_precision(scores[:, used], relevance)
     if len(each) == 0:
         raise DataError(f"none of these {len(items)} items has a label to rank")
     half = 1.96 * float(each.std()) / math.sqrt(len(each))
-    interval = {"score_lo": max(0.0, score - half), "score_hi": min(1.0, score + half)}
-    return {"score": score, "score_chance": chance} | interval | {"score_n": len(items)} | figures
+    return {
+        "score": score,
+        "score_chance": chance,
+        "score_lo": max(0.0, score - half),
+        "score_hi": min(1.0, score + half),
+        "score_n": len(items),
+        **figures}
 
 
 # -------------------------------------------------------------------------------------- EgoBench: the report
@@ -1275,6 +1385,12 @@ td, th {padding: .3rem .5rem; border-bottom: 1px solid #ddd; text-align: left; v
 (red). The last columns follow protocols of their own.</p>"""
 TABLE = """<div class=wide>
 <table><tr><th>benchmark<th>ours<th><th>n<th>chance<th>blind<th>paper<th>best open<th>protocol</tr>"""
+ROW = ('<tr><td>{name}<td>{score:.1f} [{low:.1f}, {high:.1f}]{parts}<td><div class=bar>'
+       '<i style="left:{low:.1f}%;width:{width:.1f}%;background:#8ab"></i>'
+       '<i style="left:{score:.1f}%;width:2px;background:#000"></i>'
+       '<i style="left:{chance:.1f}%;width:2px;background:#c33"></i></div>'
+       '<td>{n}<td>{chance:.1f}<td>{floor}<td>{paper}<td>{best}<td><small>{note}</small></tr>')
+ITEM = "<div class=item>{frames}<p>{question}</p><ol>{options}</ol>{said}<p>true: {truth}</p></div>"
 
 
 def write_report(out: Path) -> Path:
@@ -1282,92 +1398,114 @@ def write_report(out: Path) -> Path:
 
     It shows every score with its interval, its chance level and its blind floor beside the paper's, and items.
     """
-    results = {}
-    for name in BENCHES:
-        if (out / f"{name}.json").is_file():
-            results[name] = json.loads((out / f"{name}.json").read_text())
+    results = {name: figures for name in BENCHES if (figures := read_figures(out, name))}
     if not results:
         raise DataError(f"{out} holds no results: run eval.py --bench NAME --out {out} first")
-    parts = [PAGE, toy_note(results), TABLE]
-    for name, result in results.items():
-        file = out / f"{name}-blind.json"
-        blind = json.loads(file.read_text()) if file.is_file() else {}
-        parts.append(report_score(name, result, blind))
-    checkpoints = sorted({f"{result['ckpt']}, code {result['git']}" for result in results.values()})
-    parts.append(f"</table></div><p><small>{escape('; '.join(checkpoints))}</small></p>")
+    parts = [PAGE, toy_note(results.values()), TABLE]
+    for name, figures in results.items():
+        blind = read_figures(out, f"{name}-blind")
+        parts.append(report_score(name, figures, blind))
+
+    # Which checkpoints and which code these are the figures of.
+    made_by = {f"{figures['ckpt']}, code {figures['git']}" for figures in results.values()}
+    text = escape("; ".join(sorted(made_by)))
+    parts.append(f"</table></div><p><small>{text}</small></p>")
 
     # Four items of each benchmark whose predictions hold their options or answer.
     for name in results:
         parts.append(f"<h2>{name}</h2>")
-        rows = [row for row in PredictionFiles(out, name, protocol={}).read().values()
-                if row["options"] or row["answer"] is not None]
-        parts += [report_item(rows[i]) for i in spread(len(rows), 4)]
-    write_text_atomic(out / "report.html", "\n".join(parts) + "</html>")
-    return out / "report.html"
+        predictions = PredictionFiles(out, name, protocol={}).read()
+        rows = [row for row in predictions.values() if row["options"] or row["answer"] is not None]
+        for i in spread(len(rows), 4):
+            parts.append(report_item(rows[i]))
+    path = out / "report.html"
+    write_text_atomic(path, "\n".join(parts) + "</html>")
+    return path
 
 
-def toy_note(results: dict[str, dict]) -> str:
-    """One sentence that says why these figures are no measure of the method; nothing if they may be."""
-    reasons = []
-    if any(result.get("preset") == "toy" for result in results.values()):
-        reasons.append("the checkpoint is a toy, trained on the micro-world (preset toy)")
-    few = [f"{name} ({result['score_n']})" for name, result in results.items() if result["score_n"] < FEW]
-    if few:
-        reasons.append(f"there are fewer than {FEW} items in {', '.join(few)}")
-    if not reasons:
+def read_figures(out: Path, name: str) -> dict:
+    """The figures of a benchmark that has been scored, or nothing."""
+    path = out / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def toy_note(results) -> str:
+    """One sentence that says why these figures are no measure of the method; nothing if they may be one."""
+    if any(result.get("preset") == "toy" for result in results):
+        reason = "the checkpoint is a toy, trained on the micro-world"
+    elif any(result["score_n"] < FEW for result in results):
+        reason = f"some benchmarks have fewer than {FEW} items"
+    else:
         return ""
-    return f"<p><b>These figures show that the programs work, not how good the method is: {'; '.join(reasons)}.</b></p>"
+    return f"<p><b>These figures show that the programs work, not how good the method is: {reason}.</b></p>"
 
 
 def report_score(name: str, result: dict, blind: dict) -> str:
-    """A benchmark's row of the table. `blind` counts if all but the video was the same."""
+    """A benchmark's row of the table."""
     bench = BENCHES[name]
-    low, high, score, chance = (100 * result[f"score{key}"] for key in ("_lo", "_hi", "", "_chance"))
-    ours = f"{score:.1f} [{low:.1f}, {high:.1f}]"
+    score = 100 * result["score"]
+    low = 100 * result["score_lo"]
+    high = 100 * result["score_hi"]
+    # The other figures of this benchmark stand below its score.
+    parts = ""
     for key in ("inter", "intra", "nDCG_avg", "rouge_l", "binary", "open"):
         if result.get(key) is not None:
-            ours += f"<br>{key} {100 * result[key]:.1f}"
-    bar = ""
-    for left, width, ink in ((low, f"{high - low:.1f}%", "#8ab"), (score, "2px", "#000"), (chance, "2px", "#c33")):
-        bar += f'<i style="left:{left:.1f}%;width:{width};background:{ink}"></i>'
+            parts += f"<br>{key} {100 * result[key]:.1f}"
+    # The blind floor counts if all but the video was the same.
     floor = "not run"
-    if all(blind.get(key) == result[key] for key in ("weights", "answer", "length", "content")):
+    same = ("weights", "answer", "length", "content")
+    if all(blind.get(key) == result[key] for key in same):
         floor = f"{100 * blind['score']:.1f}"
     note = f"{result['answer']}, {result['length']}"
     if bench.note:
         note += f"; {bench.note}"
-    cells = [name, ours, f"<div class=bar>{bar}</div>", str(result["score_n"]), f"{chance:.1f}", floor,
-             escape(bench.paper), escape(bench.best), f"<small>{escape(note)}</small>"]
-    return f"<tr><td>{'<td>'.join(cells)}</tr>"
+    return ROW.format(
+        name=name,
+        score=score,
+        low=low,
+        high=high,
+        width=high - low,
+        chance=100 * result["score_chance"],
+        parts=parts,
+        floor=floor,
+        n=result["score_n"],
+        paper=escape(bench.paper),
+        best=escape(bench.best),
+        note=escape(note))
 
 
 def report_item(row: dict) -> str:
     """One prediction: frames of its first clip, the question, what was chosen or said, and the truth."""
-    options, truth = row["options"], row["answer"]
-    parts = ["<div class=item>", film_strip(row["clips"][0]), f"<p>{escape(row['question'])}</p><ol>"]
+    options = row["options"] or [f"clip {i}" for i, _ in enumerate(row["clips"], 1)]
+    truth = row["answer"]
+    # Log-likelihoods become shares of all options.
+    lines = []
     if "scores" in row:
-        options = options or [f"clip {i + 1}" for i in range(len(row["clips"]))]
-        odds = np.exp(np.array(row["scores"]) - max(row["scores"]))
-        shares = odds / odds.sum()
+        shares = torch.tensor(row["scores"]).softmax(0).tolist()
         for i, (text, share) in enumerate(zip(options, shares)):
-            mark = "wrong" if share == shares.max() else ""
+            mark = ""
             if i == truth:
                 mark = "right"
-            parts.append(f'<li class="{mark}">{escape(text)} <small>{100 * share:.0f} %</small>')
-    parts.append("</ol>")
-    said = row.get("reply", row.get("error", ""))
-    if said:
-        parts.append(f"<p>said: {escape(said)}</p>")
+            elif share == max(shares):
+                mark = "wrong"
+            lines.append(f'<li class="{mark}">{escape(text)} <small>{share:.0%}</small>')
+    said = row.get("reply", row.get("error"))
+    # -1 is an answer outside the options.
     if isinstance(truth, int):
-        truth = options[truth] if 0 <= truth < len(options) else ""
-    parts.append(f"<p>true: {escape(truth or '')}</p></div>")
-    return "".join(parts)
+        truth = options[truth] if truth >= 0 else None
+    return ITEM.format(
+        frames=film_strip(row["clips"][0]),
+        question=escape(row["question"]),
+        options="".join(lines),
+        said=f"<p>said: {escape(said)}</p>" if said else "",
+        truth=escape(truth or ""))
 
 
 def film_strip(clip: dict) -> str:
     """Four frames of a clip, as an image inside the page; nothing if it cannot be read."""
     try:
-        frames = read_clip(clip["video"], clip.get("start"), clip.get("end"), num_frames=4, size=160)
+        start, end = clip.get("start"), clip.get("end")
+        frames = read_clip(clip["video"], start, end, num_frames=4, size=160)
     except DataError:
         return ""
     png = encode_png(rearrange(frames, "t c h w -> h (t w) c"))

@@ -310,6 +310,9 @@ def test_blind_is_reported_beside_the_score_and_the_page_is_safe(scored, sets, t
     page = (scored / "report.html").read_text()
     blind = json.loads((scored / "egoschema-blind.json").read_text())["score"]
     assert re.search(rf"<td>egoschema(<td>.*?){{4}}<td>{100 * blind:.1f}<td>61.3", page) and page.count("not run") == len(eval.BENCHES) - 1
+    assert page.count("These figures show that the programs work") == 1 and "the checkpoint is a toy" in page
+    few = {"preset": "7b", "score_n": 99}
+    assert "fewer than 100 items" in eval.toy_note([few]) and eval.toy_note([few | {"score_n": 100}]) == ""
     assert "<script" not in page and "&lt;script&gt;alert" in page and "data:image/png;base64," in page
     assert "http" not in page.replace("http-equiv", "") and all(name in page for name in eval.BENCHES)
 
@@ -348,12 +351,7 @@ def test_a_video_that_cannot_be_read_counts_as_wrong(sets, toy, tmp_path):
     assert wrong.returncode and "is outside" in wrong.stderr
 
 
-def test_the_five_way_form_and_an_empty_report(sets, toy, tmp_path):
-    (tmp_path / "egotaskqa-direct").mkdir()
-    (tmp_path / "egotaskqa-direct/egotaskqa.json").write_text(json.dumps([
-        {"q": "Did it change?", "video_path": "27k|P1|0|9.mp4", "a": "D", "option": {"A": "power", "B": "edible", "C": "no", "D": "yes", "E": "Close"}}]))
-    items = list(eval.convert(eval.egotaskqa, Namespace(root=str(tmp_path / "egotaskqa-direct"), bench="egotaskqa-direct", answer="likelihood")))
-    assert items[0].options[items[0].answer] == "yes" and len(items[0].options) == 5
+def test_an_empty_report_is_refused(tmp_path):
     wrong = Done(*run(REPO / "eval.py", "--report", "--out", tmp_path, check=False))
     assert wrong.returncode and "holds no results" in wrong.stderr
 
@@ -401,6 +399,47 @@ def test_what_more_ranks_left_is_not_taken_for_news(sets, toy, tmp_path, scored)
     (tmp_path / "vln-qa.rank1.jsonl").write_text("".join(json.dumps(row) + "\n" for row in stale))
     bench(sets, tmp_path, toy, "vln-qa")
     assert json.loads((tmp_path / "vln-qa.json").read_text())["unreadable"] == 0
+
+
+def test_ranks_share_items_by_their_files_alone(sets, toy, tmp_path, scored):
+    """Nobody waits for anybody: whoever ends last sums up, or a later call without torchrun."""
+    whole, figures = ((scored / name).read_text() for name in ("vln-qa.jsonl", "vln-qa.json"))
+    first, second = ({"RANK": str(rank), "WORLD_SIZE": "2"} for rank in (0, 1))
+    done = bench(sets, tmp_path / "a", toy, "vln-qa", env=first)
+    assert "rank 0 is done" in done.stdout and not (tmp_path / "a/vln-qa.json").exists()
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    bench(sets, tmp_path / "a", toy, "vln-qa", env=second)
+    assert "3 of them done" in bench(sets, tmp_path / "b", toy, "vln-qa").stdout
+    for out in (tmp_path / "a", tmp_path / "b"):
+        assert (out / "vln-qa.jsonl").read_text() == whole and (out / "vln-qa.json").read_text() == figures
+        assert not list(out.glob("*.rank*"))
+    assert "distributed" not in (REPO / "eval.py").read_text()
+
+
+def test_files_of_another_number_of_ranks_are_neither_lost_nor_counted_twice(sets, toy, tmp_path, scored):
+    whole = (scored / "vln-qa.jsonl").read_text()
+    head, *rows = whole.splitlines(keepends=True)
+    for rank, own in enumerate((rows[:1], rows[1:3], rows[2:4])):           # three ranks, killed; one row twice
+        (tmp_path / f"vln-qa.rank{rank}.jsonl").write_text("".join([head, *own]) + '{"id": "5", "sc')
+    done = bench(sets, tmp_path, toy, "vln-qa", env={"RANK": "1", "WORLD_SIZE": "2"})       # items 1, 3 and 5
+    assert "5 of them done or of other ranks" in done.stdout and "rank 1 is done" in done.stdout
+    assert "5 of them done" in bench(sets, tmp_path, toy, "vln-qa").stdout                  # all but item 4
+    assert (tmp_path / "vln-qa.jsonl").read_text() == whole and not list(tmp_path.glob("*.rank*"))
+
+
+def test_a_rank_at_work_keeps_the_others_from_summing_up(tmp_path):
+    files = [eval.PredictionFiles(tmp_path, "x", {"bench": "x"}, rank=rank, world=2) for rank in (0, 1)]
+    items = [eval.Item(str(i), [{}]) for i in range(2)]
+    for own, item in zip(files, items):
+        assert own.begin() == {row["id"] for row in own.read().values()}
+        own.append([{"id": item.id}])
+    at_work = f"import sys; sys.path.insert(0, {str(REPO)!r}); import data; from pathlib import Path\n" \
+              f"with data.file_lock(Path({str(tmp_path)!r}) / '.x.lock1', wait=False): print('held', flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", at_work], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n" and files[0].gather(items) is None and files[1].own.is_file()
+    other.communicate("\n", timeout=60)
+    assert files[1].gather(items) == [{"id": "0"}, {"id": "1"}] and files[0].gather(items) is None
+    assert [path.name for path in files[0].paths()] == ["x.jsonl"]
 
 
 def test_two_runs_into_one_folder_are_refused(sets, toy, tmp_path):
