@@ -34,12 +34,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from data import (COLOURS, NARRATE, PATTERNS, VERBS, Batch, DataError, Files, Loader, Tokenizer, contact_sheet,
-                  convert, encode_png, file_lock, frame_rate, progress, read_clip, read_manifest, toy_split,
-                  toy_world, verbalise_wearer, write_jsonl, write_text_atomic)
-from model import (IGNORE, VIDEO, Exo2Ego, KVCache, Segments, SharedPrefix, autocast, choose_attention,
-                   feature_kl, fingerprint, git_revision, load_checkpoint, newest_checkpoint, pick_device,
-                   to_device_and_dtype)
+from data import (COLOURS, NARRATE, PATTERNS, VERBS, Batch, DataError, Files, Loader, Tokenizer,
+                  contact_sheet, convert, encode_png, file_lock, frame_rate, progress, read_clip,
+                  read_manifest, toy_split, toy_world, verbalise_wearer, write_jsonl, write_text_atomic)
+from model import (IGNORE, VIDEO, Exo2Ego, KVCache, Segments, SharedPrefix, autocast,
+                   choose_attention, feature_kl, fingerprint, git_revision, load_checkpoint,
+                   newest_checkpoint, pick_device, to_device_and_dtype)
 
 
 # ------------------------------------------------------- 1 a score is a share, its chance and its interval
@@ -175,10 +175,10 @@ GREY = (110, 110, 110)
 def toy_benchmark(model: Exo2Ego, tokenizer: Tokenizer, data: str, stage: int, out, init=None) -> dict:
     """The figures of a stage on clips of unseen scenes. They are printed and kept in out/eval.json.
 
-    Stages 0 and 1 score the demonstrator's narrations of exo clips. Stage 2 scores the learner's narrations,
-    and the KL of true and of shuffled partners. Stage 3 scores its narrations, its choice of a clip among five,
-    and its answers. out/predictions.jsonl holds what the model said of each clip, out/samples.png shows a few.
-    `init` is the run that the stage started from: stage 1 says how good that one was.
+    Stages 0 and 1 score the demonstrator's narrations of exo clips. Stage 2 scores the learner's
+    narrations, and the KL of true and of shuffled partners. Stage 3 scores its narrations, its choice of a
+    clip among five, and its answers. out/predictions.jsonl holds what the model said of each clip, and
+    out/samples.png shows a few. `init` is the run that the stage started from.
     """
     began = time.time()
     if not (Path(data) / "world.json").is_file():
@@ -263,7 +263,7 @@ def evaluate_questions(model, tokenizer, rows, visual):
     chances = [1 / len(answers_of[question]) for question in questions]
     right = [reply == truth for reply, truth in zip(replies, truths)]
 
-    # Samples of their own: the first row's question is about its narration.
+    # A few answers on the screen, of other rows than the narrations.
     for i in spread(len(rows), 5, first=1):
         print(f"  Q: {questions[i]}  A: {replies[i]}   (true: {truths[i]})")
     return proportion("qa", right, float(np.mean(chances))), replies
@@ -275,7 +275,7 @@ def choose_clip(model, tokenizer, rows, visual):
     The five are of five scenes (inter), or the five moments of one scene (intra); all have different
     narrations. -> figures, the outcome of each inter item, and of each intra item.
     """
-    # An inter item needs four narrations beside the five of its own scene.
+    # An inter item needs four narrations beside the five of its own scene, or the search never ends.
     different = len({row["text"] for row in rows})
     if different < 9:
         raise DataError(f"the test split tells {different} things, a choice needs 9: render a larger --test")
@@ -284,7 +284,7 @@ def choose_clip(model, tokenizer, rows, visual):
     count = min(1000, len(rows))
     figures, outcomes = {}, []
     for kind in ("inter", "intra"):
-        # The right clip stands first, which a score that ties shares out.
+        # The right clip stands first; equal scores share, so its place cannot help.
         pairs = []
         for item in range(count):
             candidates = [item, *wrong_clips(rows, item, kind, rng)]
@@ -398,8 +398,8 @@ class VideoContext:
     def score(self, pairs, batch: int = 64) -> np.ndarray:
         """log p(answer, </s> | video, question) of each (question, answer) -> (pairs, 2).
 
-        The columns are the sum over the answer's tokens, and the mean as `mean_of_nonzero` takes it. At most
-        `batch` answers, each with a copy of one layer's keys and values of the video, are in memory at a time.
+        The columns are the sum over the answer's tokens, and the mean as `mean_of_nonzero` takes it. At
+        most `batch` answers are in memory at a time, each with a copy of one layer's keys and values.
         """
         decoder, start = self.model.decoder, self.start
         scores = []
@@ -458,7 +458,7 @@ class VideoContext:
 
 
 def mean_of_nonzero(losses: Tensor) -> Tensor:
-    """The mean over the last axis of the losses that are not exactly 0: EgoPlan's rule for a mean per token."""
+    """The mean over the last axis of the losses that are not exactly 0: EgoPlan's mean per token."""
     counted = losses != 0
     return losses.sum(-1) / counted.sum(-1).clamp(min=1)
 
@@ -582,7 +582,7 @@ def open_checkpoint(args) -> Checkpoint:
 
 
 def score_toy(ckpt: Checkpoint, data):
-    """The toy benchmark of a checkpoint, on the micro-world that it was trained on unless `data` is another."""
+    """The toy benchmark of a checkpoint, on the micro-world in `data` or the one it was trained on."""
     state = ckpt.state
     print(f"{ckpt.folder}: stage {state['stage']}, step {state['step']} of {state['steps']}")
     if data is None:
@@ -608,8 +608,11 @@ def run_benches(ckpt: Checkpoint, args):
 
 
 # ------------------------------------------------------------------------------------- appendix: EgoBench
-# Eight public benchmarks. A first reader can stop here.
-# ------------------------------------------------------------------------------------- EgoBench: metrics
+# Eight public benchmarks: their metrics, their official files, a run, the figures, a page. A first reader
+# can stop here.
+
+
+# --------------------------------------------------------------------------------------- EgoBench: metrics
 def ranked_precision(sim, rel):
     """AP of each query (rows). EK-100's: hits are relevance 1, but precision counts graded relevance too."""
     order = np.argsort(-sim, axis=1, kind="stable")
@@ -637,7 +640,8 @@ def ranked_gain(sim, rel):
 def retrieval_metrics(sim: np.ndarray, rel: np.ndarray) -> dict:
     """EPIC-KITCHENS-100 multi-instance retrieval: sim and rel (videos, texts), float64 -> fractions.
 
-    The arithmetic is the official one (joint-part-of-speech embeddings, mAP.py and nDCG.py), with stable sorts.
+    The arithmetic is the official one (joint-part-of-speech embeddings, mAP.py and nDCG.py), with stable
+    sorts.
     """
     figures = {}
     for name, metric in (("mAP", ranked_precision), ("nDCG", ranked_gain)):
@@ -697,8 +701,9 @@ def parse_letter(reply: str, options: int) -> int | None:
 class Item:
     """One question of a benchmark. The model never sees a path, for a path can name the answer.
 
-    `answer` is the index of the right option or clip; a text, where there are no options; for charades-ego the
-    indices of all classes that occur, for ek100-mir the relevance of each text. None: the publishers hide it.
+    `answer` is the index of the right option or clip; a text, where there are no options; for charades-ego
+    the indices of all classes that occur, for ek100-mir the relevance of each text. None: the publishers
+    hide it.
     """
     id: str
     clips: list[dict]                       # EgoMCQ has five to choose from
@@ -738,8 +743,8 @@ def egoschema(files: Files, args):
 def qaego4d(files: Files, args):
     """QAEgo4D, where `video_id` is an Ego4D clip that is shown whole.
 
-    qaego4d-closed: annotations.QaEgo4D_test_close.json (GroundVQA: 500 items, three wrong answers each), in an
-    order that the item's id decides. qaego4d-open: annotations.test.json.
+    qaego4d-closed: annotations.QaEgo4D_test_close.json (GroundVQA: 500 items, three wrong answers each),
+    in an order that the item's id decides. qaego4d-open: annotations.test.json.
     """
     closed = args.bench == "qaego4d-closed"
     file = "annotations.QaEgo4D_test_close.json" if closed else "annotations.test.json"
@@ -838,8 +843,8 @@ def vln_qa(files: Files, args):
 def egomcq(files: Files, args):
     """EgoMCQ: egomcq.json; which of five clips does a narration describe?
 
-    Type 1 is inter and 2 intra (the original code prints them swapped). Clips are in seconds of the whole Ego4D
-    video, negative ones cut to 0.
+    Type 1 is inter and 2 intra (the original code prints them swapped). Clips are in seconds of the whole
+    Ego4D video, negative ones cut to 0.
     """
     for key, q in files.each(files.json("egomcq.json").items()):
         # The candidates are clips of up to five videos.
@@ -936,8 +941,8 @@ BENCHES = {
 def egobench(ckpt: Checkpoint, args):
     """Score the benchmark `args.bench`, whose official files are in `args.root`.
 
-    torchrun's ranks share the items. Predictions are written as they come, so the same command goes on where a
-    killed one stopped. The rank that ends last sums up, and so does any later call without torchrun.
+    torchrun's ranks share the items. Predictions are written as they come, so the same command goes on where
+    a killed one stopped. The rank that ends last sums up, and so does any later call without torchrun.
     """
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -1068,7 +1073,7 @@ class PredictionFiles:
             self.own = out / f"{name}.rank{rank}.jsonl"
 
     def lock(self, rank, wait: bool = False):
-        """A second process of this rank is refused; "all" is held for a moment, to read or gather all files."""
+        """A second process of a rank is refused; "all" is held while files are read or gathered."""
         return file_lock(self.out / f".{self.name}.lock{rank}", wait)
 
     def paths(self):
@@ -1215,8 +1220,8 @@ def score_item(context: VideoContext, item: Item, bench: Bench, args, sides) -> 
 def text_side(model, tokenizer, items, texts):
     """What a retrieval computes once for all videos.
 
-    -> the mean pooled video of the first 64 clips (W,), each text's mean word embedding around the mean of all
-    (texts, W), and its mean log-likelihood without a video (texts,).
+    -> the mean pooled video of the first 64 clips (W,), each text's mean word embedding around the mean of
+    all (texts, W), and its mean log-likelihood without a video (texts,).
     """
     # The decoder's own embeddings, averaged over the words of a text.
     device = model.decoder.lm_head.weight.device
@@ -1396,7 +1401,8 @@ ITEM = "<div class=item>{frames}<p>{question}</p><ol>{options}</ol>{said}<p>true
 def write_report(out: Path) -> Path:
     """results/ -> one page, without scripts, that loads nothing from elsewhere; all text is escaped.
 
-    It shows every score with its interval, its chance level and its blind floor beside the paper's, and items.
+    It shows every score with its interval, its chance level and its blind floor beside the paper's, and a
+    few items.
     """
     results = {name: figures for name in BENCHES if (figures := read_figures(out, name))}
     if not results:
