@@ -67,13 +67,14 @@ def proportion(name: str, outcomes, chance: float) -> dict:
         f"{name}_n": len(outcomes)}
 
 
-def choice_score(scores: np.ndarray, answer: int) -> float:
-    """1 if the answer alone has the best score, 1/k if k candidates share it, else 0.
+def choice_score(scores: np.ndarray, right) -> float:
+    """1 if the best score is right, a share if several candidates have the best score, else 0.
 
-    A model that gives every candidate the same score so gets chance, wherever the answer stands.
+    `right` is the index of the right candidate, or a mask of several. A model that gives every candidate the
+    same score gets chance, wherever the right one stands.
     """
     best = scores == scores.max()
-    return float(best[answer]) / best.sum()
+    return float(best[right].sum() / best.sum())
 
 
 def format_figures(figures: dict) -> str:
@@ -290,7 +291,7 @@ def choose_clip(model, tokenizer, rows, visual):
             candidates = [item, *wrong_clips(rows, item, kind, rng)]
             pairs += [(clip, rows[item]["text"]) for clip in candidates]
         scores = narration_log_likelihood(model, tokenizer, visual, pairs).reshape(count, 5)
-        right = [choice_score(five, answer=0) for five in scores]
+        right = [choice_score(five, right=0) for five in scores]
         figures |= proportion(f"mcq_{kind}", right, chance=0.2)
         outcomes.append(right)
     return figures, *outcomes
@@ -543,7 +544,7 @@ def main(argv=None):
             use_checkpoint(args)
         if args.report:
             print(write_report(Path(args.out)))
-    except (DataError, ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError) as error:
         sys.exit(f"eval.py: {error}")
 
 
@@ -1273,10 +1274,8 @@ def outcome(item: Item, prediction: dict) -> float:
         if item.answer < 0:
             return 0.0
         scores = np.array(prediction["scores"])
-        best = scores == scores.max()
         options = np.array(item.options or range(len(scores)))
-        right = options == options[item.answer]
-        return float((best & right).sum() / best.sum())
+        return choice_score(scores, right=options == options[item.answer])
     # A letter.
     if "choice" in prediction:
         choice = prediction["choice"]
