@@ -74,10 +74,10 @@ def test_ego_exo4d(tmp_path, capsys):
     assert row["ego"]["start"] == pytest.approx(18.48356 - 1.882168 / 2, abs=1e-6) and row["exo"][0]["end"] == row["ego"]["end"]
     assert rows["cmu_bike_1/p1/1"]["ego"]["start"] == 0     # would begin below 0
     assert rows["cmu_bike_1/p2/2"]["ego"]["end"] == 60      # cut at the take's end
-    assert row["text"] == "Camera-verbalise_wearer touches the screw of the hub with his right hand."
-    assert rows["cmu_bike_1/p1/1"]["text"] == "Camera-verbalise_wearer picks Camera-verbalise_wearer's tool."
+    assert row["text"] == "Camera-wearer touches the screw of the hub with his right hand."
+    assert rows["cmu_bike_1/p1/1"]["text"] == "Camera-wearer picks Camera-wearer's tool."
     out = capsys.readouterr().out
-    for line in ("take not in takes.json: 1", "take without an ego or exo video: 1", "take of another split: 1", "unsure: 2", "not the verbalise_wearer: 1",
+    for line in ("take not in takes.json: 1", "take without an ego or exo video: 1", "take of another split: 1", "unsure: 2", "not the wearer: 1",
                  "rejected annotation: 1", "not seen by the ego camera: 1", "takes: 1", "3 rows, 6 ego-exo pairs", "mean clip", "2,925 takes"):
         assert line in out or line == "take of another split: 1", (line, out)
 
@@ -140,8 +140,8 @@ def test_egoclip(tmp_path, capsys):
     assert row["ego"] == {"video": f"{UID}/0.mp4", "start": 2.967651, "end": 3.721266}
     assert (row["ego"]["start"] + row["ego"]["end"]) / 2 == pytest.approx(3.3445, abs=1e-3)      # EgoVLP's row 0
     assert (row["ego"]["end"] - row["ego"]["start"]) * 4.9 == pytest.approx(3.6927, abs=1e-3)    # its beta
-    assert row["verbs"] == [93] and row["nouns"] == [192, 115, 12] and row["text"] == "Camera-verbalise_wearer picks a bag of clothes from the floor"
-    assert rows["egoclip/2"]["ego"]["start"] == 0 and rows["egoclip/2"]["text"] == 'Camera-verbalise_wearer walks "to" the door'
+    assert row["verbs"] == [93] and row["nouns"] == [192, 115, 12] and row["text"] == "Camera-wearer picks a bag of clothes from the floor"
+    assert rows["egoclip/2"]["ego"]["start"] == 0 and rows["egoclip/2"]["text"] == 'Camera-wearer walks "to" the door'
     assert rows["egoclip/3"]["ego"] == {"video": f"{UID}/1.mp4", "start": 0, "end": 1.5}          # of two files the one of its middle
     assert len(rows) == 3
     out = capsys.readouterr().out
@@ -281,7 +281,8 @@ def test_conversations(tmp_path, capsys):
 
 
 def test_ten_instructions_a_source_chosen_by_the_row(tmp_path):
-    for source, (details, ten) in EGOIT.items():
+    for source, described in EGOIT.items():
+        details, ten = described.task, described.instructions
         assert len(set(ten)) == 10 and details
         assert all(("{}" in t) == (source in ("egotimeqa", "openeqa")) for t in ten)
         chosen = Counter(data.instruction(source, str(i), "base", "Q?") for i in range(1000))
@@ -341,7 +342,7 @@ def test_broken_annotations_give_rows_or_one_sentence(tmp_path, command, capsys)
     assert outcomes["sentence"] >= 5, outcomes
 
 
-# ------------------------------------------------------------------------------------- check, cache, mix, show
+# ----------------------------------------------------------------------------------------------------- check
 def small_set(root):
     """Six rows: four good, one blank, one of a video that is not there."""
     numbered(root / "a.mp4")
@@ -393,59 +394,14 @@ def test_check_outlives_decoders_that_hang_or_crash(tmp_path, monkeypatch, capsy
     assert "g1: hangs or crashes" in out and "g2: hangs or crashes" in out and "g0: hangs" not in out and "g3: hangs" not in out
 
 
-def test_cache_shows_the_same_frames(tmp_path):
-    from test_data import number
-    numbered(tmp_path / "a.mp4")
-    spans = [(0, 1), (1.3, 1.9), (4.0, 4.2), (5.5, 6.0), (0.2, 3.0)]
-    write_jsonl(tmp_path / "m.jsonl", [{"id": str(i), "ego": {"video": "a.mp4", "start": s, "end": e}, "text": "x"} for i, (s, e) in enumerate(spans)])
-    data.main(["cache", str(tmp_path / "m.jsonl"), "--size", "48", "--frames", "4", "--out", str(tmp_path / "c")])
-    for old, new in zip(read_manifest(tmp_path / "m.jsonl"), read_manifest(tmp_path / "c/manifest.jsonl")):
-        a, b = (read_clip(row["ego"]["video"], row["ego"]["start"], row["ego"]["end"], 4, 48) for row in (old, new))
-        assert [number(f) for f in a] == [number(f) for f in b] and np.abs(a.astype(int) - b).mean() < 4
-        drawn = read_clip(new["ego"]["video"], new["ego"]["start"], new["ego"]["end"], 4, 48, np.random.default_rng(0))
-        first = int(old["ego"]["start"] * 10 + 1e-6)
-        assert all(first <= number(f) < old["ego"]["end"] * 10 for f in drawn)      # never a frame of another clip
-    assert len(list((tmp_path / "c").glob("*.mp4"))) == 1
-    (tmp_path / "c/manifest.jsonl").rename(tmp_path / "c/first.jsonl")
-    before = [read_clip(row["ego"]["video"], row["ego"]["start"], row["ego"]["end"], 4, 48) for row in read_manifest(tmp_path / "c/first.jsonl")]
-    write_jsonl(tmp_path / "other.jsonl", [{"id": "a", "ego": {"video": "a.mp4", "start": 2.5, "end": 3.5}, "text": "x"}])
-    data.main(["cache", str(tmp_path / "other.jsonl"), "--size", "48", "--frames", "4", "--out", str(tmp_path / "c")])
-    after = [read_clip(row["ego"]["video"], row["ego"]["start"], row["ego"]["end"], 4, 48) for row in read_manifest(tmp_path / "c/first.jsonl")]
-    assert all(np.array_equal(a, b) for a, b in zip(before, after))     # another cache beside it left the first alone
-
-
-def test_cache_leaves_out_what_cannot_be_read_and_says_so(tmp_path, capsys):
-    manifest = small_set(tmp_path)
-    with pytest.raises(SystemExit, match="1 of 8 rows are bad"):
-        data.main(["cache", str(manifest), "--size", "48", "--out", str(tmp_path / "c")])
-    data.main(["cache", str(manifest), "--size", "48", "--out", str(tmp_path / "c"), "--max-bad", "0.5"])
-    assert "left out" in capsys.readouterr().out and len(read_manifest(tmp_path / "c/manifest.jsonl")) == 7
-
-
-def test_mix_takes_shares_and_never_a_row_twice(tmp_path):
-    for name, count in (("a", 40), ("b", 100)):
-        (tmp_path / name).mkdir()
-        write_jsonl(tmp_path / name / f"{name}.jsonl", [{"id": str(i), "ego": {"video": f"{i}.mp4"}, "text": "x"} for i in range(count)])
-    a, b = (str(tmp_path / name / f"{name}.jsonl") for name in "ab")
-    data.main(["mix", f"{a}:0.5", f"{b}:0.5", "--out", str(tmp_path / "mix.jsonl")])
-    rows = read_manifest(tmp_path / "mix.jsonl")
-    assert Counter(row["id"][0] for row in rows) == {"0": 40, "1": 40} and len({row["id"] for row in rows}) == 80
-    assert rows[0]["ego"]["video"] == str((tmp_path / "a" / "0.mp4").resolve())
-    data.main(["mix", a, b, "--out", str(tmp_path / "all.jsonl")])
-    assert len(read_manifest(tmp_path / "all.jsonl")) == 140
-    for wrong, words in ((f"{a}:7", "share after the colon"), (f"{a}:half", "cannot be read")):
-        with pytest.raises(SystemExit, match=words):
-            data.main(["mix", wrong, "--out", str(tmp_path / "mix.jsonl")])
-
-
-def test_a_manifest_beside_its_cache_trains(tmp_path, toy):
-    """A batch of 16-frame rows through the loader, from cached files and from an image folder."""
+def test_a_folder_of_images_trains(tmp_path, toy):
+    """Through the loader, at the row's own rate."""
     from model import PRESETS
     folder = tmp_path / "walk"
     folder.mkdir()
     for i in range(9):
         (folder / f"{i}-rgb.png").write_bytes(encode_png(np.full((48, 48, 3), 20 * i, np.uint8)))
-    write_jsonl(tmp_path / "m.jsonl", [{"id": "w", "ego": {"video": "walk", "fps": 3}, "text": "Camera-verbalise_wearer walks."}])
+    write_jsonl(tmp_path / "m.jsonl", [{"id": "w", "ego": {"video": "walk", "fps": 3}, "text": "Camera-wearer walks."}])
     loader = data.Loader(read_manifest(tmp_path / "m.jsonl"), PRESETS["toy"], data.Tokenizer(toy / "toy" / "tokenizer.model"), view="ego", batch=1)
     batch = loader.batch(0)[0]
     assert batch.ego.shape == (1, 4, 3, 48, 48) and not batch.skipped
@@ -501,23 +457,3 @@ def test_a_bad_exo_view_leaves_the_others(tmp_path):
                                         "exo": [{"video": "b.mp4", **span}, {"video": "gone.mp4", **span}]}])
     data.main(["check", str(tmp_path / "m.jsonl"), "--max-bad", "1"])
     assert [clip["video"][-5:] for clip in read_manifest(tmp_path / "m.jsonl")[0]["exo"]] == ["b.mp4"]
-    data.main(["cache", str(tmp_path / "m.jsonl"), "--size", "48", "--out", str(tmp_path / "c")])
-    assert len(read_manifest(tmp_path / "c/manifest.jsonl")[0]["exo"]) == 1
-
-
-def test_one_bad_clip_costs_no_other_its_cache(tmp_path):
-    numbered(tmp_path / "a.mp4")
-    rows = [{"id": str(i), "ego": {"video": "a.mp4", "start": i, "end": i + 1}, "text": "x"} for i in range(5)]
-    rows += [{"id": "late", "ego": {"video": "a.mp4", "start": 6.5, "end": 7}, "text": "x"},
-             {"id": "whole", "ego": {"video": "a.mp4"}, "text": "x"}, {"id": "tick", "ego": {"video": "a.mp4", "start": 0, "end": 5.999999}, "text": "x"}]
-    write_jsonl(tmp_path / "m.jsonl", rows)
-    data.main(["cache", str(tmp_path / "m.jsonl"), "--size", "48", "--out", str(tmp_path / "c"), "--max-bad", "0.2"])
-    assert [row["id"] for row in read_manifest(tmp_path / "c/manifest.jsonl")] == ["0", "1", "2", "3", "4", "whole", "tick"]
-
-
-def test_mix_counts_paths_from_the_root_it_is_given(tmp_path):
-    (tmp_path / "ds").mkdir()
-    numbered(tmp_path / "ds/v.mp4")
-    write_jsonl(tmp_path / "x.jsonl", [{"id": "a", "ego": {"video": "v.mp4"}, "text": "x"}])
-    data.main(["mix", str(tmp_path / "x.jsonl"), "--root", str(tmp_path / "ds"), "--out", str(tmp_path / "mix.jsonl")])
-    assert json.loads((tmp_path / "mix.jsonl").read_text())["ego"]["video"] == "v.mp4"

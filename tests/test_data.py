@@ -1,4 +1,5 @@
 """Video reading never lies, manifests fail by name, and a batch is a function of (seed, step, rank)."""
+import atexit
 import json
 from fractions import Fraction
 
@@ -8,8 +9,8 @@ import torch
 from conftest import REPO, run
 
 import data
-from data import DataError, Loader, World, read_clip, read_manifest, write_video
-from model import IGNORE, PRESETS, VIDEO, Tokenizer
+from data import DataError, Loader, Tokenizer, World, read_clip, read_manifest, read_manifests, write_jsonl, write_video
+from model import IGNORE, PRESETS, VIDEO
 
 FPS = 10
 
@@ -109,6 +110,52 @@ def test_the_root_may_be_the_whole_disk(tmp_path):
     assert read_manifest(tmp_path / "m.jsonl", root="/")[0]["ego"]["video"] == str(tmp_path / "v.mp4")
 
 
+def test_several_manifests_are_one(tmp_path):
+    """In their order, each with its own folder and skip list; one alone is as it always was."""
+    for name in ("a", "b"):
+        rows = [{"id": str(i), "ego": {"video": f"{i}.mp4"}, "text": f"{name}{i}"} for i in range(4)]
+        write_jsonl(tmp_path / name / "m.jsonl", rows)
+    write_jsonl(tmp_path / "b" / "m.bad.jsonl", [{"id": "2", "videos": ["2.mp4"], "reasons": []}])
+    paths = [tmp_path / name / "m.jsonl" for name in ("a", "b")]
+    rows = read_manifests(paths)
+    assert [row["text"] for row in rows] == ["a0", "a1", "a2", "a3", "b0", "b1", "b3"]
+    assert rows[1]["ego"]["video"] == str((tmp_path / "a/1.mp4").resolve())
+    assert rows[5]["ego"]["video"] == str((tmp_path / "b/1.mp4").resolve())
+    assert read_manifests(paths[1:]) == read_manifest(paths[1])
+    rooted = read_manifests(paths, root=tmp_path)
+    assert {row["ego"]["video"] for row in rooted} == {str((tmp_path / f"{i}.mp4").resolve()) for i in range(4)}
+
+
+def test_an_id_of_two_manifests_still_names_one_row(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"id": "x", "text": "1"}, {"id": "y", "text": "2"}])
+    write_jsonl(tmp_path / "b.jsonl", [{"id": "y", "text": "3"}, {"id": "z", "text": "4"}])
+    rows = read_manifests([tmp_path / "a.jsonl", tmp_path / "b.jsonl"])
+    assert [row["id"] for row in rows] == ["x", "y", f"{tmp_path / 'b.jsonl'}: y", "z"]
+    with pytest.raises(DataError, match="named twice"):
+        read_manifests([tmp_path / "a.jsonl", tmp_path / "b.jsonl", tmp_path / "." / "a.jsonl"])
+    with pytest.raises(DataError, match="c.jsonl cannot be read"):
+        read_manifests([tmp_path / "a.jsonl", tmp_path / "c.jsonl"])
+
+
+def test_a_skip_list_that_leaves_nothing_is_named(tmp_path):
+    write_jsonl(tmp_path / "m.jsonl", [{"id": "x", "ego": {"video": "v.mp4"}}])
+    write_jsonl(tmp_path / "m.bad.jsonl", [{"id": "x", "videos": ["v.mp4"], "reasons": []}])
+    with pytest.raises(DataError, match="is empty: .*m.bad.jsonl leaves out all of its rows"):
+        read_manifest(tmp_path / "m.jsonl")
+    (tmp_path / "n.jsonl").write_text("")
+    with pytest.raises(DataError, match="n.jsonl is empty: it needs one JSON object a line"):
+        read_manifest(tmp_path / "n.jsonl")
+
+
+def test_importing_arranges_nothing(tmp_path):
+    """Only a stream with workers registers what ends them at exit, once."""
+    code = ("import atexit, multiprocessing.util as m, torch, numpy, av, sentencepiece, einops, safetensors.torch\n"
+            "before = atexit._ncallbacks(), len(m._finalizer_registry)\n"
+            "import model\nmodels = atexit._ncallbacks()\n"
+            "import data\nassert (atexit._ncallbacks() - models, len(m._finalizer_registry)) == (0, before[1])\n")
+    run("-c", f"import sys; sys.path.insert(0, {str(REPO)!r})\n{code}")
+
+
 def loader(toy, view="pair", split="pairs", **options):
     tokenizer = Tokenizer(toy / "toy" / "tokenizer.model")
     return Loader(read_manifest(toy / "toy" / f"{split}.jsonl"), PRESETS["toy"], tokenizer, view=view,
@@ -206,6 +253,15 @@ def test_a_worker_fails_with_one_sentence(toy):
     one.rows = [row | {"text": "word " * 300} for row in one.rows]
     with pytest.raises(DataError, match="tokens, over 256"):
         next(one.stream(0, 2, workers=1))
+
+
+def test_the_workers_of_all_streams_have_one_hook_at_exit(toy):
+    one = loader(toy, view="ego", split="ego")
+    next(one.stream(0, 2, workers=1))
+    hooks = atexit._ncallbacks()
+    next(one.stream(0, 2, workers=1))
+    next(one.stream(0, 2, workers=0))
+    assert atexit._ncallbacks() == hooks
 
 
 def test_a_slow_video_is_not_called_truncated(tmp_path):
