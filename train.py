@@ -20,12 +20,12 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -40,58 +40,101 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from data import (Batch, DataError, Loader, Tokenizer, add_flags, die_with_parent, file_lock, manifest_of,
-                  read_manifest, toy_tokenizer, toy_world)
+from data import (DataError, Loader, Tokenizer, add_flags, die_with_parent, file_lock, read_manifests, toy_split,
+                  toy_tokenizer, toy_world)
 from eval import toy_benchmark
-from model import (BLOCKS, IGNORE, PRESETS, VIDEO, DecoderBlock, Exo2Ego, attention, choose_attention,
-                   feature_kl, fingerprint, git_revision, file_hash, load_checkpoint, newest_checkpoint,
-                   load_delta, pick_device, autocast, read_state, to_device_and_dtype)
+from model import (BLOCKS, FORMAT, IGNORE, PRESETS, VIDEO, Exo2Ego, choose_attention, feature_kl, file_hash, fingerprint,
+                   git_revision, load_checkpoint, load_delta, newest_checkpoint, pick_device, read_state)
 
 
-# ------------------------------------------------------------------------------------------- the stage table
+# --------------------------------------------------------------------------------------------------- 1 the stage table
 @dataclass(frozen=True)
-class Phase:
-    """One row: what trains (part -> peak learning rate; the rest is frozen), on what, towards what."""
+class Stage:
+    """What trains, on what, towards what."""
     name: str
-    trains: dict[str, float]
+    trains: dict[str, float]            # part -> peak learning rate; every other part is frozen
     split: str                          # of the micro-world; --data replaces it
-    view: str                           # text | exo | ego | pair: what a sample shows
+    view: str                           # what a sample shows: text | exo | ego | pair
     losses: dict[str, float]            # weight of each term
-    batch: int                          # samples a step over all ranks
+    batch: int                          # samples a step, over all ranks
     steps: int = 0                      # 0: epochs decide
-    warmup: float = 0.03                # share of the steps; then cosine down to `floor` of the peak
     epochs: int = 1
+    warmup: float = 0.03                # share of the steps; after it a cosine goes down to `floor` of the peak
     floor: float = 0.05
-    text: str = "text"                  # what is supervised: the narration ("text"), answers ("turns"), "mix"
+    text: str = "text"                  # what is supervised: the narration ("text"), answers ("turns"), or "mix"
+    loss_fn: str = "views"              # which method of Objective makes the terms: views | language | clip
     copies: tuple = ()                  # parts that start as a copy: (from, to)
 
-# The micro-world: rates (on Muon's scale), steps and weights are our choice, from trials.
-TOY = {
-    0: (Phase("language", dict(decoder=3e-3), "corpus", "text", dict(vtg=1), 64, 110, 0.08, text="mix"),
-        Phase("clip", dict(exo_vit=1.5e-2, loss=1.5e-2), "corpus", "exo", dict(clip=1), 48, 150, 0.08),
-        Phase("init exo", dict(exo_vit=3e-3, exo_connector=1e-2), "corpus", "exo", dict(vtg=1), 48, 80, 0.08),
-        Phase("init ego", dict(ego_vit=3e-3, ego_connector=1e-3), "ego", "ego", dict(vtg=1), 32, 80, 0.08,
-              copies=(("exo_vit", "ego_vit"), ("exo_connector", "ego_connector")))),
-    1: (Phase("demonstrator self-preparation", dict(exo_vit=3e-3, exo_connector=3e-3), "pairs", "exo",
-              dict(vtg=1), 32, 120),),
-    2: (Phase("demonstrator-learner guidance", dict(ego_vit=1e-3, ego_connector=1e-3, F=3e-3, G=3e-3),
-              "pairs", "pair", dict(vtg=1, kl=5, ccl=0.1), 32, 480),),
-    3: (Phase("learner self-practice", dict(ego_vit=3e-4, F=3e-4, lora=3e-3), "instruct", "ego", dict(vtg=1),
-              32, 150, text="turns"),),
-}
-# The paper's rates, batches, epochs (noted); its Init comes with --base; what it leaves open is as in TOY.
-PAPER = {
-    stage: (replace(TOY[stage][0], trains=dict.fromkeys(TOY[stage][0].trains, lr), batch=batch, epochs=epochs,
-                    steps=0, floor=0),)
-    for stage, lr, batch, epochs in ((1, 1e-4, 256, 2), (2, 1e-4, 256, 2), (3, 2e-5, 64, 1))}
 
+# The paper: rates, batches and epochs are its own; the loss weights and the warm-up are our choice. Its Init is
+# VideoLLaMA2's training, whose weights come with --base.
+PAPER = {
+    1: (Stage(
+        name="demonstrator self-preparation",
+        trains=dict(exo_vit=1e-4, exo_connector=1e-4),
+        split="pairs", view="exo", losses=dict(vtg=1),
+        batch=256, epochs=2, floor=0),),
+    2: (Stage(
+        name="demonstrator-learner guidance",
+        trains=dict(ego_vit=1e-4, ego_connector=1e-4, F=1e-4, G=1e-4),
+        split="pairs", view="pair", losses=dict(vtg=1, kl=5, ccl=0.1),
+        batch=256, epochs=2, floor=0),),
+    3: (Stage(
+        name="learner self-practice",
+        trains=dict(ego_vit=2e-5, F=2e-5, lora=2e-5),
+        split="instruct", view="ego", losses=dict(vtg=1), text="turns",
+        batch=64, epochs=1, floor=0),),
+}
+# The micro-world: rates (on Muon's scale), steps and weights are our choice, from trials. Stage 0 is our stand-in for
+# a download: a decoder that reads visual tokens, a CLIP, and the paper's Init of both encoders.
+TOY = {
+    0: (Stage(
+            name="language",
+            trains=dict(decoder=3e-3),
+            split="corpus", view="text", losses=dict(vtg=1), text="mix", loss_fn="language",
+            batch=64, steps=110, warmup=0.08),
+        Stage(
+            name="clip",
+            trains=dict(exo_vit=1.5e-2, loss=1.5e-2),
+            split="corpus", view="exo", losses=dict(clip=1), loss_fn="clip",
+            batch=48, steps=150, warmup=0.08),
+        Stage(
+            name="init exo",
+            trains=dict(exo_vit=3e-3, exo_connector=1e-2),
+            split="corpus", view="exo", losses=dict(vtg=1),
+            batch=48, steps=80, warmup=0.08),
+        Stage(
+            name="init ego",
+            trains=dict(ego_vit=3e-3, ego_connector=1e-3),
+            copies=(("exo_vit", "ego_vit"), ("exo_connector", "ego_connector")),
+            split="ego", view="ego", losses=dict(vtg=1),
+            batch=32, steps=80, warmup=0.08)),
+    1: (Stage(
+        name="demonstrator self-preparation",
+        trains=dict(exo_vit=3e-3, exo_connector=3e-3),
+        split="pairs", view="exo", losses=dict(vtg=1),
+        batch=32, steps=120),),
+    2: (Stage(
+        name="demonstrator-learner guidance",
+        trains=dict(ego_vit=1e-3, ego_connector=1e-3, F=3e-3, G=3e-3),
+        split="pairs", view="pair", losses=dict(vtg=1, kl=5, ccl=0.1),
+        batch=32, steps=480),),
+    3: (Stage(
+        name="learner self-practice",
+        trains=dict(ego_vit=3e-4, F=3e-4, lora=3e-3),
+        split="instruct", view="ego", losses=dict(vtg=1), text="turns",
+        batch=32, steps=150),),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------- 2 flags
 @dataclass(frozen=True)
 class TrainConfig:
-    """Every flag. None: the stage table's row, or what the comment says. FREE ones may change on resuming."""
+    """Every flag. Where the default is None, the stage table's row decides, or what stands in the comment's brackets."""
     stage: Literal[0, 1, 2, 3]                      # 0 Init | 1 demonstrator | 2 guidance | 3 self-practice
     preset: Literal["toy", "small", "7b"] = "toy"   # all sizes; 7b is the paper's
-    data: str = "out/toy"                           # a manifest (.jsonl), or the micro-world's folder
-    root: str | None = None                         # where the manifest's paths start (its folder)
+    data: list[str] = field(default_factory=lambda: ["out/toy"])    # manifests (.jsonl), or the micro-world's folder
+    root: str | None = None                         # where the paths of the manifests start (each one's folder)
     base: str | None = None                         # untouched weights, a folder (stage0 beside --out)
     vision: str | None = None                       # a CLIP directory, where --base has no vision tower
     tokenizer: str | None = None                    # a tokenizer.model (the one beside the weights)
@@ -101,7 +144,7 @@ class TrainConfig:
     epochs: int | None = None                       # instead of steps
     batch: int | None = None                        # samples a step over all ranks
     micro_batch: int | None = None                  # samples a forward of one rank (batch / ranks)
-    lr: float | None = None  # peak rate of the fastest part; the others keep their ratio
+    lr: float | None = None                         # peak rate of the fastest part; the others keep their ratio
     seed: int = 0                                   # of new weights and of the order of samples
     dtype: Literal["bfloat16", "float32"] | None = None     # compute (bfloat16 on CUDA, else float32)
     optimizer: Literal["muon", "adamw"] | None = None       # of matrices (muon; adamw for 7b)
@@ -110,7 +153,7 @@ class TrainConfig:
     val_every: int | None = None                    # steps between validation losses
     workers: int = 1                                # loader processes a rank
     fsdp: bool = False                              # FSDP2 instead of DDP: a rank holds its share of it all
-    checkpoint_activations: bool = False            # computed again in backward: less memory, more work
+    checkpoint_activations: bool = False            # backward computes whole blocks again: less memory, more work
     compile: bool = False                           # torch.compile of the blocks: a slow start, less memory
     timeout: int = 600                              # seconds until a silent rank ends the run
     max_bad: float = 0.01                           # share of samples that may be unreadable
@@ -118,7 +161,7 @@ class TrainConfig:
     overfit: bool = False                           # train on the first batch only
     no_eval: bool = False                           # skip the benchmark at the end
     no_kl: bool = False                             # the paper's ablation: no KL(exo || F(ego))
-    no_cycle: bool = False                          # the paper's ablation: no cycle consistency, so no G
+    no_cycle: bool = False                          # the paper's ablation: no cycle consistency; G stays as it is
     forward_cycle_only: bool = False                # the paper's ablation: |G(F(x)) - x| alone
     no_mapping: bool = False                        # the paper's ablation: x alone, neither F nor G
     mapping: Literal["resnet", "mlp"] = "resnet"    # of which blocks F and G are; mlp is an ablation
@@ -130,98 +173,161 @@ class TrainConfig:
     ccl_weight: float | None = None                 # instead of the stage table's
     kl_temperature: float = 1.0                     # of the softmax over channels
 
-FREE = {"out", "save_every", "keep", "val_every", "workers", "timeout", "micro_batch", "no_eval", "max_bad",
-        "fsdp", "checkpoint_activations", "base", "init"}       # those two are known by their hashes
-ZERO = {"stage", "seed", "workers", "max_bad", "contrastive", "kl_weight", "ccl_weight"}        # may be 0
-STAGE_2 = {"no_kl", "no_cycle", "forward_cycle_only", "no_mapping", "mapping", "contrastive", "shuffle_pairs",
-           "kl_space", "kl_weight", "ccl_weight", "kl_temperature"}     # would do nothing elsewhere
+    @property
+    def world(self) -> str | None:
+        """The folder of the micro-world, or None where manifests are given."""
+        return None if self.data[0].endswith(".jsonl") else self.data[0]
+
+
+# Flags that may differ when a run resumes: they do not change what it computes (micro_batch does with --contrastive,
+# whose negatives are the micro batch). base and init are known by their hashes.
+MAY_CHANGE = {"out", "save_every", "keep", "val_every", "workers", "timeout", "micro_batch", "no_eval", "max_bad", "fsdp",
+              "checkpoint_activations", "base", "init"}
+MAY_BE_ZERO = {"stage", "seed", "workers", "max_bad", "contrastive", "kl_weight", "ccl_weight"}
+STAGE_2_ONLY = {"no_kl", "no_cycle", "forward_cycle_only", "no_mapping", "mapping", "contrastive", "shuffle_pairs",
+                "kl_space", "kl_weight", "ccl_weight", "kl_temperature"}
+
 
 def parse(argv: list[str] | None = None) -> TrainConfig:
-    """The command line: one flag a field; unknown, abbreviated and misspelt ones are refused by name."""
+    """The command line: one flag a field. Unknown, abbreviated and misspelt flags are refused by name."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(parser, TrainConfig)
+    add_flags(parser, TrainConfig, [f.name for f in fields(TrainConfig) if f.name != "data"])
+    parser.add_argument("--data", nargs="+", default=["out/toy"], help="manifests (.jsonl), or the micro-world's folder")
     cfg = TrainConfig(**vars(parser.parse_args(argv)))
     for name, value in vars(cfg).items():
-        if type(value) in (int, float) and name not in ZERO and not value > 0:
-            parser.error(f"--{name.replace('_', '-')} {value}: a number above 0 is needed")
-        if name in STAGE_2 and cfg.stage != 2 and value != getattr(TrainConfig, name):
-            parser.error(f"--{name.replace('_', '-')} is of stage 2, whose F and G stage 3 goes on with")
-    if cfg.data.endswith(".jsonl") != Path(cfg.data).is_file():
-        parser.error(f"--data {cfg.data}: a manifest is a file that ends in .jsonl, a micro-world a folder")
+        flag = "--" + name.replace("_", "-")
+        if type(value) in (int, float) and name not in MAY_BE_ZERO and not value > 0:
+            parser.error(f"{flag} {value}: a number above 0 is needed")
+        if name in STAGE_2_ONLY and cfg.stage != 2 and value != getattr(TrainConfig, name):
+            parser.error(f"{flag} is of stage 2, whose F and G stage 3 goes on with")
+    for path in cfg.data:
+        is_manifest = path.endswith(".jsonl")
+        one_of_many = len(cfg.data) > 1
+        if is_manifest != Path(path).is_file() or one_of_many and not is_manifest:
+            parser.error(f"--data {path}: a manifest is a file that ends in .jsonl, a micro-world one folder")
+
+    # What is not given lies beside --out.
     out = Path(cfg.out or f"out/stage{cfg.stage}")
-    return replace(cfg, out=str(out), base=cfg.base or str(out.parent / "stage0"),
-                   init=cfg.init or str(out.parent / f"stage{max(cfg.stage - 1, 0)}"),
-                   optimizer=cfg.optimizer or ("adamw" if cfg.preset == "7b" else "muon"))
+    stage_0 = out.parent / "stage0"
+    earlier = out.parent / f"stage{max(cfg.stage - 1, 0)}"
+    optimizer = "adamw" if cfg.preset == "7b" else "muon"
+    return replace(
+        cfg,
+        out=str(out),
+        base=cfg.base or str(stage_0),
+        init=cfg.init or str(earlier),
+        optimizer=cfg.optimizer or optimizer)
 
-def phases(cfg: TrainConfig) -> tuple[Phase, ...]:
-    """The rows of this run: the table's, changed by the flags."""
-    rows = (PAPER if cfg.preset == "7b" else TOY).get(cfg.stage)
-    if rows is None:
+
+def stages_of(cfg: TrainConfig) -> tuple[Stage, ...]:
+    """The rows of this run: the table's, changed by the flags. Stage 0 has four, every other stage one."""
+    table = PAPER if cfg.preset == "7b" else TOY
+    if cfg.stage not in table:
         raise DataError("stage 0 is the micro-world's own: --preset 7b is of stages 1, 2 and 3")
-    no_cycle = cfg.no_mapping or cfg.no_cycle
-    gone = dict(F=cfg.no_mapping, G=no_cycle, ccl=no_cycle, kl=cfg.no_mapping or cfg.no_kl, lora=cfg.no_lora)
-    given = dict(kl=cfg.kl_weight, ccl=cfg.ccl_weight, contrastive=cfg.contrastive) if cfg.stage == 2 else {}
+    return tuple(changed_by_flags(stage, cfg) for stage in table[cfg.stage])
 
-    def change(row: Phase) -> Phase:
-        trains = {part: lr for part, lr in row.trains.items() if not gone.get(part)}
-        losses = row.losses | {name: weight for name, weight in given.items() if weight is not None}
-        factor = cfg.lr / max(trains.values()) if cfg.lr else 1
-        return replace(row, trains={part: lr * factor for part, lr in trains.items()},
-                       losses={name: weight for name, weight in losses.items() if not gone.get(name)},
-                       batch=cfg.batch or row.batch, epochs=cfg.epochs or row.epochs,
-                       steps=0 if cfg.epochs else cfg.steps or row.steps)
-    return tuple(map(change, rows))
 
-# ------------------------------------------------------------------------------------------------ the losses
+def changed_by_flags(stage: Stage, cfg: TrainConfig) -> Stage:
+    losses = dict(stage.losses)
+    trains = dict(stage.trains)
+    if cfg.stage == 2:
+        given = dict(kl=cfg.kl_weight, ccl=cfg.ccl_weight, contrastive=cfg.contrastive)
+        losses |= {name: weight for name, weight in given.items() if weight is not None}
+
+    # The ablations take away parts and losses.
+    gone = set()
+    if cfg.no_mapping:
+        gone |= {"F", "G", "kl", "ccl"}
+    if cfg.no_cycle:
+        gone |= {"G", "ccl"}
+    if cfg.no_kl:
+        gone |= {"kl"}
+    if cfg.no_lora:
+        gone |= {"lora"}
+    trains = {part: rate for part, rate in trains.items() if part not in gone}
+    losses = {name: weight for name, weight in losses.items() if name not in gone}
+
+    # --lr is the fastest part's rate; the other parts keep their ratio to it.
+    factor = cfg.lr / max(trains.values()) if cfg.lr else 1
+    trains = {part: rate * factor for part, rate in trains.items()}
+    return replace(
+        stage,
+        trains=trains,
+        losses=losses,
+        batch=cfg.batch or stage.batch,
+        epochs=cfg.epochs or stage.epochs,
+        steps=0 if cfg.epochs else cfg.steps or stage.steps)
+
+
+# --------------------------------------------------------------------------------------------- 3 the paper's objectives
 class Objective(nn.Module):
-    """The losses of a phase. Each term is a sum over samples (or tokens) divided by the whole step's count,
-    so that micro batches and ranks add up to the plain mean; DDP averages, hence the factor `world`."""
-    def __init__(self, model: Exo2Ego, tokenizer: Tokenizer, phase: Phase, cfg: TrainConfig, world: int):
+    """The losses of a stage. Each term is a sum over samples (or tokens), divided by what the whole step holds, so that
+    micro batches and ranks add up to the plain mean. DDP averages over ranks, hence the factor `world`.
+
+    To add a loss: give it a weight in the stage table and return its term from `views`, a vector whose sum counts: one
+    number a sample.
+    """
+    def __init__(self, model: Exo2Ego, tokenizer: Tokenizer | None, stage: Stage, cfg: TrainConfig, world: int):
         super().__init__()
-        self.model, self.tokenizer, self.phase, self.cfg, self.world = model, tokenizer, phase, cfg, world
-        self.loss = nn.Module()                                 # what a loss needs and the model does not
-        if "clip" in phase.losses:
+        self.model, self.tokenizer = model, tokenizer
+        self.stage, self.cfg, self.world = stage, cfg, world
+        # What a loss needs and the model does not.
+        self.loss = nn.Module()
+        if "clip" in stage.losses:
             self.loss.words = nn.EmbeddingBag(model.cfg.vocab, 64, mode="sum")
             self.loss.image = nn.Linear(model.cfg.vit_width, 64)
             self.loss.log_scale = nn.Parameter(torch.tensor(14.0).log())
-        if "ccl" in phase.losses:
-            self.loss.register_buffer("std", torch.ones(model.cfg.patches_per_side, model.cfg.patches_per_side, model.cfg.vit_width))
+        if "ccl" in stage.losses:
+            side = model.cfg.patches_per_side
+            self.loss.register_buffer("feature_std", torch.ones(side, side, model.cfg.vit_width))
 
     def forward(self, batch, supervised: float, samples: int) -> dict[str, Tensor]:
-        """-> {"loss": the weighted sum, and each term} of one micro batch, as its share of the step."""
-        token_share, sample_share = self.world / max(supervised, 1), self.world / samples
-        terms = {"language": self.language, "clip": self.clip}.get(self.phase.name, self.see)(batch)
-        if wrong := {*terms} ^ {*self.phase.losses} or {n for n, t in terms.items() if t.dim() != 1}:
+        """-> {"loss": the weighted sum, and each term} of one micro batch, as its share of the whole step, which holds
+        `supervised` tokens (each counted once for every sample it serves) and `samples` samples."""
+        if self.stage.loss_fn == "language":
+            terms = self.language(batch)
+        elif self.stage.loss_fn == "clip":
+            terms = self.clip(batch)
+        else:
+            terms = self.views(batch)
+        # Every term needs a weight, every weight a term.
+        wrong = set(terms) ^ set(self.stage.losses)
+        wrong = wrong or {name for name, term in terms.items() if term.dim() != 1}
+        if wrong:
             raise DataError(f"{wrong}: a loss is a weight in the stage table and a term of shape (samples,)")
-        terms = {n: t.sum() * (token_share if n == "vtg" else sample_share) for n, t in terms.items()}
-        return terms | {"loss": sum(self.phase.losses[name] * value for name, value in terms.items())}
 
-    def vtg(self, visual: Tensor, batch) -> Tensor:
-        """Vision-grounded text generation: next-token cross-entropy of each supervised token."""
-        if not batch.lens:  # no row with text: a stand-in of weight 0, so that all ranks run the same blocks
-            ids = torch.tensor([VIDEO] * visual.shape[1] + [1], device=batch.ids.device)
-            batch = replace(batch, ids=ids, labels=ids.where(ids > 0, IGNORE), weights=ids * 0,
-                            lens=[len(ids)], text_of=torch.zeros_like(ids[:1]))
-        shown = visual[batch.text_of.to(visual.device)]
-        logits, targets = self.model.text_logits(shown, batch.ids, batch.labels, batch.lens)
-        weight = batch.weights[1:][batch.weights[1:] > 0].to(logits.device)   # 2: two exo views
-        return F.cross_entropy(logits.float(), targets, reduction="none") * weight
+        # Text is averaged over tokens, everything else over samples.
+        shares = {}
+        loss = 0
+        for name, term in terms.items():
+            count = max(supervised, 1) if name == "vtg" else samples
+            shares[name] = term.sum() * (self.world / count)
+            loss = loss + self.stage.losses[name] * shares[name]
+        return shares | {"loss": loss}
 
-    def see(self, batch) -> dict[str, Tensor]:
-        """Init and stages 1 and 3 show one view and have one loss; stage 2 shows two and has them all."""
-        model, losses = self.model, self.phase.losses
+    def views(self, batch) -> dict[str, Tensor]:
+        """Init and stages 1 and 3 show one view and have one loss; stage 2 shows both and has them all."""
+        model, losses = self.model, self.stage.losses
         if batch.ego is None:
             return {"vtg": self.vtg(model.encode_exo(batch.exo), batch)}
-        x = model.patch_features(model.ego_vit, batch.ego)                            # (E, T, h, w, D): E moments
-        if self.phase.view == "ego" or model.F is None:
+        x = model.patch_features(model.ego_vit, batch.ego)                  # (E, T, h, w, D): E moments
+        if self.stage.view == "ego" or model.F is None:
             return {"vtg": self.vtg(model.ego_tokens(x), batch)}
-        with torch.no_grad():                                               # the demonstrator is frozen
-            y = model.patch_features(model.exo_vit, batch.exo)            # (X, T, h, w, D): their X exo views
+
+        # The demonstrator is frozen, so its features need no gradient. Its connector is frozen too, but it also reads
+        # F(x) below, and there gradients pass through it to F.
+        with torch.no_grad():
+            y = model.patch_features(model.exo_vit, batch.exo)              # (X, T, h, w, D): their X exo views
+        # The learner reads [con_ego(x) ; con_exo(F(x))].
         fx = model.F(x)
-        estimate = model.exo_connector(fx)
-        terms = {"vtg": self.vtg(torch.cat([model.ego_connector(x), estimate], dim=1), batch)}
-        pair = batch.ego_of.to(x.device)                        # the moment that each exo view shows
+        own = model.ego_connector(x)                                        # (E, 1521, 4096)
+        estimate = model.exo_connector(fx)                                  # (E, 1521, 4096)
+        visual = torch.cat([own, estimate], dim=1)
+        terms = {"vtg": self.vtg(visual, batch)}
+
+        # Each exo view shows the moment of one ego clip: they are compared pair by pair.
+        pair = batch.ego_of.to(x.device)
         if "kl" in losses:
             terms["kl"] = self.kl(y, fx[pair], estimate[pair])
         if "ccl" in losses:
@@ -230,145 +336,425 @@ class Objective(nn.Module):
             terms["contrastive"] = self.contrastive(y, fx[pair])
         return terms
 
+    def vtg(self, visual: Tensor, batch) -> Tensor:
+        """Vision-grounded text generation: the next-token cross-entropy of each supervised token."""
+        if not batch.lens:
+            # No row has text. A stand-in lets all ranks run the same blocks; its loss is a sum over no tokens, 0.
+            tokens = [VIDEO] * visual.shape[1] + [1]
+            ids = torch.tensor(tokens, device=batch.ids.device)
+            batch = replace(
+                batch,
+                ids=ids,
+                labels=ids.where(ids > 0, IGNORE),
+                weights=ids * 0,
+                lens=[len(ids)],
+                text_of=torch.zeros_like(ids[:1]))
+        # The clip that each text tells of.
+        shown = visual[batch.text_of.to(visual.device)]
+        logits, targets = self.model.text_logits(shown, batch.ids, batch.labels, batch.lens)
+        # A narration of two exo views counts twice.
+        weights = batch.weights[1:]
+        weights = weights[weights > 0].to(logits.device)
+        losses = F.cross_entropy(logits.float(), targets, reduction="none")
+        return losses * weights
+
     def kl(self, y: Tensor, fx: Tensor, estimate: Tensor) -> Tensor:
-        """KL(exo || F(ego)) of each pair (X,), on the tokens that the decoder reads or on the patch grid."""
+        """KL(exo || F(ego)) of each pair (X,), on the tokens that the decoder reads or on the patches."""
         if self.cfg.kl_space == "connector":
             with torch.no_grad():
-                target = self.model.exo_connector(y)                        # (X, n, W)
+                target = self.model.exo_connector(y)                        # (X, 1521, 4096)
         else:
-            target, estimate = (rearrange(g, "b t h w d -> b (t h w) d") for g in (y, fx))
+            target, estimate = (rearrange(t, "b t h w d -> b (t h w) d") for t in (y, fx))
         return feature_kl(target, estimate, self.cfg.kl_temperature)
 
     def cycle(self, x: Tensor, y: Tensor, pair: Tensor) -> Tensor:
-        """CCL(F, G) of each pair (X,): |G(F(x)) - x| + |F(G(y)) - y|, standardised by the demonstrator's
-        statistics. x (of E moments) and y are data here, as in CycleGAN: only F and G learn from it."""
-        def distance(a, b):
-            return ((a - b) / self.loss.std).abs().flatten(1).mean(1)       # the mean cancels
-        forward = distance(self.model.G(self.model.F(x)), x)[pair]
-        backward = 0 if self.cfg.forward_cycle_only else distance(self.model.F(self.model.G(y)), y)
-        return forward + backward
+        """CCL(F, G) of each pair (X,): |G(F(x)) - x| + |F(G(y)) - y|, in units of the demonstrator's spread.
+
+        x (of E moments) and y are data here, as in CycleGAN: only F and G learn from it.
+        """
+        F_, G = self.model.F, self.model.G
+        forward = self.distance(G(F_(x)), x)[pair]
+        if self.cfg.forward_cycle_only:
+            return forward
+        return forward + self.distance(F_(G(y)), y)
+
+    def distance(self, a: Tensor, b: Tensor) -> Tensor:
+        """Mean absolute difference of each sample. Standardising subtracts one mean from both, so only the spread counts."""
+        return ((a - b) / self.loss.feature_std).abs().flatten(1).mean(1)
 
     def contrastive(self, y: Tensor, fx: Tensor, tau: float = 0.07) -> Tensor:
-        """InfoNCE (X,) of pooled F(x) against the y of all ranks: it depends on the batch."""
-        a, b = (F.normalize(g.float().mean((1, 2, 3)), dim=-1) for g in (fx, y))
+        """InfoNCE (X,) of pooled F(x) against the y of all ranks. It depends on what else is in the batch."""
+        # One vector a clip, the mean over its patches.
+        a = F.normalize(fx.float().mean((1, 2, 3)), dim=-1)
+        b = F.normalize(y.float().mean((1, 2, 3)), dim=-1)
         first = 0
         if self.world > 1:
-            others = [torch.empty_like(b) for _ in range(self.world)]
-            dist.all_gather(others, b)                          # y is frozen: no gradient goes back
-            first, b = dist.get_rank() * len(b), torch.cat(others)
-        return F.cross_entropy(a @ b.T / tau, first + torch.arange(len(a), device=a.device), reduction="none")
+            # y is frozen, so no gradient has to go back to the other ranks.
+            of_ranks = [torch.empty_like(b) for _ in range(self.world)]
+            dist.all_gather(of_ranks, b)
+            first = dist.get_rank() * len(b)
+            b = torch.cat(of_ranks)
+        own = first + torch.arange(len(a), device=a.device)
+        return F.cross_entropy(a @ b.T / tau, own, reduction="none")
 
     @torch.no_grad()
-    def measure(self, loader: Loader, samples: int = 256):
-        """The cycle's constant, stored in the checkpoint: spread of exo features per patch and channel."""
-        n, total, squares, samples = 0, 0, 0, min(samples, loader.samples)
-        for i in range(0, samples, loader.micro):               # sums: 256 grids of 7b are 10 GB
-            frames = loader.micro_batch(range(i, min(i + loader.micro, samples))).exo.to(self.loss.std.device)
-            y = self.model.patch_features(self.model.exo_vit, frames).flatten(0, 1).cpu().double()    # (m T, h, w, D)
-            n, total, squares = n + len(y), total + y.sum(0), squares + y.square().sum(0)
-        self.loss.std.copy_(((squares - total ** 2 / n) / (n - 1)).clamp(min=1e-6).sqrt())
+    def measure_feature_std(self, loader: Loader, samples: int = 256):
+        """The cycle's constant, which the checkpoint stores: the spread of exo features per patch and channel."""
+        std = self.loss.feature_std
+        samples = min(samples, loader.samples)
+        # Sums, batch by batch: the features of 256 clips of 7b are 10 GB.
+        n, total, squares = 0, 0, 0
+        for i in range(0, samples, loader.micro):
+            indices = range(i, min(i + loader.micro, samples))
+            frames = loader.micro_batch(indices).exo.to(std.device)
+            y = self.model.patch_features(self.model.exo_vit, frames)
+            y = y.flatten(0, 1).cpu().double()                              # (m T, h, w, D)
+            n += len(y)
+            total = total + y.sum(0)
+            squares = squares + y.square().sum(0)
+        variance = (squares - total ** 2 / n) / (n - 1)
+        std.copy_(variance.clamp(min=1e-6).sqrt())
 
+    # ------------------------------------------------------------------------------------------ 4 stage 0's stand-ins
     def language(self, batch) -> dict[str, Tensor]:
-        """Stage 0, instead of a download: the decoder learns to read scattered, noisy words before a text."""
+        """Instead of a download: the decoder learns to read scattered, noisy words that stand before a text."""
         words = [self.tokenizer.encode(text) for text in batch.texts]
         mixture = scatter_words(words, self.model.cfg.visual_tokens, self.model.cfg.vocab)
         visual = mixture.to(batch.ids.device) @ self.model.decoder.embedding.weight         # (B, slots, W)
         return {"vtg": self.vtg(visual + 0.1 * torch.randn_like(visual), batch)}
 
     def clip(self, batch) -> dict[str, Tensor]:
-        """Stage 0: CLIP's InfoNCE of frames and narrations; its text tower, a bag of words, is not kept."""
-        grid = self.model.patch_features(self.model.exo_vit, batch.exo[:, ::2])  # every second frame: (B, T/2, h, w, D)
-        image = self.loss.image(rearrange(grid, "b t h w d -> (b t) (h w) d").amax(1))
-        words = [self.tokenizer.encode(text) for text in batch.texts]
-        starts = torch.tensor([0] + [len(w) for w in words[:-1]], device=image.device).cumsum(0)
-        text = self.loss.words(torch.tensor(sum(words, []), device=image.device), starts)
-        image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
-        logits = self.loss.log_scale.exp() * image @ text.T                 # (B*T/2, B)
-        same = torch.tensor([[float(a == b) for b in batch.texts] for a in batch.texts], device=image.device)
-        right = same.repeat_interleave(grid.shape[1], 0)        # equal narrations are equally right
-        both = sum((logits.log_softmax(d) * right / right.sum(d, keepdim=True)).sum(d).mean() for d in (0, 1))
-        return {"clip": (-both / 2 * len(text))[None]}
+        """CLIP's InfoNCE of frames and narrations. Its text tower, a bag of words, is not kept."""
+        # Every second frame, its strongest patch in each channel.
+        features = self.model.patch_features(self.model.exo_vit, batch.exo[:, ::2])         # (B, T/2, h, w, D)
+        image = self.loss.image(rearrange(features, "b t h w d -> (b t) (h w) d").amax(1))
 
-# --------------------------------------------------------------------------------------- stage 0, our stand-in
+        # Narrations as bags of words.
+        words = [self.tokenizer.encode(text) for text in batch.texts]
+        lengths = [0] + [len(word_ids) for word_ids in words[:-1]]
+        starts = torch.tensor(lengths, device=image.device).cumsum(0)
+        flat = torch.tensor(sum(words, []), device=image.device)
+        text = self.loss.words(flat, starts)
+
+        image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+        logits = self.loss.log_scale.exp() * image @ text.T                                 # (B*T/2, B)
+        # Equal narrations are equally right.
+        same = [[float(a == b) for b in batch.texts] for a in batch.texts]
+        same = torch.tensor(same, device=image.device)                                      # (B, B)
+        right = same.repeat_interleave(features.shape[1], 0)                                # (B*T/2, B)
+        text_to_image = logits.log_softmax(0) * right / right.sum(0, keepdim=True)
+        text_to_image = text_to_image.sum(0).mean()
+        image_to_text = logits.log_softmax(1) * right / right.sum(1, keepdim=True)
+        image_to_text = image_to_text.sum(1).mean()
+        # A mean over the batch, given as a sum over it: `forward` divides by the samples.
+        mean = -(text_to_image + image_to_text) / 2
+        return {"clip": (mean * len(text))[None]}
+
+
 def scatter_words(texts: list[list[int]], slots: int, vocab: int) -> Tensor:
-    """How loud each word is in each slot that stands for a video (B, slots, vocab): the words of a text, each
-    spread over few or many slots, among fainter words of another. What the toy decoder learns to read."""
+    """The weight of each word in each place of a video's tokens (B, slots, vocab): the words of a text, each spread over
+    few or many places, among fainter words of another text. The toy decoder learns to read this."""
     mixture = torch.zeros(len(texts), slots, vocab)
     for row, own, other in zip(mixture, texts, texts[-1:] + texts):
-        loud = torch.cat([torch.empty(len(own)).uniform_(0.7, 1.3), torch.empty(len(other)).uniform_(0, 0.5)])
-        focus = 10 ** torch.empty(len(loud), 1).uniform_(-1.5, 1)  # small: one slot; large: all of them
-        spread = torch._standard_gamma(focus.expand(-1, slots)) + 1e-6      # (words, slots)
-        spread = 0.35 * slots * loud[:, None] * spread / spread.sum(1, keepdim=True)
-        row.index_add_(1, torch.tensor(own + other), spread.T.contiguous())
+        strong = torch.empty(len(own)).uniform_(0.7, 1.3)
+        faint = torch.empty(len(other)).uniform_(0, 0.5)
+        weight = torch.cat([strong, faint])
+        # A small focus puts a word into one place, a large one into all of them.
+        focus = 10 ** torch.empty(len(weight), 1).uniform_(-1.5, 1)
+        spread = torch._standard_gamma(focus.expand(-1, slots)) + 1e-6                      # (words, slots)
+        share = spread.sum(1, keepdim=True)
+        spread = 0.35 * slots * weight[:, None] * spread / share
+        words = torch.tensor(own + other)
+        row.index_add_(1, words, spread.T.contiguous())
     return mixture
 
 
-# -------------------------------------------------------------------------------------------- the optimisers
+# ---------------------------------------------------------------------------------------- 5 optimisers and the schedule
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised, scaled to AdamW's step: all directions of a matrix learn at one speed, or the
-    connector never starts. torch's own works in bfloat16 (10-40x slower on a CPU), without convolutions."""
+    """Momentum, made orthogonal, scaled to the size of AdamW's step: all directions of a matrix learn at one speed.
+    Without it the toy's connector does not start to learn. torch's own Muon takes no convolutions."""
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 0.05)
-                update = orthogonal(p.grad.lerp(momentum, 0.95).flatten(1)).view_as(p)          # Nesterov
-                p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.flatten(1).shape)))
+                state = self.state[p]
+                momentum = state.setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 0.05)
+                # Nesterov: the gradient, moved towards the momentum.
+                ahead = p.grad.lerp(momentum, 0.95)
+                update = orthogonal(ahead.flatten(1)).view_as(p)
+                size = 0.2 * math.sqrt(max(p.flatten(1).shape))
+                p.add_(update, alpha=-group["lr"] * size)
+
 
 def orthogonal(m: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrix, roughly: five Newton-Schulz steps, Muon's coefficients."""
+    """The nearest semi-orthogonal matrix, roughly, by five Newton-Schulz steps with Muon's coefficients."""
     x = m.T if m.shape[0] > m.shape[1] else m
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(5):
+        # A = x x^T
+        # B = -4.7750 A + 2.0315 A A
+        # x = 3.4445 x + B x
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x.T if m.shape[0] > m.shape[1] else x
 
+
 def make_optimizers(trained: dict[str, nn.Parameter], rates: dict[str, float], kind: str) -> list:
-    """Muon for the matrices inside the network, AdamW for the rest (both ends, norms, biases, depthwise
-    filters); kind "adamw": AdamW for all. `rates`: peak learning rate of each name."""
-    groups = {True: {}, False: {}}
+    """Muon for the matrices inside the network, AdamW for the rest: both ends, norms, biases, depthwise filters. Kind
+    "adamw": AdamW for all. `rates` is the peak learning rate of each name."""
+    matrices, others = {}, {}                                   # rate -> parameters
     for name, p in trained.items():
-        ends = any(word in name for word in ("embedding", "position", "head", "loss."))
-        matrix = kind == "muon" and not ends and p.ndim >= 2 and p.shape[1] > 1
-        groups[matrix].setdefault(rates[name], []).append(p)
-    muon, adamw = ([dict(params=ps, lr=lr, peak=lr) for lr, ps in by.items()] for by in groups.values())
-    return ([Muon(muon, {})] if muon else []) + ([torch.optim.AdamW(
-        adamw, betas=(0.9, 0.95), weight_decay=0, fused=True)] if adamw else [])
+        is_end = any(word in name for word in ("embedding", "position", "head", "loss."))
+        is_matrix = p.ndim >= 2 and p.shape[1] > 1
+        by_rate = matrices if kind == "muon" and is_matrix and not is_end else others
+        by_rate.setdefault(rates[name], []).append(p)
 
-def schedule(step: int, steps: int, phase) -> float:
-    """Share of the peak rate at a step: linear warm-up, then cosine down to `floor`."""
-    warm = max(1, round(phase.warmup * steps))
-    cosine = 0.5 + 0.5 * math.cos(math.pi * (step - warm) / max(1, steps - warm))
-    return (step + 1) / warm if step < warm else phase.floor + (1 - phase.floor) * cosine
+    optimizers = []
+    if matrices:
+        groups = [dict(params=params, lr=rate, peak_lr=rate) for rate, params in matrices.items()]
+        optimizers.append(Muon(groups, {}))
+    if others:
+        groups = [dict(params=params, lr=rate, peak_lr=rate) for rate, params in others.items()]
+        optimizers.append(torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0, fused=True))
+    return optimizers
 
 
-# ----------------------------------------------------------------------------------------------------- a run
+def schedule(step: int, steps: int, stage: Stage) -> float:
+    """Share of the peak rate at a step: linear warm-up, then a cosine down to the stage's floor."""
+    warm = max(1, round(stage.warmup * steps))
+    if step < warm:
+        return (step + 1) / warm
+    left = max(1, steps - warm)
+    cosine = 0.5 + 0.5 * math.cos(math.pi * (step - warm) / left)
+    return stage.floor + (1 - stage.floor) * cosine
+
+
+# ------------------------------------------------------------------------- 6 where a stage starts, what trains, its loader
 @dataclass
 class Run:
-    """One process of a run: its flags and place, and what its checkpoints will record."""
-    cfg: object                                                 # train.py: TrainConfig
+    """One process of a run: its flags, its place among the ranks, and what its checkpoints will record."""
+    cfg: TrainConfig
     rank: int
     world: int
     device: torch.device
     bf16: bool
     attention: str = ""                                         # which backend, and why
-    total: int = 0                                              # steps of all phases
-    record: dict = field(default_factory=lambda: dict(base=None, base_hash=None, init=None))
-    inherited: set = field(default_factory=set)                 # tensors that earlier stages trained
-    stop: float = 0.0                                           # when a signal asked it to
+    total: int = 0                                              # steps of all its stages
+    provenance: dict = field(default_factory=lambda: dict(base=None, base_hash=None, init=None))
+    inherited: set = field(default_factory=set)                 # names of tensors that earlier stages trained
+    stop: float = 0.0                                           # when a signal asked it to stop
 
-    def sum(self, tensor: Tensor) -> list:
+    def autocast(self):
+        """The context of a forward pass: products in bfloat16 if asked for, norms and losses in float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def sum(self, tensor: Tensor) -> list[float]:
+        """The sum of a tensor over all ranks, as numbers."""
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor.tolist()
 
+    def mean(self, totals: dict[str, Tensor]) -> dict[str, float]:
+        """The mean of each loss over all ranks."""
+        sums = self.sum(torch.stack(list(totals.values())))
+        return {name: total / self.world for name, total in zip(totals, sums)}
+
+
+def initial_model(run: Run) -> tuple[Exo2Ego, Tokenizer]:
+    """The model at the start of the stage: the previous stage's, or published weights, plus the parts it adds."""
+    cfg = run.cfg
+    torch.manual_seed(cfg.seed * 10 + cfg.stage)
+    if cfg.stage == 0:
+        model = Exo2Ego(PRESETS[cfg.preset])
+        return model, Tokenizer(toy_tokenizer(cfg.world, toy_world(cfg.world)))
+
+    # What the stage starts from, and the parts that it adds to it.
+    base = base_folder(cfg)
+    published = base is not None and (base / "config.json").is_file()
+    added = {}
+    if cfg.stage == 1:
+        source, state = init_checkpoint(base if published else cfg.init, 0)
+    else:
+        source, state = init_checkpoint(cfg.init, cfg.stage - 1)
+    if cfg.stage == 2 and not cfg.no_mapping:
+        added = {"mapping": cfg.mapping}
+    if cfg.stage == 3 and not cfg.no_lora:
+        added = {"lora": True}
+    if state["base"] is None:
+        base = source
+    model, state = load_checkpoint(source, base, cfg.vision, **added)
+    tokenizer = Tokenizer(cfg.tokenizer or source)
+
+    vocab = model.cfg.vocab
+    if tokenizer.size > vocab:
+        raise DataError(f"{tokenizer.path}: {tokenizer.size} pieces, the decoder {vocab}: pass its --tokenizer")
+    sizes = replace(model.cfg, mapping="none", lora=False)
+    if not published and sizes != PRESETS[cfg.preset]:
+        raise DataError(f"{source} has other sizes than --preset {cfg.preset}: pass its own preset")
+
+    # What the checkpoints of this run record of where it began. Of a run they record its folder: the newest step counts.
+    recorded_base = base if published else base.parent
+    run.provenance |= dict(
+        init=fingerprint(source),
+        base_hash=fingerprint(base),
+        base=os.path.relpath(recorded_base, cfg.out),
+        vision=os.path.abspath(cfg.vision) if cfg.vision else state.get("vision"))
+    # What a checkpoint of this stage has to hold besides what it trains.
+    run.inherited = set(load_delta(source)) if state["base"] else set()
+    run.inherited |= {name for name in model.state_dict() if part_of(name) in ("F", "G")}
+    if cfg.preset == "7b" and cfg.stage == 1:
+        # Stage 1 sees exo clips only: 780 million parameters less in memory.
+        model.ego_vit = model.ego_connector = None
+    return model, tokenizer
+
+
+def base_folder(cfg: TrainConfig) -> Path | None:
+    """The checkpoint with the untouched weights: --base, or the one that --init recorded."""
+    base = newest_checkpoint(cfg.base)
+    init = newest_checkpoint(cfg.init)
+    if base is None and init is not None:
+        base = newest_checkpoint(init.parent / (read_state(init)["base"] or ""))
+    return base
+
+
+def init_checkpoint(init: str | os.PathLike, stage: int) -> tuple[Path, dict]:
+    """The last checkpoint of the finished run `init` of this stage, and its state; all else is refused."""
+    folder = newest_checkpoint(init)
+    if folder is None:
+        raise DataError(f"--init {init}: no checkpoint there; torchrun train.py --stage {stage} --out {init}")
+    state = read_state(folder)
+    step, steps = state["step"], state["steps"]
+    if state["stage"] != stage or step < steps:
+        raise DataError(f"--init {init} is of stage {state['stage']} at step {step} of {steps}; "
+                        f"stage {stage + 1} starts from a finished stage {stage}")
+    return folder, state
+
+
+def part_of(name: str) -> str:
+    """The part of the stage table that a parameter belongs to."""
+    if ".lora_" in name:
+        return "lora"
+    return name.removeprefix("model.").split(".")[0]
+
+
+def freeze(objective: Objective, stage: Stage, bf16: bool) -> dict[str, nn.Parameter]:
+    """Freeze every part that the stage does not train; returns what trains, by name.
+
+    Trained weights are float32. Frozen ones are kept in the dtype they are computed with, except in stage 0, where the
+    next row may train them.
+    """
+    trained = {}
+    for name, p in objective.named_parameters():
+        p.requires_grad_(part_of(name) in stage.trains)
+        half = bf16 and not p.requires_grad and objective.cfg.stage > 0
+        p.data = p.data.to(torch.bfloat16 if half else torch.float32)
+        if p.requires_grad:
+            trained[name] = p
+    # LoRA's dropout is the only thing that train mode switches on.
+    objective.train()
+    return trained
+
+
+def make_loader(run: Run, stage: Stage, model: Exo2Ego, tokenizer: Tokenizer, validation: bool = False) -> Loader:
+    """The samples of a stage, with room for the visual tokens of [x ; F(x)] or of one view."""
+    cfg = run.cfg
+    if validation and (cfg.stage == 0 or cfg.world is None):
+        raise DataError("--val-every needs stage 1, 2 or 3 on the micro-world, which has a validation split")
+    manifests = cfg.data
+    if cfg.world:
+        manifests = [toy_split(cfg.world, "val" if validation else stage.split, toy_world(cfg.world))]
+    rows = read_manifests(manifests, cfg.root, cfg.allow_outside)
+    if cfg.shuffle_pairs and stage.view == "pair" and not validation:
+        rows = shuffle_pairs(rows, cfg.seed)
+    run.provenance.setdefault("manifest", hash_with_skip_lists(manifests))
+    # The learner reads x and F(x), everybody else one view.
+    connectors = 2 if stage.view != "exo" and model.F is not None else 1
+    return Loader(
+        rows, model.cfg, tokenizer,
+        view=stage.view,
+        text=stage.text,
+        batch=stage.batch,
+        micro=cfg.micro_batch,
+        seed=cfg.seed,
+        rank=run.rank,
+        world=run.world,
+        train=not validation,
+        video_tokens=connectors * model.cfg.visual_tokens)
+
+
+def hash_with_skip_lists(manifests: list) -> str:
+    """Known by their bytes, and by those of the lists of bad rows that data.py check left beside them."""
+    hashes = []
+    for manifest in map(Path, manifests):
+        for file in (manifest, manifest.with_suffix(".bad.jsonl")):
+            if file.is_file() and file.stat().st_size:
+                hashes.append(file_hash(file)[:16])
+    return "+".join(hashes)
+
+
+def shuffle_pairs(rows: list[dict], seed: int) -> list[dict]:
+    """The control: every ego clip gets the exo clips of another row (a cyclic shift in random order)."""
+    order = np.random.default_rng(seed).permutation(len(rows))
+    partner = dict(zip(order, np.roll(order, 1)))
+    shuffled = []
+    for i, row in enumerate(rows):
+        wrong = rows[partner[i]]
+        shuffled.append(row | {"exo": wrong["exo"]})
+    return shuffled
+
+
+# ---------------------------------------------------------------------------------------------------- 7 ranks, wrapping
+def start_process() -> tuple[int, int]:
+    """Rank and world size, as torchrun tells. The process takes its share of the cores, and its GPU."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if "OMP_NUM_THREADS" not in os.environ:
+        neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(max(1, os.cpu_count() // neighbours))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(pick_device())
+    return rank, world
+
+
+def join_ranks(backend: str, seconds: float):
+    """Meet the other ranks, within `seconds`.
+
+    torchrun keeps one store over its restarts, in which a rank would find the addresses of the dead (pytorch#135712):
+    on one machine each restart gets names of its own. Several machines count restarts apart; start torchrun there with
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
+    """
+    one_machine = os.environ["WORLD_SIZE"] == os.environ.get("LOCAL_WORLD_SIZE")
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"
+    limit = timedelta(seconds=seconds)
+    store, rank, world = next(dist.rendezvous("env://", timeout=limit))
+    store = dist.PrefixStore(attempt, store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
+
+
+def first_problem_of_any_rank(check: Callable[[], str | None]) -> str | None:
+    """Call a check first on local rank 0, which fills the cache of compiled kernels, then on the others."""
+    if not dist.is_initialized():
+        return check()
+    # One process of each machine compiles, then the others find the result.
+    problems = [None] * dist.get_world_size()
+    goes_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    own = check() if goes_first else None
+    dist.barrier()
+    if not goes_first:
+        own = check()
+    dist.all_gather_object(problems, own)
+    return next(filter(None, problems), None)
+
 
 @contextlib.contextmanager
-def listen(run: Run) -> Iterator[None]:
-    """SIGTERM or Ctrl-C: the step under way ends, is saved, and the run exits. A second signal, more than a
-    second later (launchers pass theirs on at once), ends it on the spot. torchrun kills 30 s after its own
-    SIGTERM: where a step and a save take longer, rely on --save-every."""
+def stop_gracefully_on_signals(run: Run) -> Iterator[None]:
+    """SIGTERM or Ctrl-C: the step under way ends, at most one more is taken, then the run saves and exits.
+
+    A second signal, more than a second later (launchers pass theirs on at once), ends it on the spot. torchrun kills
+    30 s after its own SIGTERM: where two steps and a save take longer, rely on --save-every.
+    """
     def asked(number, _):
         if run.stop and time.monotonic() - run.stop > 1:
             os._exit(128 + number)
@@ -381,210 +767,210 @@ def listen(run: Run) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def part_of(name: str) -> str:
-    """The part of the stage table that a parameter belongs to."""
-    return "lora" if ".lora_" in name else name.removeprefix("model.").split(".")[0]
+def tune_malloc():
+    """Let glibc keep the memory that a step frees: the kernel would clear every page again for the next step."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+        libc.mallopt(M_MMAP_MAX, 0)                             # no tensor is a mapping of its own
+        libc.mallopt(M_TRIM_THRESHOLD, -1)                      # the heap never shrinks
 
-def set_trained(objective: Objective, phase: Phase, fresh: bool, bf16: bool) -> dict[str, nn.Parameter]:
-    """Freeze everything but the phase's parts; returns what trains, by name. Trained weights are float32;
-    frozen ones are kept as they are computed with, but in stage 0, where the next phase may train them."""
-    for source, target in phase.copies if fresh else ():
-        getattr(objective.model, target).load_state_dict(getattr(objective.model, source).state_dict())
-    for name, p in objective.named_parameters():
-        p.requires_grad_(part_of(name) in phase.trains)
-        half = bf16 and not p.requires_grad and objective.cfg.stage > 0
-        p.data = p.data.to(torch.bfloat16 if half else torch.float32)
-    objective.train()  # LoRA's dropout is the only thing this switches
-    return {name: p for name, p in objective.named_parameters() if p.requires_grad}
 
-def make_loader(run: Run, phase: Phase, model: Exo2Ego, tokenizer: Tokenizer, split: str | None = None):
-    """The phase's samples, with visual tokens for [x ; F(x)] or one view; `split`: "val", in order."""
+# Operators whose results are stored during a block's forward: products and fused attention. Backward computes the rest
+# of the block (norms, activations, gates) again, which costs little.
+KEPT_FOR_BACKWARD = [
+    torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.convolution.default,
+    torch.ops.exo2ego.flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default]
+
+
+def wrap(run: Run, objective: Objective) -> nn.Module:
+    """The objective as the ranks share it: its blocks compiled or checkpointed, then DDP, or FSDP2 by block."""
     cfg = run.cfg
-    if split and (cfg.stage == 0 or cfg.data.endswith(".jsonl")):
-        raise DataError("--val-every needs stage 1, 2 or 3 on the micro-world, which has a validation split")
-    path = manifest_of(cfg.data, split or phase.split)
-    rows = read_manifest(path, cfg.root, cfg.allow_outside)
-    if cfg.shuffle_pairs and phase.view == "pair" and not split:
-        rows = shuffle_pairs(rows, cfg.seed)
-    files = [f for f in (path, path.with_suffix(".bad.jsonl")) if f.is_file() and f.stat().st_size]
-    run.record.setdefault("manifest", "+".join(file_hash(f)[:16] for f in files))         # with its skip list
-    return Loader(rows, model.cfg, tokenizer, view=phase.view, text=phase.text, batch=phase.batch,
-                  micro=cfg.micro_batch, seed=cfg.seed, rank=run.rank, world=run.world, train=not split,
-                  video_tokens=model.cfg.visual_tokens * (1 + (phase.view != "exo" and model.F is not None)))
-
-def build(run: Run) -> tuple[Exo2Ego, Tokenizer | None]:
-    """The model at the start of the stage: the previous stage's, or published weights, plus what it adds."""
-    cfg, tokenizer, init = run.cfg, None, newest_checkpoint(run.cfg.init)
-    recorded = init and newest_checkpoint(init.parent / (read_state(init)["base"] or ""))
-    base = newest_checkpoint(cfg.base) or recorded
-    torch.manual_seed(cfg.seed * 10 + cfg.stage)
-    published = base is not None and (base / "config.json").is_file()
-    new = {} if cfg.no_mapping or cfg.stage < 2 else {"mapping": cfg.mapping}
-    lora = {"lora": True} if cfg.stage == 3 and not cfg.no_lora else {}
-    if cfg.stage == 0:
-        return Exo2Ego(PRESETS[cfg.preset]), Tokenizer(toy_tokenizer(cfg.data, toy_world(cfg.data)))
-    else:
-        first = cfg.stage == 1
-        source, state = start_point(base if published and first else cfg.init, 0 if first else cfg.stage - 1)
-        base = source if state["base"] is None else base
-        added = new if cfg.stage == 2 else lora
-        model, state = load_checkpoint(source, base, cfg.vision, **added)
-        tokenizer = Tokenizer(cfg.tokenizer or source)
-        if (pieces := tokenizer.size) > (vocab := model.cfg.vocab):
-            raise DataError(f"{tokenizer.path}: {pieces} pieces, the decoder {vocab}: pass its --tokenizer")
-        if not published and replace(model.cfg, mapping="none", lora=False) != PRESETS[cfg.preset]:
-            raise DataError(f"{source} has other sizes than --preset {cfg.preset}: pass its own preset")
-        run.record |= dict(init=fingerprint(source), base_hash=fingerprint(base),
-                           vision=os.path.abspath(cfg.vision) if cfg.vision else state.get("vision"),
-                           base=os.path.relpath(base if published else base.parent, cfg.out))
-        earlier = load_delta(source) if state["base"] else {}
-        run.inherited = {*earlier, *(n for n in model.state_dict() if part_of(n) in ("F", "G"))}
-    if cfg.preset == "7b" and cfg.stage == 1:                   # never looked through: the memory is dear
-        model.ego_vit = model.ego_connector = None
-    return model, tokenizer
-
-def shuffle_pairs(rows: list[dict], seed: int) -> list[dict]:
-    """The control: every ego clip gets another row's exo clips (a cyclic shift in random order)."""
-    order = np.random.default_rng(seed).permutation(len(rows))
-    partner = dict(zip(order, np.roll(order, 1)))
-    return [row | {"exo": rows[partner[i]]["exo"]} for i, row in enumerate(rows)]
-
-
-# ----------------------------------------------------------------------------------- ranks, memory, precision
-def start_process() -> tuple[int, int]:
-    """Rank and world size, as torchrun tells. The process takes its share of the cores and its GPU."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with_parent()
-    rank, world, local_world = (int(os.environ.get(key, default)) for key, default in (
-        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, os.cpu_count() // local_world))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(pick_device())
-    return rank, world
-
-
-def join_ranks(backend: str, seconds: float):
-    """Join the other ranks, within `seconds`. torchrun keeps one store over its restarts, so a rank would
-    find the addresses of the dead (pytorch#135712): on one machine each restart has names of its own. Many
-    machines count apart: there start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1."""
-    alone = os.environ["WORLD_SIZE"] == os.environ.get("LOCAL_WORLD_SIZE")
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
-    store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
-    dist.init_process_group(backend, store=dist.PrefixStore(attempt, store), rank=rank, world_size=world,
-                            timeout=timedelta(seconds=seconds))
-
-
-def agree(check):
-    """Call a check that returns a problem or None, first in local rank 0 (it fills the caches of compiled
-    kernels), then in the others; returns the first problem of any rank."""
-    if not dist.is_initialized():
-        return check()
-    problems = [None] * dist.get_world_size()
-    early = os.environ.get("LOCAL_RANK", "0") == "0"
-    own = check() if early else None
-    dist.barrier()
-    dist.all_gather_object(problems, own if early else check())
-    return next(filter(None, problems), None)
-
-
-def keep_heap():
-    """glibc returns what a step freed to the kernel, which clears every page again in the next: 7-12 %."""
-    if hasattr(libc := ctypes.CDLL(None), "mallopt"):           # Linux
-        libc.mallopt(-4, 0)                                     # M_MMAP_MAX: no tensor is its own mapping
-        libc.mallopt(-1, -1)                                    # M_TRIM_THRESHOLD: the heap never shrinks
-
-
-def compiled(block):
-    """torch.compile of a block that trains, or that gradients pass; elsewhere, as it is: scores have other
-    shapes. A decoder block's tokens change in number from step to step. Attention is fused by hand."""
-    if hasattr(block, "attention"):
-        block.attention = torch.compiler.disable(attention)
-    plain, fast = block.forward, torch.compile(block.forward, dynamic=isinstance(block, DecoderBlock))
-    return lambda *args: (fast if torch.is_grad_enabled() else plain)(*args)
-
-
-# What a block's forward keeps for its backward, unless the whole block is computed again: products and fused
-# attention. The rest (norms, activations, gates) costs little and is computed again.
-aten = torch.ops.aten
-
-
-KEPT = (aten.mm.default, aten.addmm.default, aten.convolution.default, torch.ops.exo2ego.flash_attention.default,
-        aten._scaled_dot_product_flash_attention_for_cpu.default, aten._scaled_dot_product_flash_attention.default,
-        aten._scaled_dot_product_efficient_attention.default, aten._scaled_dot_product_cudnn_attention.default)
-
-
-def wrap(run, objective):
-    """The objective as the ranks share it: blocks compiled, checkpointed; then DDP, or FSDP2 by block."""
-    blocks = [m for m in objective.modules() if isinstance(m, BLOCKS)]
+    blocks = [module for module in objective.modules() if isinstance(module, BLOCKS)]
+    keep_products = partial(create_selective_checkpoint_contexts, KEPT_FOR_BACKWARD)
     for block in blocks:
-        block.__dict__.pop("forward", None)                     # of an earlier phase
-        if run.cfg.compile:                                     # the compiler decides by itself what it keeps
+        # Undo what an earlier row of stage 0 has set.
+        block.__dict__.pop("forward", None)
+        if cfg.compile:
             block.forward = compiled(block)
-        if run.cfg.checkpoint_activations:
+        # The one policy of memory: keep products, or with --checkpoint-activations the block's input alone. A compiler
+        # decides by itself.
+        if cfg.checkpoint_activations:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        elif not run.cfg.compile:
-            keep = partial(create_selective_checkpoint_contexts, list(KEPT))
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=keep)
-    if run.cfg.fsdp and (run.cfg.optimizer == "muon" or run.cfg.stage == 0):
+        elif not cfg.compile:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=keep_products)
+
+    if cfg.fsdp and (cfg.optimizer == "muon" or cfg.stage == 0):
         raise DataError("--fsdp needs --optimizer adamw (Muon wants whole matrices) and stage 1, 2 or 3")
-    if run.cfg.fsdp:
-        for block in blocks + [objective]:
-            fully_shard(block)
+    if cfg.fsdp:
+        for module in [*blocks, objective]:
+            fully_shard(module)
         return objective
     if run.world > 1:
         return DistributedDataParallel(objective, forward_sync_buffers=False, gradient_as_bucket_view=True)
     return objective
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor that may be sharded over the ranks, in one piece, on each of them."""
+def compiled(block: nn.Module) -> Callable:
+    """torch.compile of a block where gradients pass; scoring has other shapes and runs as it is. Attention is left out:
+    its kernels are fused already, and the lengths in `seg` differ in every batch."""
+    if hasattr(block, "attention"):
+        block.attention = torch.compiler.disable(type(block).attention)
+    plain = block.forward
+    fast = torch.compile(block.forward, dynamic=getattr(block, "tokens_vary", False))
+
+    def forward(*args):
+        return fast(*args) if torch.is_grad_enabled() else plain(*args)
+    return forward
+
+
+def sync_gradients(wrapped: nn.Module, run: Run, now: bool):
+    """Whether the next backward exchanges gradients with the other ranks. To be said before its forward."""
+    if run.cfg.fsdp:
+        wrapped.set_requires_gradient_sync(now)
+    elif run.world > 1:
+        wrapped.require_backward_grad_sync = now
+
+
+def gather_full_tensor(tensor: Tensor) -> Tensor:
+    """A tensor that may be sharded over the ranks, whole, on each of them."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-# --------------------------------------------------------------------------------------- saving and resuming
-def moments_of(optimizers: list) -> dict[str, Tensor]:
-    """The optimisers' state by name, in one piece; every rank must call it."""
-    return {f"{i}.{j}.{key}": whole(value.detach()).contiguous().cpu()
-            for i, optimizer in enumerate(optimizers)
-            for j, values in optimizer.state_dict()["state"].items() for key, value in values.items()}
-
-
-def save_checkpoint(run: Run, objective, optimizers: list, step: int, trained: dict, skipped: int):
+# ------------------------------------------------------------------------------------------------ 8 saving and resuming
+def save_checkpoint(run: Run, objective: Objective, optimizers: list, step: int, trained: dict, skipped: int):
     """What differs from the base (in stage 0 everything), and what resuming exactly needs, in step_000200/.
-    Written under a temporary name, synced, renamed: a killed save never looks finished."""
-    cfg, rng = run.cfg, [random_state(run.device).to(run.device) for _ in range(run.world)]
+
+    It is written under a temporary name, synced, and renamed: a killed save never looks finished.
+    """
+    cfg = run.cfg
+    # The random state of every rank; the list is also where they are received.
+    own = random_state(run.device).to(run.device)
+    rng = [own.clone() for _ in range(run.world)]
     if run.world > 1:
-        dist.all_gather(rng, rng[0].clone())
-    if run.rank and not cfg.fsdp:                               # DDP's ranks are alike; shards meet
+        dist.all_gather(rng, own)
+    # With DDP all ranks hold the same. With FSDP each has a share, and all must help to gather it.
+    if run.rank and not cfg.fsdp:
         return
-    keep = run.inherited | {n.removeprefix("model.") for n in trained}
-    named = {n.removeprefix("model."): t for n, t in objective.state_dict().items()}
-    tensors = {n: whole(t).contiguous().cpu() for n, t in named.items()
-               if cfg.stage == 0 or n.startswith("loss.") or n in keep}
-    moments = moments_of(optimizers)
+    # Of the model what this stage or an earlier one trained, and what a loss needs.
+    kept = run.inherited | {name.removeprefix("model.") for name in trained}
+    tensors = {}
+    for name, tensor in objective.state_dict().items():
+        name = name.removeprefix("model.")
+        if cfg.stage == 0 or name.startswith("loss.") or name in kept:
+            tensors[name] = gather_full_tensor(tensor).contiguous().cpu()
+    resume = optimizer_state(optimizers)
     if run.rank:
         return
+    resume |= {f"rng.{rank}": state.cpu() for rank, state in enumerate(rng)}
+
+    # The files under a temporary name.
     folder = Path(cfg.out) / f"step_{step:06d}"
     part = folder.with_name(f"part_{folder.name}")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     save_file(tensors, part / "model.safetensors")
-    save_file(moments | {f"rng.{rank}": s.cpu() for rank, s in enumerate(rng)}, part / "optim.safetensors")
+    save_file(resume, part / "optim.safetensors")
     shutil.copyfile(objective.tokenizer.path, part / "tokenizer.model")
-    state = dict(stage=cfg.stage, step=step, steps=run.total, model=asdict(objective.model.cfg),
-                 config=asdict(cfg), skipped=skipped, bf16=run.bf16, git=git_revision(),
-                 sha256={f.name: file_hash(f) for f in sorted(part.glob("*.safetensors"))}) | run.record
+    state = run.provenance | dict(
+        format=FORMAT,
+        stage=cfg.stage,
+        step=step,
+        steps=run.total,
+        model=asdict(objective.model.cfg),
+        config=asdict(cfg),
+        skipped=skipped,
+        git=git_revision(),
+        sha256={file.name: file_hash(file) for file in part.glob("*.safetensors")})
     (part / "state.json").write_text(json.dumps(state, indent=1))
     if step == run.total:
         (part / "README.md").write_text(model_card(state, len(tensors)))
+
+    # On disk, before the folder takes its name.
     for file in part.iterdir():
-        with open(file, "rb") as f:
-            os.fsync(f.fileno())
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(part, folder)
     for old in sorted(folder.parent.glob("step_[0-9]*"))[:-cfg.keep]:
         shutil.rmtree(old)
+
+
+def optimizer_state(optimizers: list) -> dict[str, Tensor]:
+    """The optimisers' moments by name: number of the optimiser, of the parameter, key. Every rank must call it."""
+    tensors = {}
+    for i, optimizer in enumerate(optimizers):
+        for j, values in optimizer.state_dict()["state"].items():
+            for key, value in values.items():
+                whole = gather_full_tensor(value.detach())
+                tensors[f"{i}.{j}.{key}"] = whole.contiguous().cpu()
+    return tensors
+
+
+def load_optimizers(folder: Path, optimizers: list, rank: int, device: torch.device):
+    """Moments and this rank's random state, exactly as saved."""
+    saved = load_delta(folder, "optim.safetensors")
+    for i, optimizer in enumerate(optimizers):
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        state = {}
+        for name, value in saved.items():
+            if not name.startswith(f"{i}."):
+                continue
+            _, j, key = name.split(".")
+            p = params[int(j)]
+            if isinstance(p, DTensor) and value.shape == p.shape:
+                value = distribute_tensor(value.to(device), p.device_mesh, p.placements)
+            state.setdefault(int(j), {})[key] = value
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    if f"rng.{rank}" in saved:
+        set_random_state(saved[f"rng.{rank}"], device)
+
+
+def random_state(device: torch.device) -> Tensor:
+    """The generators that a rank draws from, as bytes: the CPU's, then its GPU's."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return torch.cat(states)
+
+
+def set_random_state(state: Tensor, device: torch.device):
+    size = len(torch.get_rng_state())
+    torch.set_rng_state(state[:size])
+    if device.type == "cuda" and len(state) > size:
+        torch.cuda.set_rng_state(state[size:], device)
+
+
+def resume_checkpoint(cfg: TrainConfig, provenance: dict) -> Path | None:
+    """The newest finished checkpoint of this very run, or None. The folder of another run is refused by field."""
+    folder = newest_checkpoint(cfg.out)
+    if folder is None:
+        return None
+    state = read_state(folder)
+    now = git_revision()
+    if os.environ.get("RANK", "0") == "0" and state["git"] != now:
+        print(f"{folder} was made by code {state['git']}, {now} goes on with it")
+    # Flags that change what is computed must be those of the run.
+    config = {key: value for key, value in asdict(cfg).items() if key not in MAY_CHANGE}
+    saved = state["config"] | {key: state.get(key) for key in provenance}
+    for key, value in (config | provenance).items():
+        was = saved.get(key)
+        # The base may move: its hash tells which it is.
+        if was != value and key != "base":
+            raise DataError(f"{cfg.out} holds a run with {key}={was}, this one has {value}: choose another --out "
+                            f"or remove the folder")
+    return folder
+
+
+def restore_weights(objective: Objective, folder: Path, device: torch.device):
+    """Put a checkpoint's own tensors into the objective; they are assigned, since the base may be half precision."""
+    own = {name: tensor.to(device, copy=True) for name, tensor in load_delta(folder).items()}
+    under_model = {f"model.{name}": tensor for name, tensor in own.items()}
+    objective.load_state_dict(own | under_model, strict=False, assign=True)
 
 
 def model_card(state: dict, tensors: int) -> str:
@@ -592,12 +978,12 @@ def model_card(state: dict, tensors: int) -> str:
     config = state["config"]
     return f"""# Exo2Ego (arXiv 2503.09143), stage {state["stage"]}, preset {config["preset"]}
 
-An independent reimplementation's checkpoint: {state["step"]} steps on `{config["data"]}` (manifest
+An independent reimplementation's checkpoint: {state["step"]} steps on `{" ".join(config["data"])}` (manifest
 {state.get("manifest")}), seed {config["seed"]}, code revision {state["git"]}. `model.safetensors` holds the
 {tensors} tensors that differ from its base, `{state["base"] or "none"}`; settings are in `state.json`.
 
     from model import load_checkpoint
-    model, tokenizer, state = load_checkpoint("this folder", base="where the base is")
+    model, state = load_checkpoint("this folder", base="where the base is")
 
 Intended for research on first-person video. It inherits the licence of its base (CLIP, Mistral, VideoLLaMA2
 weights are under their publishers' terms) and the terms of the videos it saw (Ego4D and Ego-Exo4D: signed
@@ -605,102 +991,23 @@ agreement; the micro-world: none). Not tested for safety, bias or accuracy beyon
 """
 
 
-def random_state(device: torch.device) -> Tensor:
-    """The generators that a rank draws from, as bytes: the CPU's, then its GPU's."""
-    states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
-    return torch.cat(states)
-
-
-def set_random_state(state: Tensor, device: torch.device):
-    """The opposite of random_state."""
-    size = len(torch.get_rng_state())
-    torch.set_rng_state(state[:size])
-    if device.type == "cuda" and len(state) > size:
-        torch.cuda.set_rng_state(state[size:], device)
-
-
-def load_optimizers(folder: Path, optimizers: list, rank: int, device: torch.device):
-    """Moments and this rank's random state, exactly as saved."""
-    moments = load_delta(folder, "optim.safetensors")
-    for i, optimizer in enumerate(optimizers):
-        values, places = {}, [p for group in optimizer.param_groups for p in group["params"]]
-        for name in (n for n in moments if n.startswith(f"{i}.")):
-            _, j, key = name.split(".")
-            p, value = places[int(j)], moments[name]
-            if isinstance(p, DTensor) and value.shape == p.shape:
-                value = distribute_tensor(value.to(device), p.device_mesh, p.placements)
-            values.setdefault(int(j), {})[key] = value
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": values})
-    if f"rng.{rank}" in moments:
-        set_random_state(moments[f"rng.{rank}"], device)
-
-
-def resume_point(out: str, config: dict, record: dict) -> Path | None:
-    """The newest finished checkpoint of this very run, or None; another run's folder is refused by field."""
-    folder = newest_checkpoint(out)
-    state = read_state(folder) if folder else {}
-    if folder and os.environ.get("RANK", "0") == "0" and state["git"] != (now := git_revision()):
-        print(f"{folder} was made by code {state['git']}, {now} goes on with it")
-    was = state.get("config", {}) | {key: state.get(key) for key in record}
-    for key, value in (config | record).items():
-        if folder and was.get(key) != value and key != "base":  # that may move: base_hash tells it
-            raise DataError(f"{out} holds a run with {key}={was.get(key)}, this one has {value}: choose "
-                             f"another --out or remove the folder")
-    return folder
-
-
-def start_point(init: str, stage: int) -> tuple[Path, dict]:
-    """The last checkpoint of the finished run `init` of this stage, and its state; all else is refused."""
-    folder = newest_checkpoint(init)
-    if folder is None:
-        raise DataError(f"--init {init}: no checkpoint there; torchrun train.py --stage {stage} --out {init}")
-    state = read_state(folder)
-    if state["stage"] != stage or state["step"] < state["steps"]:
-        raise DataError(f"--init {init} is of stage {state['stage']} at step {state['step']} of "
-                        f"{state['steps']}; stage {stage + 1} starts from a finished stage {stage}")
-    return folder, state
-
-
-# ---------------------------------------------------------------------------------- the log, and what is shown
-def lock_of(out: str, rank: int) -> Path:
-    """The lock file that a rank holds in its run folder; its time is the rank's last sign of life."""
-    return Path(out) / (f".lock{rank}" if rank else ".lock")
-
-
-def explain(error: Exception, out: str, rank: int, world: int) -> str:
-    """The sentence of an error that a user can mend; of a time-out it names the rank, other than this, that
-    was silent for longest. What else goes wrong is raised again."""
-    text = (str(error) or repr(error)).splitlines()[0][:300]
-    if isinstance(error, (OSError, SafetensorError)) and not isinstance(error, FileNotFoundError):
-        return f"{getattr(error, 'filename', None) or out} cannot be written or read: {text}"
-    if isinstance(error, DataError):
-        return str(error)
-    if not isinstance(error, RuntimeError):                     # perhaps a bug: then where it is helps
-        at = traceback.extract_tb(error.__traceback__)[-1]
-        return f"{error} ({Path(at.filename).name}:{at.lineno})" if at.name != "_or_raise" else str(error)
-    if "DataLoader" in text:
-        return f"a loader worker died or hangs; the same command goes on from the last checkpoint ({text})"
-    if world == 1 or not re.search("timed out|timeout|connection (closed|reset)", text, re.IGNORECASE):
-        raise error
-    locks = {other: lock_of(out, other) for other in range(world) if other != rank}
-    last = {other: lock.stat().st_mtime if lock.is_file() else 0 for other, lock in locks.items()}
-    late = min(last, key=last.get)
-    heard = f"last heard of {time.time() - last[late]:.0f} s ago" if last[late] else "never heard of"
-    return f"the ranks waited in vain for rank {late}, {heard} (--timeout); {text}"
-
-
+# --------------------------------------------------------------------------------------------------- 9 log, what is shown
 class Log:
     """log.jsonl, one object a step, cut back to the step that a run resumes from; and the progress line."""
     def __init__(self, path: Path | None, step: int, skipped: int = 0):
         """`path` None: a rank that keeps no log."""
-        self.file, self.skipped, kept = None, skipped, []
+        self.file, self.skipped = None, skipped
         if path is None:
             return
+        # What was logged after the checkpoint is run again, so it goes.
+        kept = []
         for line in path.read_text().splitlines() if path.is_file() else []:
             try:
-                kept += [line + "\n"] if json.loads(line)["step"] <= step else []
+                row = json.loads(line)
             except ValueError:
-                break                                           # the line that a kill cut short
+                break                                           # a kill cut this line short
+            if row["step"] <= step:
+                kept.append(line + "\n")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(kept))
         self.file = open(path, "a", buffering=1)
@@ -709,201 +1016,350 @@ class Log:
         """One object to the file, one line to the screen."""
         if self.file:
             self.file.write(json.dumps(row) + "\n")
-            print(text, end="\n" if text else "", flush=True)
+            if text:
+                print(text, flush=True)
 
-    def skip(self, batches: list[Batch], number: int, seen: int, max_bad: float):
-        """Name this rank's unreadable samples, count all ranks' `number`; too many of `seen` end the run."""
-        for reason in (reason for batch in batches for reason in batch.skipped):
-            print(f"skipped {reason}", flush=True)
+    def skip(self, micro_batches: list, number: int, seen: int, max_bad: float):
+        """Name this rank's unreadable samples, and count those of all ranks, `number`. Too many of `seen` end the run."""
+        for batch in micro_batches:
+            for reason in batch.skipped:
+                print(f"skipped {reason}", flush=True)
+        # Of a short run a few may be bad.
         self.skipped += number
         if self.skipped > max_bad * max(seen, 500):
-            raise DataError(f"{self.skipped} of {seen} samples could not be read, more than --max-bad "
-                            f"{max_bad}; the lines above name them, python data.py check all of them")
+            raise DataError(f"{self.skipped} of {seen} samples could not be read, more than --max-bad {max_bad}; "
+                            f"the lines above name them, python data.py check all of them")
 
     def start(self, done: int):
-        """A phase begins, of which `done` steps are over already, with what they skipped."""
-        self.skipped *= done > 0
+        """A stage begins, or goes on after its first `done` steps; then their skipped samples still count."""
+        if done == 0:
+            self.skipped = 0
         self.began = self.clock = time.monotonic()
         self.first = done
 
     def step(self, done: int, length: int, samples: int, tokens: int, losses: dict, row: dict):
-        """The `done`-th step of the phase is over."""
-        took, self.clock = time.monotonic() - self.clock, time.monotonic()
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 ** (sys.platform != "darwin")
+        """Step number `done` of `length` is over."""
+        now = time.monotonic()
+        took, self.clock = now - self.clock, now
+        each = (now - self.began) / (done - self.first)
         if torch.cuda.is_available():
             memory = torch.cuda.max_memory_allocated()
-        each, text = (time.monotonic() - self.began) / (done - self.first), ""
+        else:
+            unit = 1 if sys.platform == "darwin" else 1024
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        row = row | losses | dict(
+            skipped=self.skipped,
+            seconds=took,
+            clips_per_second=samples / took,
+            tokens_per_second=tokens / took,
+            max_memory_bytes=memory)
+        # The screen gets every tenth step.
+        text = ""
         if done % 10 == 0 or done == length:
-            text = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
-            text = (f"step {done}/{length} | {text} | {each:.3f} s/step | {samples / each:.0f} clips/s | "
-                    f"ETA {(length - done) * each:.0f} s")
-        self.write(row | losses | dict(skipped=self.skipped, seconds=took, clips_per_second=samples / took,
-                                       tokens_per_second=tokens / took, max_memory_bytes=memory), text)
+            values = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
+            speed = f"{each:.3f} s/step | {samples / each:.0f} clips/s"
+            seconds_left = (length - done) * each
+            text = f"step {done}/{length} | {values} | {speed} | ETA {seconds_left:.0f} s"
+        self.write(row, text)
 
 
-def describe(run, phase, objective, loader: Loader, length: int):
-    """Before the first step of a phase: the arithmetic, what trains, and what the model is fed."""
-    print(f"\n== stage {run.cfg.stage}: {phase.name} == {length} steps x {phase.batch} of {loader.samples} "
-          f"samples ({phase.batch // loader.micro} micro batches x {loader.micro} on {run.world} ranks)")
-    own = [("loss", objective.loss)] * bool([*objective.loss.parameters()])
-    for name, module in [*objective.model.named_children(), *own]:
-        on, off = (sum(p.numel() for p in module.parameters() if p.requires_grad == g) for g in (True, False))
-        print(f"   {name:14} {on:>10,} trained {off:>10,} frozen")
-    print(f"   losses {phase.losses}, rates {phase.trains}, {run.cfg.optimizer}, {run.device}, "
-          f"{'bfloat16' if run.bf16 else 'float32'}, {torch.get_num_threads()} threads; {run.attention}")
+def describe(run: Run, objective: Objective, loader: Loader, length: int):
+    """Before the first step of a stage: the arithmetic, what trains, and what the model is fed."""
+    stage, micro = objective.stage, loader.micro
+    arithmetic = f"{stage.batch // micro} micro batches x {micro} on {run.world} ranks"
+    print(f"\n== stage {run.cfg.stage}: {stage.name} == {length} steps x {stage.batch} of {loader.samples} samples "
+          f"({arithmetic})")
+    # Parameters of each part, trained and frozen.
+    parts = [*objective.model.named_children(), ("loss", objective.loss)]
+    for name, module in parts:
+        trained = frozen = 0
+        for p in module.parameters():
+            if p.requires_grad:
+                trained += p.numel()
+            else:
+                frozen += p.numel()
+        if trained or frozen:
+            print(f"   {name:14} {trained:>10,} trained {frozen:>10,} frozen")
+    dtype = "bfloat16" if run.bf16 else "float32"
+    machine = f"{run.device}, {dtype}, {torch.get_num_threads()} threads; {run.attention}"
+    print(f"   losses {stage.losses}, rates {stage.trains}, {run.cfg.optimizer}, {machine}")
     print("   " + show_prompt(loader.batch(0)[0], objective.tokenizer), flush=True)
 
 
-def show_prompt(batch: Batch, tokenizer: Tokenizer) -> str:
+def show_prompt(batch, tokenizer: Tokenizer) -> str:
     """What the model is fed: shapes, and the first text with its [supervised] tokens in brackets."""
-    shapes = [f"{k} {tuple(v.shape)}" for k, v in (("ego", batch.ego), ("exo", batch.exo)) if v is not None]
-    text, n = "", batch.lens[0] if batch.lens else 0
-    ids, labels = batch.ids[:n].tolist(), batch.labels[:n].tolist()
+    shapes = []
+    if batch.ego is not None:
+        shapes.append(f"ego {tuple(batch.ego.shape)}")
+    if batch.exo is not None:
+        shapes.append(f"exo {tuple(batch.exo.shape)}")
+    shapes.append(f"{len(batch.ids)} tokens")
+
+    length = batch.lens[0] if batch.lens else 0
+    ids = batch.ids[:length].tolist()
+    labels = batch.labels[:length].tolist()
+    text = ""
     for i, (token, label) in enumerate(zip(ids, labels)):
         if token != VIDEO:
             piece = tokenizer.sp.id_to_piece(token)
             text += piece if label == IGNORE else f"[{piece}]"
         elif ids[i - 1] != VIDEO:
             text += f"<video: {ids.count(VIDEO)} tokens>"
-    return f"fed: {', '.join(shapes + [f'{len(batch.ids)} tokens'])}; first sample {batch.names[0]}: {text}"
+    return f"fed: {', '.join(shapes)}; first sample {batch.names[0]}: {text}"
 
 
 @torch.no_grad()
-def validate(run, objective, loader: Loader, step: int, log: Log, batches: int = 8):
-    """Narration loss per token on the first validation clips, shared by the ranks."""
+def validate(run: Run, objective: Objective, loader: Loader, step: int, log: Log, batches: int = 8):
+    """Narration loss per token on the first validation clips, which the ranks share."""
     sums = torch.zeros(2, device=run.device)
+    if run.world > 1:
+        # Ranks stay in step: each has a share of every batch.
+        batches = min(batches, loader.samples // loader.batch_size)
     objective.eval()
-    whole_ones = loader.samples // loader.batch_size if run.world > 1 else batches      # ranks in step
-    for batch in (b.to(run.device) for i in range(min(batches, whole_ones)) for b in loader.batch(i)):
-        with autocast(run.device, run.bf16):
-            vtg = objective(batch, run.world, run.world)["vtg"]             # a plain sum: both counts cancel
-        sums += torch.stack([vtg, batch.weights.sum()])
+    for i in range(batches):
+        for batch in loader.batch(i):
+            batch = batch.to(run.device)
+            with run.autocast():
+                # With as many tokens as ranks, the factor world cancels: the plain sum comes back.
+                vtg = objective(batch, run.world, run.world)["vtg"]
+            sums += torch.stack([vtg, batch.weights.sum()])
     objective.train()
     total, tokens = run.sum(sums)
     loss = total / tokens if tokens else math.nan
     log.write(dict(step=step, val_loss=loss), f"step {step} | val_loss {loss:.4f}")
 
 
-# ---------------------------------------------------------------------------------------------------- the loop
-def train(cfg: TrainConfig, rank: int = 0, world: int = 1):
-    """Run a stage to its end, then score it."""
-    bf16 = cfg.dtype == "bfloat16" or cfg.dtype is None and torch.cuda.is_available()
-    run, rows = Run(cfg, rank, world, pick_device(), bf16), phases(cfg)
-    model, tokenizer = build(run)
-    run.attention = choose_attention(run.device, torch.bfloat16 if bf16 else torch.float32, model.cfg, agree)
-    loaders = [make_loader(run, row, model, tokenizer) for row in rows]
-    lengths = [row.steps or max(1, row.epochs * ld.samples // row.batch) for row, ld in zip(rows, loaders)]
-    run.total, start = sum(lengths), 0
-    folder = resume_point(cfg.out, {k: v for k, v in asdict(cfg).items() if k not in FREE}, run.record)
-    done, skipped = (read_state(folder)[key] if folder else 0 for key in ("step", "skipped"))
-    if done == run.total:
-        print(f"{folder} is finished: nothing to train")
-    log = Log(Path(cfg.out) / "log.jsonl" if rank == 0 else None, done, skipped)
-    for row, loader, length in zip(rows, loaders, lengths):
-        if done < start + length:
-            with listen(run):
-                run_phase(run, model, tokenizer, row, loader, start, length, folder, log)
-            folder = None
-        start += length
-    wanted = rank == 0 and not cfg.no_eval and Path(cfg.data).suffix != ".jsonl"
-    if wanted and (done < run.total or not (Path(cfg.out) / "eval.json").is_file()):
-        if cfg.fsdp or done == run.total:                       # whole again, for one process
-            model = load_checkpoint(cfg.out, vision=cfg.vision)[0]
-        with autocast(run.device, bf16):
-            toy_benchmark(to_device_and_dtype(model, run.device, bf16), tokenizer, cfg.data, cfg.stage, cfg.out, cfg.init)
+# ---------------------------------------------------------------------------------------------------------- 10 the loop
+class StepCounts(NamedTuple):
+    """What a whole step holds, over all micro batches and ranks."""
+    supervised: float                                           # tokens, each once for every sample it serves
+    samples: float
+    skipped: float                                              # samples that could not be read
+    tokens: float
+    stop: float                                                 # ranks that a signal asked to stop
 
-def run_phase(run: Run, model: Exo2Ego, tokenizer: Tokenizer, phase: Phase, loader: Loader, start: int,
-              length: int, folder: Path | None, log):
-    """The training loop: steps `start` to `start + length` of the run, or what `folder` left of them."""
-    cfg, world = run.cfg, run.world
-    torch.manual_seed(hash((cfg.seed, start, run.rank)) % 2 ** 31)
-    objective = Objective(model, tokenizer, phase, cfg, world).to(run.device)
-    step = max(start, read_state(folder)["step"]) if folder else start
-    if folder:                                                  # assigned: the base may be half precision
-        own = {n: t.to(run.device, copy=True) for n, t in load_delta(folder).items()}
-        saved = own | {f"model.{n}": t for n, t in own.items()}
-        objective.load_state_dict(saved, strict=False, assign=True)
-    trained = set_trained(objective, phase, step == start, run.bf16)
-    if "ccl" in phase.losses and step == start:
-        with autocast(run.device, run.bf16):
-            objective.measure(loader)
-    wrapped = wrap(run, objective)
-    trained = {n: p for n, p in objective.named_parameters() if n in trained}           # FSDP made new ones
-    optimizers = make_optimizers(trained, {n: phase.trains[part_of(n)] for n in trained}, cfg.optimizer)
+    @classmethod
+    def of(cls, micro_batches: list, run: Run) -> StepCounts:
+        own = []
+        for batch in micro_batches:
+            asked = run.stop > 0
+            own.append([batch.weights.sum(), batch.samples, len(batch.skipped), len(batch.ids), asked])
+        total = torch.tensor(own).sum(0)
+        return cls(*run.sum(total.to(run.device)))
+
+
+def run_stage(run: Run, model: Exo2Ego, tokenizer: Tokenizer, stage: Stage, loader: Loader, first: int, length: int,
+              folder: Path | None, log: Log):
+    """Steps `first` to `first + length` of the run, or what the checkpoint `folder` has left of them."""
+    cfg = run.cfg
+    objective, trained, done = prepare_objective(run, model, tokenizer, stage, loader, first, folder)
+    wrapped, trained, optimizers = prepare_training(run, objective, trained)
     if run.rank == 0:
-        describe(run, phase, objective, loader, length)
-    val = make_loader(run, phase, model, tokenizer, "val") if cfg.val_every else None
-    batches = loader.stream(step - start, length, cfg.workers, cfg.overfit, cfg.timeout)
-    if step > start:                                            # last: a new DataLoader draws a random number
+        describe(run, objective, loader, length)
+    validation = make_loader(run, stage, model, tokenizer, validation=True) if cfg.val_every else None
+    batches = loader.stream(done, length, cfg.workers, cfg.overfit, cfg.timeout)
+    # After the DataLoader is made, which draws a random number.
+    if done:
         load_optimizers(folder, optimizers, run.rank, run.device)
-    log.start(step - start)
-    for step in range(step, start + length):
-        share = schedule(step - start, length, phase)
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = group["peak"] * share
-        micro = [batch.to(run.device) for batch in next(batches)]
-        counts = torch.tensor([[b.weights.sum(), b.samples, len(b.skipped), len(b.ids), run.stop > 0]
-                               for b in micro]).sum(0)
-        lock_of(cfg.out, run.rank).touch()                      # a rank that hangs is known by its silence
-        supervised, samples, skipped, tokens, stop = run.sum(counts.to(run.device))     # over the whole step
-        sums = {}
-        for i, batch in enumerate(micro):
-            meet = i == len(micro) - 1                          # set before the forward: one meeting a step
-            if cfg.fsdp:
-                wrapped.set_requires_gradient_sync(meet)
-            elif world > 1:
-                wrapped.require_backward_grad_sync = meet
-            with autocast(run.device, run.bf16):
-                terms = wrapped(batch, supervised, samples)
-                torch.autograd.backward(terms["loss"])           # Tensor.backward would leave `precision`
-            sums = {name: sums.get(name, 0) + value.detach() for name, value in terms.items()}
-        norm = float(whole(nn.utils.clip_grad_norm_(trained.values(), 1.0)))
-        losses = dict(zip(sums, (total / world for total in run.sum(torch.stack(list(sums.values()))))))
-        if not math.isfinite(losses["loss"] + norm):
-            raise DataError(f"step {step + 1}: loss {losses['loss']}, norm {norm} {[b.names for b in micro]}")
+    log.start(done)
+
+    for step, micro_batches in enumerate(batches, start=done):
+        # 1) learning rate: linear warm-up, then a cosine down to the stage's floor
+        lr_scale = schedule(step, length, stage)
+        for group in param_groups(optimizers):
+            group["lr"] = group["peak_lr"] * lr_scale
+
+        # 2) every loss is divided by what the whole step holds, over micro batches and ranks: count that first
+        micro_batches = [batch.to(run.device) for batch in micro_batches]
+        counts = StepCounts.of(micro_batches, run)
+
+        # 3) forward and backward, one micro batch at a time; ranks exchange gradients at the last one only
+        totals = {}
+        for i, batch in enumerate(micro_batches):
+            sync_gradients(wrapped, run, now=i == len(micro_batches) - 1)
+            with run.autocast():
+                terms = wrapped(batch, counts.supervised, counts.samples)
+            terms["loss"].backward()
+            for name, value in terms.items():
+                totals[name] = totals.get(name, 0) + value.detach()
+        losses = run.mean(totals)
+
+        # 4) clip, refuse NaN by the names of the samples, update
+        norm = nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        norm = float(gather_full_tensor(norm))
+        refuse_nan(losses["loss"] + norm, first + step + 1, micro_batches)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        log.skip(micro, int(skipped), (step + 1 - start) * phase.batch, cfg.max_bad)
-        log.step(step + 1 - start, length, samples, tokens, losses, dict(
-            step=step + 1, steps=run.total, lr=share * max(phase.trains.values()), grad_norm=norm))
-        if val and (step + 1) % cfg.val_every == 0:
-            validate(run, objective, val, step + 1, log)
-        if step + 1 == start + length or stop or cfg.save_every and (step + 1) % cfg.save_every == 0:
-            save_checkpoint(run, objective, optimizers, step + 1, trained, log.skipped)
-        if stop:
-            sys.exit(f"stopped at step {step + 1}, saved: the same command goes on")
 
-def prepare(cfg: TrainConfig):
-    """Make a missing stage 0, by whichever process gets the lock first; the others wait and find it done."""
+        # 5) one line of log.jsonl; too many unreadable samples end the run
+        number = first + step + 1
+        log.skip(micro_batches, int(counts.skipped), (step + 1) * stage.batch, cfg.max_bad)
+        row = dict(step=number, steps=run.total, lr=lr_scale * max(stage.trains.values()), grad_norm=norm)
+        log.step(step + 1, length, counts.samples, counts.tokens, losses, row)
+
+        # 6) validate, save
+        if validation and number % cfg.val_every == 0:
+            validate(run, objective, validation, number, log)
+        due = cfg.save_every and number % cfg.save_every == 0
+        if due or counts.stop or step + 1 == length:
+            save_checkpoint(run, objective, optimizers, number, trained, log.skipped)
+        if counts.stop:
+            sys.exit(f"stopped at step {number}, saved: the same command goes on")
+
+
+def prepare_objective(run: Run, model: Exo2Ego, tokenizer: Tokenizer, stage: Stage, loader: Loader, first: int,
+                      folder: Path | None) -> tuple[Objective, dict[str, nn.Parameter], int]:
+    """-> the objective on its device, what trains, and how many steps of the stage are done."""
+    torch.manual_seed(hash((run.cfg.seed, first, run.rank)) % 2 ** 31)
+    objective = Objective(model, tokenizer, stage, run.cfg, run.world).to(run.device)
+    done = 0
+    if folder:
+        done = max(0, read_state(folder)["step"] - first)
+        restore_weights(objective, folder, run.device)
+    if done == 0:
+        for source, copy in stage.copies:
+            getattr(model, copy).load_state_dict(getattr(model, source).state_dict())
+    trained = freeze(objective, stage, run.bf16)
+    if "ccl" in stage.losses and done == 0:
+        with run.autocast():
+            objective.measure_feature_std(loader)
+    return objective, trained, done
+
+
+def prepare_training(run: Run, objective: Objective, trained: dict) -> tuple[nn.Module, dict, list]:
+    """-> the objective as the ranks share it, what trains, and its optimisers."""
+    wrapped = wrap(run, objective)
+    # FSDP has replaced the parameters by their shards.
+    trained = {name: p for name, p in objective.named_parameters() if name in trained}
+    rates = {name: objective.stage.trains[part_of(name)] for name in trained}
+    return wrapped, trained, make_optimizers(trained, rates, run.cfg.optimizer)
+
+
+def param_groups(optimizers: list) -> Iterator[dict]:
+    for optimizer in optimizers:
+        yield from optimizer.param_groups
+
+
+def refuse_nan(value: float, step: int, micro_batches: list):
+    """End the run before an update spoils the weights; the samples of the step may show why."""
+    if not math.isfinite(value):
+        names = [batch.names for batch in micro_batches]
+        raise DataError(f"step {step}: loss or gradient norm is {value}, in {names}")
+
+
+# ------------------------------------------------------------------------------------------------------------- 11 main
+def train(cfg: TrainConfig, rank: int = 0, world: int = 1):
+    """Run a stage to its end, then score it."""
+    # The stages of this run: stage 0 has four, every other stage one.
+    stages = stages_of(cfg)
+    bf16 = torch.cuda.is_available() if cfg.dtype is None else cfg.dtype == "bfloat16"
+    run = Run(cfg, rank, world, pick_device(), bf16)
+    run.provenance["bf16"] = bf16
+    model, tokenizer = initial_model(run)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    run.attention = choose_attention(run.device, dtype, model.cfg, first_problem_of_any_rank)
+
+    loaders = [make_loader(run, stage, model, tokenizer) for stage in stages]
+    lengths = [stage.steps or max(1, stage.epochs * loader.samples // stage.batch)
+               for stage, loader in zip(stages, loaders)]
+    run.total = sum(lengths)
+    # Where an earlier call of this command has come.
+    folder = resume_checkpoint(cfg, run.provenance)
+    state = read_state(folder) if folder else dict(step=0, skipped=0)
+    done = state["step"]
+    if done == run.total:
+        print(f"{folder} is finished: nothing to train")
+    log_file = Path(cfg.out) / "log.jsonl"
+    log = Log(log_file if rank == 0 else None, done, state["skipped"])
+
+    # One stage after another, those that are not finished.
+    first = 0
+    for stage, loader, length in zip(stages, loaders, lengths):
+        if done < first + length:
+            with stop_gracefully_on_signals(run):
+                run_stage(run, model, tokenizer, stage, loader, first, length, folder, log)
+            folder = None
+        first += length
+
+    # The micro-world has a benchmark for every stage.
+    scored = (Path(cfg.out) / "eval.json").is_file() and done == run.total
+    if rank == 0 and cfg.world and not cfg.no_eval and not scored:
+        if cfg.fsdp or done == run.total:
+            # Read the result: with FSDP this process holds a share of it, and a finished run has trained nothing.
+            model, _ = load_checkpoint(cfg.out, vision=cfg.vision)
+        with run.autocast():
+            toy_benchmark(model.to(run.device), tokenizer, cfg.world, cfg.stage, cfg.out, cfg.init)
+
+
+def make_missing_stage_0(cfg: TrainConfig):
+    """Train stage 0 if it is missing: by whichever process gets the lock first. The others wait, and find it done."""
     def missing():
-        newest = newest_checkpoint(cfg.base)
+        newest = base_folder(cfg)
         return newest is None or read_state(newest)["step"] < read_state(newest)["steps"]
-    if (cfg.stage == 0 or cfg.preset == "7b" or Path(cfg.data).suffix == ".jsonl"
-            or cfg.stage == 1 and cfg.init != cfg.base or not missing()):
+    if cfg.stage == 0 or cfg.preset == "7b" or cfg.world is None:
         return
-    with file_lock(lock_of(cfg.base, 0), wait=True):
+    if cfg.stage == 1 and cfg.init != cfg.base or not missing():
+        return
+    with file_lock(Path(cfg.base) / ".lock", wait=True):
         if missing():
+            # A later stage that has no start should say so now, not when stage 0 is done.
             if cfg.stage > 1:
-                start_point(cfg.init, cfg.stage - 1)            # minutes before it would be missed
-            train(parse(["--stage", "0", "--preset", cfg.preset, "--data", cfg.data, "--seed", str(cfg.seed),
-                         "--out", cfg.base, "--workers", str(cfg.workers)]))
+                init_checkpoint(cfg.init, cfg.stage - 1)
+            train(parse([
+                "--stage", "0",
+                "--preset", cfg.preset,
+                "--data", cfg.world,
+                "--seed", str(cfg.seed),
+                "--out", cfg.base,
+                "--workers", str(cfg.workers)]))
+
+
+def explain(error: Exception, out: str, world: int) -> str:
+    """The sentence of an error that a user can mend; any other error is raised again."""
+    text = (str(error) or repr(error)).splitlines()[0][:300]
+    if isinstance(error, DataError):
+        return str(error)
+    if isinstance(error, (OSError, SafetensorError)) and not isinstance(error, FileNotFoundError):
+        return f"{getattr(error, 'filename', None) or out} cannot be written or read: {text}"
+    if not isinstance(error, RuntimeError):
+        # Perhaps it is a bug, and then its place helps.
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(at.filename).name}:{at.lineno}"
+        return str(error) if at.name == "_or_raise" else f"{error} ({place})"
+    if "DataLoader" in text:
+        return f"a loader worker died or hangs; the same command goes on from the last checkpoint ({text})"
+    if world > 1 and re.search("timed out|timeout|connection (closed|reset)", text, re.IGNORECASE):
+        return f"the ranks waited in vain for one another (--timeout); {text}"
+    raise error
+
 
 def main(argv: list[str] | None = None):
-    cfg, (rank, world) = parse(argv), start_process()
-    if cfg.preset != "7b":                                      # there, holes in the heap cost gigabytes
-        keep_heap()
+    cfg = parse(argv)
+    rank, world = start_process()
+    # At 7b, holes in such a heap would cost gigabytes.
+    if cfg.preset != "7b":
+        tune_malloc()
     try:
-        prepare(cfg)
-        with file_lock(lock_of(cfg.out, rank), wait=False):     # a sign of life, before the ranks meet
+        make_missing_stage_0(cfg)
+        # Rank 0 holds the run folder: a second run into it is refused.
+        lock = contextlib.nullcontext()
+        if rank == 0:
+            lock = file_lock(Path(cfg.out) / ".lock", wait=False)
+        with lock:
             if world > 1:
                 join_ranks("nccl" if torch.cuda.is_available() else "gloo", cfg.timeout)
+            # One process has nobody to share with.
             train(cfg if world > 1 else replace(cfg, fsdp=False), rank, world)
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:
-        print(f"train.py: {explain(error, cfg.out, rank, world)}", file=sys.stderr, flush=True)
-        os._exit(2) if world > 1 else sys.exit(2)  # the others must not wait for a rank that gave up
+        print(f"train.py: {explain(error, cfg.out, world)}", file=sys.stderr, flush=True)
+        # With several ranks at once: the others must not wait for a rank that gave up.
+        if world > 1:
+            os._exit(2)
+        sys.exit(2)
     if world > 1:
         dist.destroy_process_group()
+
 
 if __name__ == "__main__":
     main()

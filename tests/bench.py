@@ -7,7 +7,7 @@
     python tests/bench.py run                   # start-up, waiting for the loader, two processes beside one
     python tests/bench.py score                 # options about one video: the prefix cached and packed, or each pair alone
     python tests/bench.py generate              # 64 tokens: with a cache, without, transformers; decode: the decoder's step alone
-    python tests/bench.py data                  # clips of a 3-minute take: from its start, by seeking, cached; decord
+    python tests/bench.py data                  # clips of a 3-minute take: from its start, by seeking; decord
     python tests/bench.py all --json FILE       # all but plan and full, an hour
 
 Every side of a comparison is a process of its own with one thread; the sides take turns, round by round.
@@ -327,7 +327,7 @@ def bench_full(args):
     with model_file.autocast(run.device, True):
         loss = objective(batch, float(batch.weights.sum()), 1)["loss"]
         print(f"forward: {time.time() - began:.0f} s, loss {float(loss.detach()):.2f}, {status('VmHWM') / 1e9:.2f} GB at most", flush=True)
-        torch.autograd.backward(loss)
+    loss.backward()
     seconds, peak = time.time() - began, status("VmHWM")
     norm = sum(float(p.grad.square().sum()) for p in objective.parameters() if p.requires_grad) ** 0.5
     print(f"stage {args.stage}, forward and backward: {seconds:.0f} s, {flops / seconds / 1e9:.0f} GFLOP/s on {torch.get_num_threads()} "
@@ -374,16 +374,12 @@ def decord_clip(video, start, end, frames, size):
 
 
 def bench_data(args):
-    """Random 0.7 s clips, 16 frames at 336 pixels, one core: decoded from the file's start, sought, cached."""
+    """Random 0.7 s clips, 16 frames at 336 pixels, one core: decoded from the file's start, or sought."""
     with tempfile.TemporaryDirectory() as folder:
         take, rng = Path(folder) / "take.mp4", np.random.default_rng(0)
         make_take(take)
         starts = rng.uniform(0, 179, 12)
-        rows = [{"id": str(i), "ego": {"video": "take.mp4", "start": s, "end": s + 0.7}, "text": "x"} for i, s in enumerate(starts)]
-        data.write_jsonl(Path(folder) / "m.jsonl", rows)
-        data.main(["cache", f"{folder}/m.jsonl", "--out", f"{folder}/cache"])
-        cached = data.read_manifest(f"{folder}/cache/manifest.jsonl")[0]["ego"]["video"]
-        sides = {"from the start": partial(from_start, take), "read_clip": partial(data.read_clip, take), "cached": partial(data.read_clip, cached)}
+        sides = {"from the start": partial(from_start, take), "read_clip": partial(data.read_clip, take)}
         if importlib.util.find_spec("decord"):
             sides["decord"] = partial(decord_clip, take)
         else:
@@ -596,7 +592,7 @@ def make_step(objective, trained, run, batch):
     def step():
         with model_file.autocast(run.device, run.bf16):
             loss = objective(batch, float(batch.weights.sum()), batch.samples)["loss"]
-            torch.autograd.backward(loss)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -887,7 +883,7 @@ def bench_scaling(args):
 
 def bench_run(args):
     """Whole runs of stage 1 as a user starts them, presets toy and small: start-up, share of time waiting for the
-    loader, two processes of one thread beside one; small also on cached clips of a real size."""
+    loader, two processes of one thread beside one."""
     root, env, rows = Path(__file__).parents[1], os.environ | {"OMP_NUM_THREADS": "1"}, []
 
     def python(*words):
@@ -927,13 +923,6 @@ def bench_run(args):
             rows.append(dict(bench="run", preset=preset, seconds=min(starts), waiting=share, ratio=statistics.median(ratios), low=min(ratios), high=max(ratios)))
             print("preset {preset}: from the command to one step and its checkpoint {seconds:.1f} s; waiting for the loader (1 worker) {waiting:.1%} of the "
                   "time; two processes of one thread {ratio:.2f}x the clips/s of one ({low:.2f}-{high:.2f})".format(**rows[-1]), flush=True)
-        make_take(folder / "take.mp4", seconds=60)
-        moments = np.random.default_rng(0).uniform(0, 59, 8 * steps)
-        data.write_jsonl(folder / "take.jsonl", [{"id": str(i), "exo": [{"video": "take.mp4", "start": at, "end": at + 0.7}], "text": "Camera-verbalise_wearer waits."}
-                                                 for i, at in enumerate(moments)])
-        python("data.py", "cache", folder / "take.jsonl", "--out", folder / "cached")
-        rows.append(dict(bench="run", preset=preset, clips="cached, 448 pixels", waiting=waiting("cached", clips=folder / "cached/manifest.jsonl")))
-        print("preset {preset}, {clips}: waiting for the loader {waiting:.1%} of the time".format(**rows[-1]))
     return rows
 
 

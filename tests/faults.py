@@ -242,7 +242,7 @@ def ranks(root: Path):
     report("a rank 30 s late", 1, int(weights(out) != weights(root / "two")), "waited for; equal weights")
     hang, began = patched(root, "hang", SLOW.format(seconds=3600)), time.monotonic()
     good = refused_by_torchrun(command(root, root / "hang", "--timeout", 10, script=hang), "in vain for rank 1")
-    report("a rank that hangs", 1, int(not good or time.monotonic() - began > 90), f"ended after {time.monotonic() - began:.0f} s, the rank named")
+    report("a rank that hangs", 1, int(not good or time.monotonic() - began > 90), f"ended after {time.monotonic() - began:.0f} s, said by one sentence")
     back = patched(root, "back", "real = time.time()\ntime.time = lambda: 2 * real - time.monotonic() * 5\n")
     finish(command(root, root / "one", ranks=1))
     finish(command(root, root / "back", ranks=1, script=back))
@@ -261,10 +261,10 @@ def numbers(root: Path):
     """Numbers that are none."""
     loss = patched(root, "loss", "plain = train.Objective.vtg\ncalls = []\ndef vtg(self, *args):\n    calls.append(1)\n    return plain(self, *args) * ("
                    "float('nan') if len(calls) > 4 else 1)\ntrain.Objective.vtg = vtg\n")
-    weight = patched(root, "weight", "plain = train.build\ndef build(run):\n    model, words = plain(run)\n    model.exo_vit.pre_norm.weight.data[3] = "
-                     "float('inf')\n    return model, words\ntrain.build = build\n")
+    weight = patched(root, "weight", "plain = train.initial_model\ndef build(run):\n    model, words = plain(run)\n    model.exo_vit.pre_norm.weight.data[3] = "
+                     "float('inf')\n    return model, words\ntrain.initial_model = build\n")
     for name, script in (("NaN in a loss", loss), ("infinity in a weight", weight)):
-        report(name, 1, int(not refused(command(root, root / name, ranks=1, script=script), "loss nan|norm nan|loss inf", "pairs/")),
+        report(name, 1, int(not refused(command(root, root / name, ranks=1, script=script), "loss or gradient norm is (nan|inf)", "pairs/")),
                "stops at the step, names the samples; frames are bytes and cannot hold one")
     rows = [json.loads(line) for line in (root / "toy/pairs.jsonl").read_text().splitlines()]
     for i, row in enumerate(rows):

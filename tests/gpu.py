@@ -58,7 +58,7 @@ def say(out, part, **figures):
     """Append one finding, with what it was found on."""
     import triton
     row = dict(part=part, **figures, card=torch.cuda.get_device_name() if DEVICE == "cuda" else "none (dry)",
-               torch=torch.__version__, triton=triton.__version__, revision=os.environ.get("REVISION") or data.git_revision())
+               torch=torch.__version__, triton=triton.__version__, revision=os.environ.get("REVISION") or network.git_revision())
     with open(Path(out) / "gpu.jsonl", "a") as file:
         file.write(json.dumps(row) + "\n")
     print("  ".join(f"{key} {value}" for key, value in row.items() if key not in ("part", "card", "torch", "triton", "revision")), flush=True)
@@ -256,13 +256,13 @@ class Launch:
                                      "dkdv": ((q, k, v, do, lse, delta), (torch.empty_like(k), torch.empty_like(v)))}[kernel]
 
     def __call__(self, tile=None):
-        key = self.kernel, self.before[0].shape[-1]
-        shipped = self.table[key]
-        self.table[key] = tile or shipped
+        tiles = self.table[self.before[0].shape[-1]]
+        shipped = tiles[self.kernel]
+        tiles[self.kernel] = tile or shipped
         try:
             launch(self.kernel, *self.before, *self.inputs, *self.results)
         finally:
-            self.table[key] = shipped
+            tiles[self.kernel] = shipped
 
 
 def try_tile(kernel, head_dim, tile):

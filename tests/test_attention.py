@@ -7,10 +7,8 @@ import pytest
 import torch
 from conftest import REPO, run
 
-import eval
 import model
-from eval import choose_attention
-from model import PRESETS, Segments, attention
+from model import PRESETS, Segments, attention, choose_attention
 
 CASES = {"self": ((5, 1, 0, 9), (5, 1, 0, 9)), "cached": ((1, 3, 2), (6, 3, 7)), "one": ((1, 1), (4, 9)),
          "one, equal": ((1, 1), (7, 7)), "more queries": ((4, 2, 3), (2, 2, 0)), "uniform": ((7, 7), (7, 7)),
@@ -141,7 +139,7 @@ def test_tiled_holds_one_tile_of_scores(monkeypatch):
     (dict(v=(4, 1, 8)), "k and v one shape"), (dict(q=(5, 4, 8)), "seg has 4 queries, 4 keys; q 5, k 4"),
     (dict(window=0), "window is 0"), (dict(window=2, causal=False), "needs causal"),
     (dict(backend="fast"), "'fast': choose one of"), (dict(backend="triton"), "one GPU: q is on cpu"),
-    (dict(backend="varlen"), "one GPU"), (dict(dtype=torch.int64), "floating dtype"),
+    (dict(dtype=torch.int64), "floating dtype"),
     (dict(mixed=torch.bfloat16), "one floating dtype and one device"), (dict(mixed="meta"), "one device")])
 def test_bad_input_is_named(change, words):
     shapes = dict(q=(4, 4, 8), k=(4, 2, 8), v=(4, 2, 8)) | {n: s for n, s in change.items() if n in "qkv"}
@@ -182,10 +180,10 @@ def test_environment_variable_replaces_auto(monkeypatch):
 
 
 # what auto takes on a GPU, when the self-check says what it says
-CHOICES = [({"triton": 0.3}, (9, 0), "triton", "after a self-check"), ({"triton": 7.0, "varlen": 0.4}, (8, 0), "varlen", "7.0"),
-           ({"triton": float("nan"), "varlen": 0.4}, (8, 0), "varlen", "nan"), ({"triton": 7.0, "varlen": 2.0}, (8, 0), "sdpa", "2.0"),
-           ({"triton": ImportError("no triton here"), "varlen": 0.1}, (8, 6), "varlen", "no triton here"),
-           ({"triton": 0.1, "varlen": 0.1}, (7, 5), "sdpa", "sm_80")]
+CHOICES = [({"triton": 0.3}, (9, 0), "triton", "after a self-check"), ({"triton": 7.0}, (8, 0), "sdpa", "7.0"),
+           ({"triton": float("nan")}, (8, 0), "sdpa", "nan"),
+           ({"triton": ImportError("no triton here")}, (8, 6), "sdpa", "no triton here"),
+           ({"triton": 0.1}, (7, 5), "sdpa", "sm_80")]
 
 
 @pytest.mark.parametrize("found, capability, backend, words", CHOICES)
@@ -194,31 +192,30 @@ def test_auto_is_what_passes_its_self_check(found, capability, backend, words, m
         if isinstance(found[name], Exception):
             raise found[name]
         return found[name]
-    monkeypatch.setattr(eval, "attention_error", error)
-    monkeypatch.setattr(model, "AUTO", "sdpa")
+    monkeypatch.setattr(model, "attention_error", error)
+    monkeypatch.setattr(model, "HALF_ON_GPU", "sdpa")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     line = choose_attention(torch.device("cuda"), torch.bfloat16, PRESETS["7b"])
-    assert model.AUTO == backend and line.startswith(f"attention: {backend}") and words in line and "\n" not in line
+    assert model.HALF_ON_GPU == backend and line.startswith(f"attention: {backend}") and words in line and "\n" not in line
 
 
 def test_auto_without_a_choice_is_sdpa(monkeypatch):
-    monkeypatch.setattr(model, "AUTO", "triton")
+    monkeypatch.setattr(model, "HALF_ON_GPU", "triton")
     assert "float32 on cuda" in choose_attention(torch.device("cuda"), torch.float32, PRESETS["7b"])
-    assert model.AUTO == "sdpa"
+    assert model.HALF_ON_GPU == "sdpa"
     assert "bfloat16 on cpu" in choose_attention(torch.device("cpu"), torch.bfloat16, PRESETS["7b"])
     monkeypatch.setenv("EXO2EGO_ATTENTION", "tiled")
     assert "tiled, by EXO2EGO_ATTENTION" in choose_attention(torch.device("cpu"), torch.bfloat16, PRESETS["7b"])
-    for wrong in ("flash", "varlen"):                           # varlen takes no float32: a run would die in its scores
-        monkeypatch.setenv("EXO2EGO_ATTENTION", wrong)
-        with pytest.raises(ValueError, match=f"EXO2EGO_ATTENTION is '{wrong}': choose one of"):
-            choose_attention(torch.device("cpu"), torch.float32, PRESETS["7b"])
+    monkeypatch.setenv("EXO2EGO_ATTENTION", "flash")
+    with pytest.raises(ValueError, match="EXO2EGO_ATTENTION is 'flash': choose one of"):
+        choose_attention(torch.device("cpu"), torch.float32, PRESETS["7b"])
 
 
 def test_a_dead_gpu_is_not_papered_over(monkeypatch):
     def dead(*_):
         raise RuntimeError("an illegal memory access was encountered")
-    monkeypatch.setattr(eval, "attention_error", dead)
+    monkeypatch.setattr(model, "attention_error", dead)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "synchronize", dead)
     with pytest.raises(RuntimeError, match="illegal memory access"):
@@ -227,7 +224,7 @@ def test_a_dead_gpu_is_not_papered_over(monkeypatch):
 
 RANKS = """
 import os, time, torch, torch.distributed as dist
-import eval, model
+import model, train
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 calls = []
@@ -237,11 +234,11 @@ def error(backend, *_):
     return 9.0 if (backend, rank) == ("triton", 1) else 0.1     # one GPU of the world fails
 model.attention_error = error
 torch.cuda.get_device_capability = lambda device: (9, 0)
-line = model.choose_attention(torch.device("cuda"), torch.bfloat16, model.PRESETS["toy"])
+line = model.choose_attention(torch.device("cuda"), torch.bfloat16, model.PRESETS["toy"], train.first_problem_of_any_rank)
 starts = [None, None]
 dist.all_gather_object(starts, calls[0][1])
 assert starts[1] >= starts[0] + 0.3, "local rank 0 goes first"
-print(f"rank {rank}: {model.AUTO}: {line}", flush=True)
+print(f"rank {rank}: {model.HALF_ON_GPU}: {line}", flush=True)
 dist.barrier()
 dist.destroy_process_group()
 """
@@ -251,45 +248,9 @@ def test_the_world_takes_a_kernel_only_if_it_passed_everywhere(tmp_path):
     (tmp_path / "ranks.py").write_text(RANKS)
     _, out, _ = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, tmp_path / "ranks.py",
                     env={"PYTHONPATH": str(REPO)})
-    assert out.count("varlen: attention: varlen, for bfloat16") == 2 and out.count("not triton: error") == 2
+    assert out.count("sdpa: attention: sdpa; not triton: error") == 2
 
 
-def test_varlen_is_called_as_it_is_documented(monkeypatch):
-    """The real one needs CUDA; this stand-in follows its documentation, and its shapes are checked below."""
-    def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
-        assert enable_gqa or q.shape[1] == k.shape[1]
-        left, right = window_size
-        parts = []
-        for a, b, c, d in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:]):
-            lq, lk = int(b - a), int(d - c)
-            assert lq <= max_q and lk <= max_k
-            i, j = torch.arange(lq)[:, None] + lk - lq, torch.arange(lk)[None]
-            seen = torch.ones(lq, lk, dtype=torch.bool)
-            seen &= (j >= i - left) if left >= 0 else seen
-            seen &= (j <= i + right) if right >= 0 else seen
-            keys, values = (t[c:d].repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(0, 1) for t in (k, v))
-            scores = (q[a:b].transpose(0, 1) @ keys.mT * scale).masked_fill(~seen, float("-inf"))
-            parts.append((scores.softmax(-1).nan_to_num() @ values).transpose(0, 1))
-        return torch.cat(parts)
-    import torch.nn.attention.varlen as library
-    monkeypatch.setattr(library, "varlen_attn", varlen_attn)
-    for case, (causal, window), kv_heads in itertools.product(("self", "cached", "more queries"), MASKS, (1, 4)):
-        seg = Segments.cached(*CASES[case])
-        q, k, v = tensors(seg, 4, kv_heads, 8)
-        truth = attention(q, k, v, seg, causal=causal, window=window, backend="reference")
-        assert torch.allclose(model._varlen(q, k, v, seg, causal, window, 8 ** -0.5), truth, atol=1e-5)
-
-
-FAKE = """
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from model import Segments, attention
-with FakeTensorMode():
-    q, k = (torch.empty(n, heads, 64, device="cuda", dtype=torch.bfloat16) for n, heads in ((40, 8), (60, 2)))
-    cu = torch.empty(3, dtype=torch.int32, device="cuda")
-    out = attention(q, k, k, Segments((30, 10), (40, 20), cu, cu), causal=True, window=7, backend="varlen")
-    assert out.shape == q.shape and out.dtype == q.dtype and out.is_cuda
-"""
 NO_TRITON = """
 import os, sys
 sys.modules["triton"] = None
@@ -306,9 +267,8 @@ else:
 """
 
 
-@pytest.mark.parametrize("program", (FAKE, NO_TRITON), ids=("varlen on fake CUDA tensors", "no triton"))
-def test_in_a_process_of_its_own(program):
-    done = subprocess.run([sys.executable, "-c", program], cwd=REPO, capture_output=True, text=True)
+def test_without_triton_the_model_imports_and_says_what_to_do():
+    done = subprocess.run([sys.executable, "-c", NO_TRITON], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -321,19 +281,14 @@ def test_importing_the_model_does_not_import_triton():
 def test_check_attention_command(monkeypatch, capsys):
     _, out, _ = run(REPO / "model.py", "--check-attention")
     assert out.count("ok  ") == 18 and "FAIL" not in out and "they need a GPU: triton" in out
-    monkeypatch.setattr(eval, "attention_error", lambda *_: float("nan"))
+    monkeypatch.setattr(model, "attention_error", lambda *_: float("nan"))
     assert model.check_attention() == 18 and "FAIL" in capsys.readouterr().out
 
 
 def test_check_attention_on_a_gpu_up_to_the_gpu(monkeypatch, capsys):
-    """The branch that only a GPU takes, with the GPU's part replaced: order and counting."""
-    draws = iter(range(100))
-    monkeypatch.setattr(eval, "pick_device", lambda: torch.device("cuda"))
-    monkeypatch.setattr(eval, "attention_error", lambda backend, *_: 0.5 if backend != "varlen" else 3.0)
-    monkeypatch.setattr(eval, "run_case", lambda *_: [torch.tensor(float(next(draws)))])      # reruns that differ
-    assert model.check_attention() == 6 + 6
-    draw = lambda *_: [torch.ones(())]                          # reruns that agree; a backend that cannot run
-    monkeypatch.setattr(eval, "run_case", draw)
-    monkeypatch.setattr(eval, "attention_error", lambda backend, *_: 1 / (backend != "varlen"))
+    """The branch that only a GPU takes, with the GPU's part replaced: which backends, and counting."""
+    monkeypatch.setattr(model, "pick_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(model, "attention_error", lambda backend, *_: 0.5 if backend != "tiled" else 3.0)
     assert model.check_attention() == 6
-    assert "FAIL varlen torch.bfloat16 head_dim 32: ZeroDivisionError" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.count("ok   triton") == out.count("ok   sdpa") == out.count("FAIL tiled") == 6

@@ -8,8 +8,8 @@ import torch
 from conftest import REPO, run
 from safetensors.torch import load_file, save_file
 
-from model import (PRESETS, Connector, Decoder, Exo2Ego, KVCache, Segments, Tokenizer, VisionEncoder,
-                   load_checkpoint)
+from data import Tokenizer
+from model import PRESETS, Connector, Decoder, Exo2Ego, KVCache, Segments, VisionEncoder
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 transformers = pytest.importorskip("transformers")
@@ -246,7 +246,8 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path, harm, words):
 # -------------------------------------------------------------------------------------------------- back again
 def test_export_round_trip(videollama2, tmp_path):
     """Trained, with LoRA: what transformers makes of the exported parts equals what we make of the checkpoint."""
-    from eval import Run, export_hf, save_checkpoint
+    from model import export_hf
+    from train import Run, save_checkpoint
     import mistral_common
     import train
     from pathlib import Path
@@ -258,7 +259,7 @@ def test_export_round_trip(videollama2, tmp_path):
     torch.nn.init.normal_(model.ego_vit.blocks[0].q.weight, std=0.3)
     spm = Path(mistral_common.__file__).parent / "data/tokenizer.model.v1"
     cfg = train.parse(["--stage", "0", "--out", str(tmp_path)])             # stage 0 saves the whole model
-    objective = train.Objective(model, Tokenizer(spm), train.phases(cfg)[0], cfg, 1)
+    objective = train.Objective(model, Tokenizer(spm), train.stages_of(cfg)[0], cfg, 1)
     save_checkpoint(Run(cfg, 0, 1, torch.device("cpu"), False, total=2), objective, [], 1, {}, 0)
     model.eval()
     export_hf(tmp_path / "step_000001", tmp_path / "hf")
@@ -277,7 +278,7 @@ def test_export_round_trip(videollama2, tmp_path):
     assert (tmp_path / "hf/decoder/tokenizer.model").read_bytes() == spm.read_bytes()
 
 
-def test_lora_merges_and_unmerges():
+def test_lora_merges():
     decoder = Decoder(PRESETS["toy"]).eval()
     decoder.add_lora(8, 16, 0.1)
     for module in decoder.lora_modules():
@@ -287,9 +288,6 @@ def test_lora_merges_and_unmerges():
     decoder.merge_lora()
     decoder.merge_lora()                                        # a second call has nothing to do
     assert torch.allclose(our_logits(decoder, ids), before, atol=1e-4) and not torch.equal(decoder.blocks[0].q.weight, weight)
-    decoder.unmerge_lora()
-    decoder.unmerge_lora()
-    assert torch.allclose(decoder.blocks[0].q.weight, weight, atol=1e-6) and torch.allclose(our_logits(decoder, ids), before, atol=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------- tokenizer
@@ -325,7 +323,7 @@ def test_ids_equal_mistral_common(chat):
 def test_an_empty_answer_is_its_end_alone():
     from pathlib import Path
     import mistral_common
-    from model import IGNORE, Tokenizer
+    from model import IGNORE
     ours = Tokenizer(Path(mistral_common.__file__).parent / "data/tokenizer.model.v1")
     assert [x for x in ours.chat([{"user": "a", "assistant": ""}], 0)[1] if x != IGNORE] == [ours.eos]
 

@@ -14,7 +14,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import bench
-import eval
 from model import PRESETS
 
 
@@ -30,9 +29,9 @@ def objective(stage, *more):
 def gradients(stage, batch, *more, made=None):
     result, run = made or objective(stage, *more)
     result.zero_grad()
-    with model.autocast(run.device, run.bf16):
+    with run.autocast():
         loss = result(batch, float(batch.weights.sum()), batch.samples)["loss"]
-        torch.autograd.backward(loss)
+    loss.backward()
     return torch.cat([loss.detach().float()[None], *(p.grad.flatten() for p in result.parameters() if p.grad is not None)])
 
 

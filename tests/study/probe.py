@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import eval
 import train
 from data import Tokenizer, manifest_of, read_manifest
-from model import load_checkpoint, newest_checkpoint
+from model import feature_kl, load_checkpoint, newest_checkpoint
 from run import pack
 
 
@@ -60,7 +60,7 @@ def features(ckpt, rows) -> dict:
             "constant share of patches": float(grid.mean(0).square().mean() / grid.square().mean()),
             "correlation of what is left": float((own * theirs).mean() / (own.square().mean() * theirs.square().mean()).sqrt()),
             "size of it, F(x) / y": float(theirs.std() / own.std()),
-            "KL": {name: float(model.feature_kl(y, guess).mean()) for name, guess in kl.items()}}
+            "KL": {name: float(feature_kl(y, guess).mean()) for name, guess in kl.items()}}
 
 
 def gradients(ckpt, world, stage1, base, at: str) -> dict:
