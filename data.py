@@ -13,7 +13,6 @@ One row of a manifest (JSON lines) is one narrated moment; training reads nothin
 from __future__ import annotations
 
 import argparse
-import ast
 import atexit
 import copy
 import csv
@@ -337,10 +336,10 @@ def _video_stream(container, video):
 
 
 def _seconds(container, stream) -> float:
-    """Length of the video, as its header says; Matroska keeps it in a tag, as the moment of its end."""
+    """Length of the video, as its header says."""
     if stream.duration:
         return float(stream.duration * stream.time_base)
-    # Matroska has no length of the stream, but the moment of its end.
+    # Matroska has the moment of the end instead: in a tag of the stream, or for the whole file.
     tag = re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", ""))
     if tag:
         end = 3600 * int(tag[1]) + 60 * int(tag[2]) + float(tag[3])
@@ -468,7 +467,7 @@ def write_video(path: FilePath, frames: np.ndarray, fps: int, gop: int = 12):
 
 # --------------------------------------------------------------------------------------------- 3 its text
 NARRATE = "Narrate the video."  # the prompt of a row's `text` (our choice: the paper names none for it)
-WEARER = "Camera-wearer"     # who acts in a narration
+WEARER = "Camera-wearer"        # who acts in a narration
 
 
 class Tokenizer:
@@ -729,7 +728,7 @@ class Loader:
             place, view = self.sample(number)
             row = self.rows[place]
             draw = (self.seed, number // self.samples, place)
-            # The views of a narration share its moment; stage 1 has no such moments, each sample is its own.
+            # The views of a narration share its moment. Where exo clips are read alone, none is shared.
             key = (*draw, index) if self.view == "exo" else draw
             # Other samples of this micro batch may have read the ego clip.
             wanted = {}
@@ -791,15 +790,15 @@ class Loader:
 
 def _raise_if_error(item):
     if isinstance(item, ValueError):
-        # Raise a copy: the traceback of an exception keeps all variables of this frame alive. With `item`
-        # among them it would keep itself, and with it the workers.
+        # Raise a copy: a traceback keeps the variables of every frame alive. If `item` were raised, its
+        # traceback would keep `item`, and so itself, and the workers with it.
         raise copy.copy(item)
     return item
 
 
 def _start_worker(_):
-    # A launcher sends its signals to the whole group of processes. The rank still needs its batches then, to
-    # end the step it is in, so that its workers ignore them.
+    # A launcher sends its signals to the whole group of processes. Workers ignore them: the rank still needs
+    # batches, to end the step that it is in.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
@@ -1080,7 +1079,7 @@ class Canvas:
 
 # Shapes are functions (x, y) -> distance to the edge, negative inside, all in table units.
 def disc(radius: float):
-    """A disc."""
+    """A disc of this radius."""
     def distance(x, y):
         return np.sqrt(x * x + y * y) - radius
     return distance
@@ -1502,7 +1501,7 @@ def command_build(args):
         views += len(row.get("exo", []))
         first_clip = clips_of(row)[0]
         if first_clip.get("end") is not None:
-            spans.append(first_clip["end"] - first_clip.get("start", 0))
+            spans.append(first_clip["end"] - (first_clip.get("start") or 0))
     if not rows:
         raise DataError(f"{options.root}: no row was left, see the reasons above")
     write_jsonl(options.out, rows)
@@ -1518,8 +1517,8 @@ def command_build(args):
 
 
 def add_flags(parser: argparse.ArgumentParser, config: type, names: Sequence[str] | None = None):
-    """One flag for each field of a dataclass (or for `names`): a bool is a switch, a Literal has choices, no
-    default is required; the comment on the field's line is its help."""
+    """One flag for each field of a dataclass (or for `names`): a bool is a switch, a Literal has choices, a
+    field without a default is required; the comment on the field's line is its help."""
     # The comments on the lines of the fields, and their types.
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(config), re.M))
     hints = get_type_hints(config)
@@ -1770,7 +1769,7 @@ def ego_exo4d(files, options):
             files.count["take without an ego or exo video"] += 1
             return
         files.count["takes"] += 1
-        # Each annotator has a pace, and with it a length of clips.
+        # Clips are as long as an annotator's pace says (or that of all annotators of the take).
         for annotation in annotations:
             gap = _mean_gap([annotation] if options.beta == "annotator" else annotations, alpha)
             for i, narrated in enumerate(annotation["descriptions"]):
@@ -1795,7 +1794,7 @@ def ego_exo4d(files, options):
 
 def _alpha(annotated, options) -> float:
     """EgoClip's scale in seconds: as given, or the mean gap of all takes (of all annotators of takes)."""
-    # The mean is taken over the same groups of narrations as the gaps of the clips.
+    # The mean is over the same groups of narrations from which the clips get their gaps.
     if options.alpha == "mean":
         gaps = []
         for _, of_take in annotated:
@@ -1933,32 +1932,23 @@ def egtea(files, options):
 
     def rows(clip, action, *_):
         # A clip's name: session (three parts), start and end in milliseconds, first and last frame.
-        *session, start, end, first, last = clip.split("-")
-        video = f"cropped_clips/{'-'.join(session[:3])}/{clip}.mp4"
+        session = "-".join(clip.split("-")[:3])
         label = re.sub("[_:]", " ", actions[int(action)]).lower()
-        row = egoit_row("egtea", clip, video, label, options)
-        row["seconds"] = [int(start) / 1000, int(end) / 1000]
-        row["frames"] = [int(first[1:]), int(last[1:])]
-        yield row
+        yield egoit_row("egtea", clip, f"cropped_clips/{session}/{clip}.mp4", label, options)
     yield from files.tolerant(files.lines(f"{options.split}_split1.txt"), rows)
 
 
 def ssv2(files, options):
-    """Something-Something V2 (`--split train` or `validation`): the answer is the label; the class is the
-    template without its brackets. The whole webm is the clip."""
-    prefixes = ("", "something-something-v2-", "labels/")
-    classes = files.json(*(f"{prefix}labels.json" for prefix in prefixes))
+    """Something-Something V2 (`--split train` or `validation`): the answer is the label, with its objects
+    named. The whole webm is the clip."""
     if options.split == "test":
         raise DataError("the test split has no labels: use --split train or validation")
 
     def rows(record):
-        # The classes are templates without brackets.
-        template = record["template"].replace("[", "").replace("]", "")
         video = files.video(f"{record['id']}.webm")
-        row = egoit_row("ssv2", record["id"], video, record["label"], options)
-        row["class"] = int(classes[template])
-        yield row
-    records = files.json(*(f"{prefix}{options.split}.json" for prefix in prefixes))
+        yield egoit_row("ssv2", record["id"], video, record["label"], options)
+    name = f"{options.split}.json"
+    records = files.json(name, f"something-something-v2-{name}", f"labels/{name}")
     yield from files.tolerant(records, rows)
 
 
@@ -2136,9 +2126,7 @@ def egoclip(files, options):
             "ego": {
                 "video": files.video(f"{name}.mp4"),
                 "start": round(start, 6),
-                "end": round(end, 6)},
-            "verbs": ast.literal_eval(row["tag_verb"]),
-            "nouns": ast.literal_eval(row["tag_noun"])}
+                "end": round(end, 6)}}
     yield from files.tolerant(files.table("egoclip.csv", delimiter="\t"), rows)
 
 
@@ -2153,7 +2141,7 @@ def conversations(files, options):
     def rows(record):
         if one_a_line:
             record = json.loads(record)
-        # The path is given as a text or below "video".
+        # Some write {"video": path} where others write the path.
         video = record.get("image") or record.get("video")
         if isinstance(video, dict):
             video = video["video"]
@@ -2172,11 +2160,11 @@ def conversations(files, options):
         if messages and messages[0][0] == "assistant":
             del messages[0]
         # The rest is question and answer, in turn.
-        questions_, answers = messages[::2], messages[1::2]
+        asked, answered = messages[::2], messages[1::2]
         expected = ["user", "assistant"] * (len(messages) // 2)
         if not messages or [role for role, _ in messages] != expected:
             raise ValueError("human and gpt must take turns, human first")
-        turns = [{"user": q, "assistant": a} for (_, q), (_, a) in zip(questions_, answers)]
+        turns = [{"user": q, "assistant": a} for (_, q), (_, a) in zip(asked, answered)]
         clip = {"video": video} | {key: record[key] for key in ("start", "end", "fps") if key in record}
         yield {
             "id": str(record.get("id", files.where.rpartition(" ")[2])),

@@ -140,7 +140,7 @@ def test_egoclip(tmp_path, capsys):
     assert row["ego"] == {"video": f"{UID}/0.mp4", "start": 2.967651, "end": 3.721266}
     assert (row["ego"]["start"] + row["ego"]["end"]) / 2 == pytest.approx(3.3445, abs=1e-3)      # EgoVLP's row 0
     assert (row["ego"]["end"] - row["ego"]["start"]) * 4.9 == pytest.approx(3.6927, abs=1e-3)    # its beta
-    assert row["verbs"] == [93] and row["nouns"] == [192, 115, 12] and row["text"] == "Camera-wearer picks a bag of clothes from the floor"
+    assert row["text"] == "Camera-wearer picks a bag of clothes from the floor"
     assert rows["egoclip/2"]["ego"]["start"] == 0 and rows["egoclip/2"]["text"] == 'Camera-wearer walks "to" the door'
     assert rows["egoclip/3"]["ego"] == {"video": f"{UID}/1.mp4", "start": 0, "end": 1.5}          # of two files the one of its middle
     assert len(rows) == 3
@@ -160,12 +160,10 @@ def egtea(root):
 def test_egtea(tmp_path):
     rows = list(build("egtea", egtea(tmp_path)).values())
     assert rows[0]["ego"] == {"video": "cropped_clips/P21-R04-ContinentalBreakfast/P21-R04-ContinentalBreakfast-291175-294945-F006979-F007088.mp4"}
-    assert rows[0]["seconds"] == [291.175, 294.945] and rows[0]["frames"] == [6979, 7088]
     assert [row["turns"][0]["assistant"] for row in rows] == ["inspect/read recipe", "take eating utensil"]     # ids count from 1
 
 
 def ssv2(root):
-    write(root / "labels.json", {"Holding something next to something": "41", "Something falling like a feather or paper": "136"})
     write(root / "train.json", [
         {"id": "78687", "label": "holding potato next to vicks vaporub bottle", "template": "Holding [something] next to [something]",
          "placeholders": ["potato", "vicks vaporub bottle"]},
@@ -178,7 +176,7 @@ def ssv2(root):
 def test_ssv2(tmp_path):
     rows = build("ssv2", ssv2(tmp_path))
     row = rows["ssv2/36585"]
-    assert row["class"] == 136 and row["ego"] == {"video": "36585.webm"} and row["turns"][0]["assistant"] == "plastic falling like a feather or paper"
+    assert row["ego"] == {"video": "36585.webm"} and row["turns"][0]["assistant"] == "plastic falling like a feather or paper"
     with pytest.raises(SystemExit, match="test split has no labels"):
         build("ssv2", tmp_path, "--split", "test")
 
