@@ -174,7 +174,7 @@ class TrainConfig:
     kl_temperature: float = 1.0                     # of the softmax over channels
 
     @property
-    def world(self) -> str | None:
+    def toy_folder(self) -> str | None:
         """The folder of the micro-world, or None where manifests are given."""
         return None if self.data[0].endswith(".jsonl") else self.data[0]
 
@@ -383,18 +383,10 @@ class Objective(nn.Module):
         return ((a - b) / self.loss.feature_std).abs().flatten(1).mean(1)
 
     def contrastive(self, y: Tensor, fx: Tensor, tau: float = 0.07) -> Tensor:
-        """InfoNCE (X,) of pooled F(x) against the y of all ranks. It depends on what else is in the batch."""
-        # One vector a clip, the mean over its patches.
+        """InfoNCE (X,) of pooled F(x) against every y of the micro batch: it depends on what else is in there."""
         a = F.normalize(fx.float().mean((1, 2, 3)), dim=-1)
         b = F.normalize(y.float().mean((1, 2, 3)), dim=-1)
-        first = 0
-        if self.world > 1:
-            # y is frozen, so no gradient has to go back to the other ranks.
-            of_ranks = [torch.empty_like(b) for _ in range(self.world)]
-            dist.all_gather(of_ranks, b)
-            first = dist.get_rank() * len(b)
-            b = torch.cat(of_ranks)
-        own = first + torch.arange(len(a), device=a.device)
+        own = torch.arange(len(a), device=a.device)
         return F.cross_entropy(a @ b.T / tau, own, reduction="none")
 
     @torch.no_grad()
@@ -566,7 +558,7 @@ def initial_model(run: Run) -> tuple[Exo2Ego, Tokenizer]:
     torch.manual_seed(cfg.seed * 10 + cfg.stage)
     if cfg.stage == 0:
         model = Exo2Ego(PRESETS[cfg.preset])
-        return model, Tokenizer(toy_tokenizer(cfg.world, toy_world(cfg.world)))
+        return model, Tokenizer(toy_tokenizer(cfg.toy_folder, toy_world(cfg.toy_folder)))
 
     # What the stage starts from, and the parts that it adds to it.
     base = base_folder(cfg)
@@ -658,11 +650,11 @@ def freeze(objective: Objective, stage: Stage, bf16: bool) -> dict[str, nn.Param
 def make_loader(run: Run, stage: Stage, model: Exo2Ego, tokenizer: Tokenizer, validation: bool = False) -> Loader:
     """The samples of a stage, with room for the visual tokens of [x ; F(x)] or of one view."""
     cfg = run.cfg
-    if validation and (cfg.stage == 0 or cfg.world is None):
+    if validation and (cfg.stage == 0 or cfg.toy_folder is None):
         raise DataError("--val-every needs stage 1, 2 or 3 on the micro-world, which has a validation split")
     manifests = cfg.data
-    if cfg.world:
-        manifests = [toy_split(cfg.world, "val" if validation else stage.split, toy_world(cfg.world))]
+    if cfg.toy_folder:
+        manifests = [toy_split(cfg.toy_folder, "val" if validation else stage.split, toy_world(cfg.toy_folder))]
     rows = read_manifests(manifests, cfg.root, cfg.allow_outside)
     if cfg.shuffle_pairs and stage.view == "pair" and not validation:
         rows = shuffle_pairs(rows, cfg.seed)
@@ -1088,24 +1080,20 @@ def describe(run: Run, objective: Objective, loader: Loader, length: int):
 
 def show_prompt(batch, tokenizer: Tokenizer) -> str:
     """What the model is fed: shapes, and the first text with its [supervised] tokens in brackets."""
-    shapes = []
-    if batch.ego is not None:
-        shapes.append(f"ego {tuple(batch.ego.shape)}")
-    if batch.exo is not None:
-        shapes.append(f"exo {tuple(batch.exo.shape)}")
-    shapes.append(f"{len(batch.ids)} tokens")
-
+    shapes = [f"{view} {tuple(frames.shape)}"
+              for view, frames in (("ego", batch.ego), ("exo", batch.exo)) if frames is not None]
     length = batch.lens[0] if batch.lens else 0
-    ids = batch.ids[:length].tolist()
-    labels = batch.labels[:length].tolist()
-    text = ""
-    for i, (token, label) in enumerate(zip(ids, labels)):
+    text, before = "", None
+    for token, label in zip(batch.ids[:length].tolist(), batch.labels[:length].tolist()):
+        # All visual tokens are one mark.
         if token != VIDEO:
             piece = tokenizer.sp.id_to_piece(token)
             text += piece if label == IGNORE else f"[{piece}]"
-        elif ids[i - 1] != VIDEO:
-            text += f"<video: {ids.count(VIDEO)} tokens>"
-    return f"fed: {', '.join(shapes)}; first sample {batch.names[0]}: {text}"
+        elif before != VIDEO:
+            text += "<video>"
+        before = token
+    fed = ", ".join([*shapes, f"{len(batch.ids)} tokens"])
+    return f"fed: {fed}; first sample {batch.names[0]}: {text}"
 
 
 @torch.no_grad()
@@ -1267,29 +1255,29 @@ def train(cfg: TrainConfig, rank: int = 0, world: int = 1):
     # Where an earlier call of this command has come.
     folder = resume_checkpoint(cfg, run.provenance)
     state = read_state(folder) if folder else dict(step=0, skipped=0)
-    done = state["step"]
-    if done == run.total:
+    steps_taken = state["step"]
+    if steps_taken == run.total:
         print(f"{folder} is finished: nothing to train")
     log_file = Path(cfg.out) / "log.jsonl"
-    log = Log(log_file if rank == 0 else None, done, state["skipped"])
+    log = Log(log_file if rank == 0 else None, steps_taken, state["skipped"])
 
     # One stage after another, those that are not finished.
     first = 0
     for stage, loader, length in zip(stages, loaders, lengths):
-        if done < first + length:
+        if steps_taken < first + length:
             with stop_gracefully_on_signals(run):
                 run_stage(run, model, tokenizer, stage, loader, first, length, folder, log)
             folder = None
         first += length
 
     # The micro-world has a benchmark for every stage.
-    scored = (Path(cfg.out) / "eval.json").is_file() and done == run.total
-    if rank == 0 and cfg.world and not cfg.no_eval and not scored:
-        if cfg.fsdp or done == run.total:
+    scored = (Path(cfg.out) / "eval.json").is_file() and steps_taken == run.total
+    if rank == 0 and cfg.toy_folder and not cfg.no_eval and not scored:
+        if cfg.fsdp or steps_taken == run.total:
             # Read the result: with FSDP this process holds a share of it, and a finished run has trained nothing.
             model, _ = load_checkpoint(cfg.out, vision=cfg.vision)
         with run.autocast():
-            toy_benchmark(model.to(run.device), tokenizer, cfg.world, cfg.stage, cfg.out, cfg.init)
+            toy_benchmark(model.to(run.device), tokenizer, cfg.toy_folder, cfg.stage, cfg.out, cfg.init)
 
 
 def make_missing_stage_0(cfg: TrainConfig):
@@ -1297,7 +1285,7 @@ def make_missing_stage_0(cfg: TrainConfig):
     def missing():
         newest = base_folder(cfg)
         return newest is None or read_state(newest)["step"] < read_state(newest)["steps"]
-    if cfg.stage == 0 or cfg.preset == "7b" or cfg.world is None:
+    if cfg.stage == 0 or cfg.preset == "7b" or cfg.toy_folder is None:
         return
     if cfg.stage == 1 and cfg.init != cfg.base or not missing():
         return
@@ -1309,7 +1297,7 @@ def make_missing_stage_0(cfg: TrainConfig):
             train(parse([
                 "--stage", "0",
                 "--preset", cfg.preset,
-                "--data", cfg.world,
+                "--data", cfg.toy_folder,
                 "--seed", str(cfg.seed),
                 "--out", cfg.base,
                 "--workers", str(cfg.workers)]))
