@@ -1079,21 +1079,17 @@ def describe(run: Run, objective: Objective, loader: Loader, length: int):
 
 
 def show_prompt(batch, tokenizer: Tokenizer) -> str:
-    """What the model is fed: shapes, and the first text with its [supervised] tokens in brackets."""
-    shapes = [f"{view} {tuple(frames.shape)}"
-              for view, frames in (("ego", batch.ego), ("exo", batch.exo)) if frames is not None]
-    length = batch.lens[0] if batch.lens else 0
-    text, before = "", None
-    for token, label in zip(batch.ids[:length].tolist(), batch.labels[:length].tolist()):
-        # All visual tokens are one mark.
-        if token != VIDEO:
-            piece = tokenizer.sp.id_to_piece(token)
-            text += piece if label == IGNORE else f"[{piece}]"
-        elif before != VIDEO:
-            text += "<video>"
-        before = token
-    fed = ", ".join([*shapes, f"{len(batch.ids)} tokens"])
-    return f"fed: {fed}; first sample {batch.names[0]}: {text}"
+    """What the model is fed: shapes, and the first text, what is read of it and what is supervised."""
+    text = f"{len(batch.ids)} tokens"
+    for view, frames in (("ego", batch.ego), ("exo", batch.exo)):
+        if frames is not None:
+            text = f"{view} {tuple(frames.shape)}, {text}"
+    if batch.lens:
+        ids, labels = batch.ids[:batch.lens[0]], batch.labels[:batch.lens[0]]
+        read = tokenizer.decode(ids[labels == IGNORE].tolist())
+        supervised = tokenizer.decode(ids[labels != IGNORE].tolist())
+        text += f"; first sample {batch.names[0]}: read {read!r}, supervised {supervised!r}"
+    return f"fed: {text}"
 
 
 @torch.no_grad()
@@ -1314,7 +1310,7 @@ def explain(error: Exception, out: str, world: int) -> str:
         # Perhaps it is a bug, and then its place helps.
         at = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(at.filename).name}:{at.lineno}"
-        return str(error) if at.name == "_or_raise" else f"{error} ({place})"
+        return str(error) if at.name == "_raise_if_error" else f"{error} ({place})"
     if "DataLoader" in text:
         return f"a loader worker died or hangs; the same command goes on from the last checkpoint ({text})"
     if world > 1 and re.search("timed out|timeout|connection (closed|reset)", text, re.IGNORECASE):

@@ -280,7 +280,7 @@ def test_importing_the_model_does_not_import_triton():
 
 def test_check_attention_command(monkeypatch, capsys):
     _, out, _ = run(REPO / "model.py", "--check-attention")
-    assert out.count("ok  ") == 18 and "FAIL" not in out and "they need a GPU: triton" in out
+    assert out.count("ok  ") == 18 and "FAIL" not in out and "it needs a GPU: triton" in out
     monkeypatch.setattr(model, "attention_error", lambda *_: float("nan"))
     assert model.check_attention() == 18 and "FAIL" in capsys.readouterr().out
 
