@@ -19,7 +19,6 @@ import math
 import os
 import re
 import sys
-import time
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -35,8 +34,9 @@ from einops import rearrange
 from torch import Tensor
 
 from data import (COLOURS, NARRATE, PATTERNS, VERBS, Batch, DataError, Files, Loader, Tokenizer,
-                  contact_sheet, convert, encode_png, file_lock, frame_rate, progress, read_clip,
-                  read_manifest, toy_split, toy_world, verbalise_wearer, write_jsonl, write_text_atomic)
+                  contact_sheet, convert, encode_png, file_lock, frame_rate, progress,
+                  read_manifest, read_row_clip, toy_split, toy_world, verbalise_wearer, write_jsonl,
+                  write_text_atomic)
 from model import (IGNORE, VIDEO, Exo2Ego, KVCache, Segments, SharedPrefix, autocast,
                    choose_attention, feature_kl, fingerprint, git_revision, load_checkpoint,
                    newest_checkpoint, pick_device, to_device_and_dtype)
@@ -50,9 +50,7 @@ def wilson(share: float, n: int) -> tuple[float, float]:
     centre = share + z * z / (2 * n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    low = (centre - half) / scale
-    high = (centre + half) / scale
-    return max(0.0, low), min(1.0, high)
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
 
 
 def proportion(name: str, outcomes, chance: float) -> dict:
@@ -77,19 +75,17 @@ def choice_score(scores: np.ndarray, right) -> float:
     return float(best[right].sum() / best.sum())
 
 
-def format_figures(figures: dict) -> str:
+def print_figures(figures: dict):
     """One line `key: value` a figure."""
-    lines = []
     for key, value in figures.items():
         text = f"{value:.4f}" if isinstance(value, float) else value
-        lines.append(f"{key}: {text}")
-    return "\n".join(lines)
+        print(f"{key}: {text}")
 
 
-def spread(n, count, first=0):
-    """At most `count` indices below n, evenly spaced from `first` on: the samples that are shown."""
-    step = max(1, n // count)
-    return range(first, n, step)[:count]
+def spread(rows, count):
+    """At most `count` of the rows, evenly spaced: the samples that are shown."""
+    step = max(1, len(rows) // count)
+    return rows[::step][:count]
 
 
 # -------------------------------------------------------------------------------------------- 2 answering
@@ -97,12 +93,9 @@ def iterate_batches(model: Exo2Ego, tokenizer: Tokenizer, rows: list[dict], view
                     batch: int = 100) -> Iterator[Batch]:
     """The clips of all rows, in order, in batches on the model's device.
 
-    `view` is ego, exo or pair. DataError: a clip cannot be read.
+    `view` is ego, exo or pair; a row has at most one exo clip. DataError: a clip cannot be read.
     """
     device = next(model.parameters()).device
-    # Of a row's exo cameras the first one is read, so that each row is one sample.
-    if view != "ego":
-        rows = [row | {"exo": row.get("exo", [])[:1]} for row in rows]
     loader = Loader(rows, model.cfg, tokenizer, view=view, batch=batch, train=False)
     steps = math.ceil(len(rows) / batch)
     for (clips,) in loader.stream(0, steps):
@@ -112,7 +105,7 @@ def iterate_batches(model: Exo2Ego, tokenizer: Tokenizer, rows: list[dict], view
 
 
 @torch.no_grad()
-def encode_clips(model: Exo2Ego, tokenizer: Tokenizer, rows: list[dict], view: str) -> Tensor:
+def encode_clips(model, tokenizer, rows, view: str) -> Tensor:
     """Visual tokens (rows, tokens, W) of every row's clip; `view` is ego or exo."""
     # All clips of a split fit into memory as tokens, and several tasks read them.
     encode = model.encode_ego if view == "ego" else model.encode_exo
@@ -120,7 +113,7 @@ def encode_clips(model: Exo2Ego, tokenizer: Tokenizer, rows: list[dict], view: s
     return torch.cat([encode(getattr(batch, view)) for batch in batches])
 
 
-def generate_answers(model: Exo2Ego, tokenizer: Tokenizer, visual: Tensor, questions: list[str],
+def generate_answers(model, tokenizer, visual: Tensor, questions: list[str],
                      batch: int = 125, max_new: int = 32) -> list[str]:
     """Greedy answers to one question about each row of `visual` (questions, tokens, W)."""
     answers = []
@@ -136,8 +129,7 @@ def generate_answers(model: Exo2Ego, tokenizer: Tokenizer, visual: Tensor, quest
     return answers
 
 
-def narration_log_likelihood(model: Exo2Ego, tokenizer: Tokenizer, visual: Tensor, pairs,
-                             batch: int = 250) -> np.ndarray:
+def narration_log_likelihood(model, tokenizer, visual: Tensor, pairs, batch: int = 250) -> np.ndarray:
     """log p(narration | clip) in nats, summed over its tokens, of each (row of visual, narration) -> (n,)."""
     scores = []
     for first in range(0, len(pairs), batch):
@@ -181,7 +173,6 @@ def toy_benchmark(model: Exo2Ego, tokenizer: Tokenizer, data: str, stage: int, o
     clip among five, and its answers. out/predictions.jsonl holds what the model said of each clip, and
     out/samples.png shows a few. `init` is the run that the stage started from.
     """
-    began = time.time()
     if not (Path(data) / "world.json").is_file():
         raise DataError(f"--data {data} is no micro-world (data.py toy makes one); your own videos: --video")
     model.eval()
@@ -196,17 +187,15 @@ def toy_benchmark(model: Exo2Ego, tokenizer: Tokenizer, data: str, stage: int, o
     visual = encode_clips(model, tokenizer, rows, view)
 
     # Each column of predictions.jsonl has one value a row.
-    figures, narrations = evaluate_narrations(model, tokenizer, rows, visual, view)
-    columns = {"said": narrations}
+    figures, columns = evaluate_narrations(model, tokenizer, rows, visual, view)
     if stage == 2:
         pairs = read_manifest(toy_split(data, "val", world))
         figures |= kl_true_vs_shuffled(model, tokenizer, pairs)
     if stage == 3:
-        more, inter, intra = choose_clip(model, tokenizer, rows, visual)
-        figures |= more
-        more, replies = evaluate_questions(model, tokenizer, rows, visual)
-        figures |= more
-        columns |= {"inter": inter, "intra": intra, "reply": replies}
+        for evaluate in (choose_clip, evaluate_questions):
+            more_figures, more_columns = evaluate(model, tokenizer, rows, visual)
+            figures |= more_figures
+            columns |= more_columns
 
     # The choice takes at most a thousand rows, so its columns may be shorter than the others.
     predictions = []
@@ -214,22 +203,21 @@ def toy_benchmark(model: Exo2Ego, tokenizer: Tokenizer, data: str, stage: int, o
         truth = {key: row[key] for key in ("id", "text", "turns")}
         predictions.append(truth | dict(zip(columns, values)))
     write_jsonl(out / "predictions.jsonl", predictions)
-    draw_samples(out / "samples.png", rows, view, narrations, columns.get("reply"))
+    show_samples(out / "samples.png", rows, predictions)
 
     # Stage 1 also says how good the model was that it set out from.
     earlier = Path(init or "") / "eval.json"
     if stage == 1 and init and earlier.is_file():
         before = json.loads(earlier.read_text())["exo_em"]
         print(f"exo narration exact match: {before:.3f} before, {figures['exo_em']:.3f} after")
-    print(format_figures(figures))
-    seconds = time.time() - began
-    print(f"pictures: {out}/samples.png ({seconds:.0f} s)", flush=True)
+    print_figures(figures)
+    print(f"pictures: {out}/samples.png", flush=True)
     (out / "eval.json").write_text(json.dumps(figures, indent=1))
     return figures
 
 
 def evaluate_narrations(model, tokenizer, rows, visual, view: str):
-    """Exact match of whole narrations and of each of their four facts -> figures, the narrations."""
+    """Exact match of whole narrations and of each of their four facts -> figures, {"said": narrations}."""
     narrations = generate_answers(model, tokenizer, visual, [NARRATE] * len(rows))
     truths = [row["text"] for row in rows]
     exact = [said == truth for said, truth in zip(narrations, truths)]
@@ -241,18 +229,11 @@ def evaluate_narrations(model, tokenizer, rows, visual, view: str):
     for fact in NARRATION.groupindex:
         right = [a is not None and a[fact] == b[fact] for a, b in zip(found, expected)]
         figures[f"{view}_{fact}"] = float(np.mean(right))
-
-    # A few narrations on the screen say more than a number.
-    for i in spread(len(rows), 5):
-        if exact[i]:
-            print(f"  ok    {narrations[i]}")
-        else:
-            print(f"  wrong {narrations[i]}   (true: {truths[i]})")
-    return figures, narrations
+    return figures, {"said": narrations}
 
 
 def evaluate_questions(model, tokenizer, rows, visual):
-    """Exact match of the answers to each row's first question -> figures, the answers."""
+    """Exact match of the answers to each row's first question -> figures, {"reply": answers}."""
     questions = [row["turns"][0]["user"] for row in rows]
     truths = [row["turns"][0]["assistant"] for row in rows]
     replies = generate_answers(model, tokenizer, visual, questions)
@@ -263,18 +244,14 @@ def evaluate_questions(model, tokenizer, rows, visual):
         answers_of[question].add(truth)
     chances = [1 / len(answers_of[question]) for question in questions]
     right = [reply == truth for reply, truth in zip(replies, truths)]
-
-    # A few answers on the screen, of other rows than the narrations.
-    for i in spread(len(rows), 5, first=1):
-        print(f"  Q: {questions[i]}  A: {replies[i]}   (true: {truths[i]})")
-    return proportion("qa", right, float(np.mean(chances))), replies
+    return proportion("qa", right, float(np.mean(chances))), {"reply": replies}
 
 
 def choose_clip(model, tokenizer, rows, visual):
     """EgoMCQ's task: which of five clips does this narration describe?
 
     The five are of five scenes (inter), or the five moments of one scene (intra); all have different
-    narrations. -> figures, the outcome of each inter item, and of each intra item.
+    narrations. -> figures, the outcome of each item as columns "inter" and "intra".
     """
     # An inter item needs four narrations beside the five of its own scene, or the search never ends.
     different = len({row["text"] for row in rows})
@@ -283,7 +260,7 @@ def choose_clip(model, tokenizer, rows, visual):
     # The same items for every model.
     rng = np.random.default_rng(0)
     count = min(1000, len(rows))
-    figures, outcomes = {}, []
+    figures, columns = {}, {}
     for kind in ("inter", "intra"):
         # The right clip stands first; equal scores share, so its place cannot help.
         pairs = []
@@ -291,10 +268,9 @@ def choose_clip(model, tokenizer, rows, visual):
             candidates = [item, *wrong_clips(rows, item, kind, rng)]
             pairs += [(clip, rows[item]["text"]) for clip in candidates]
         scores = narration_log_likelihood(model, tokenizer, visual, pairs).reshape(count, 5)
-        right = [choice_score(five, right=0) for five in scores]
-        figures |= proportion(f"mcq_{kind}", right, chance=0.2)
-        outcomes.append(right)
-    return figures, *outcomes
+        columns[kind] = [choice_score(five, right=0) for five in scores]
+        figures |= proportion(f"mcq_{kind}", columns[kind], chance=0.2)
+    return figures, columns
 
 
 def wrong_clips(rows, item: int, kind: str, rng):
@@ -334,22 +310,27 @@ def kl_true_vs_shuffled(model, tokenizer, rows) -> dict:
         "kl_n": len(exo)}
 
 
-def draw_samples(path: Path, rows, view: str, narrations, replies):
-    """A contact sheet: frames, what the model said (green when right), and the truth when it was wrong."""
+def show_samples(path: Path, rows, predictions):
+    """A few samples, printed and as a contact sheet: frames, what the model said (green when right), else the truth."""
     items = []
-    for i in spread(len(rows), 8):
+    for row, prediction in spread(list(zip(rows, predictions)), 8):
+        # What it was asked, what is true, and what it said.
+        turn = row["turns"][0]
+        answers = [("", row["text"], prediction["said"])]
+        if "reply" in prediction:
+            answers.append((f"{turn['user']} ", turn["assistant"], prediction["reply"]))
         # Lines of text below the frames, each with its colour.
-        row, said = rows[i], narrations[i]
-        lines = [(said, GREEN)]
-        if said != row["text"]:
-            lines = [(said, RED), (f"true: {row['text']}", GREY)]
-        if replies and replies[i]:
-            turn = row["turns"][0]
-            ink = GREEN if replies[i] == turn["assistant"] else RED
-            lines.append((f"{turn['user']} {replies[i]}", ink))
-        clip = row["ego"] if view == "ego" else row["exo"][0]
-        frames = read_clip(clip["video"], clip["start"], clip["end"], num_frames=4, size=96)
-        items.append(([frames], lines))
+        lines = []
+        for question, truth, said in answers:
+            said = question + said
+            if said == question + truth:
+                print(f"  ok    {said}")
+                lines.append((said, GREEN))
+            else:
+                print(f"  wrong {said}   (true: {truth})")
+                lines += [(said, RED), (f"true: {truth}", GREY)]
+        clip = row["ego"] if "ego" in row else row["exo"][0]
+        items.append(([read_row_clip(clip, num_frames=4, size=96)], lines))
     contact_sheet(path, items)
 
 
@@ -378,7 +359,7 @@ class VideoContext:
         ids, _ = tokenizer.chat([{"user": ""}], self.video_tokens)
         self.start = 1
         if visual is not None:
-            self.start = len(ids) - ids[::-1].index(VIDEO)
+            self.start = ids.index(VIDEO) + self.video_tokens
         prefix = torch.tensor(ids[:self.start], device=self.device)
         embeddings = model.insert_visual_tokens(visual, prefix)
         seg = Segments.packed([self.start], self.device)
@@ -469,13 +450,7 @@ def prefill(model, tokenizer, clip: dict | None) -> VideoContext:
     """Read one ego clip of a manifest's form ("video", "start", "end", "fps"), or nothing for None."""
     if clip is None:
         return VideoContext(model, tokenizer, None)
-    frames = read_clip(
-        clip["video"],
-        clip.get("start"),
-        clip.get("end"),
-        num_frames=model.cfg.frames,
-        size=model.cfg.image_size,
-        fps=clip.get("fps"))
+    frames = read_row_clip(clip, model.cfg.frames, model.cfg.image_size)
     device = next(model.parameters()).device
     pixels = torch.from_numpy(frames)[None].to(device)                      # (1, T, 3, S, S)
     return VideoContext(model, tokenizer, model.encode_ego(pixels))
@@ -499,10 +474,8 @@ class Checkpoint:
     """A checkpoint on this machine's device, in the dtype that it computes with."""
     model: Exo2Ego
     tokenizer: Tokenizer
-    config: dict                            # the flags of its training
     state: dict                             # its state.json
     folder: Path
-    bf16: bool
 
 
 def parse(argv):
@@ -549,21 +522,8 @@ def main(argv=None):
 
 
 def use_checkpoint(args):
-    """Score or ask the checkpoint that the flags name."""
-    ckpt = open_checkpoint(args)
-    with autocast(pick_device(), ckpt.bf16):
-        if args.bench:
-            run_benches(ckpt, args)
-        elif args.video:
-            clip = {"video": args.video, "start": args.start, "end": args.end}
-            chat(ckpt.model, ckpt.tokenizer, clip, args.ask)
-        else:
-            score_toy(ckpt, args.data)
-
-
-def open_checkpoint(args) -> Checkpoint:
-    """The checkpoint that the flags name, or the newest stage's."""
-    runs = [f"out/stage{stage}" for stage in (3, 2, 1, 0)]
+    """Score or ask the checkpoint that the flags name, or the newest stage's."""
+    runs = ["out/stage3", "out/stage2", "out/stage1", "out/stage0"]
     run = args.ckpt or next(filter(newest_checkpoint, runs), runs[0])
     model, state = load_checkpoint(run, args.base, args.vision)
     folder = newest_checkpoint(run)
@@ -573,23 +533,25 @@ def open_checkpoint(args) -> Checkpoint:
     bf16 = state.get("bf16", stored_half)
     device = pick_device()
     print(choose_attention(device, torch.bfloat16 if bf16 else torch.float32, model.cfg))
-    return Checkpoint(
-        model=to_device_and_dtype(model, device, bf16),
-        tokenizer=Tokenizer(folder),
-        config=state.get("config", {}),
-        state=state,
-        folder=folder,
-        bf16=bf16)
+    model = to_device_and_dtype(model, device, bf16)
+    ckpt = Checkpoint(model, Tokenizer(folder), state, folder)
+    with autocast(device, bf16):
+        if args.bench:
+            run_benches(ckpt, args)
+        elif args.video:
+            clip = {"video": args.video, "start": args.start, "end": args.end}
+            chat(model, ckpt.tokenizer, clip, args.ask)
+        else:
+            score_toy(ckpt, args.data)
 
 
 def score_toy(ckpt: Checkpoint, data):
     """The toy benchmark of a checkpoint, on the micro-world in `data` or the one it was trained on."""
     state = ckpt.state
     print(f"{ckpt.folder}: stage {state['stage']}, step {state['step']} of {state['steps']}")
+    # Published weights were trained on no world.
     if data is None:
-        # A run on the micro-world names one folder.
-        data = ckpt.config.get("data", "out/toy")
-        data = data[0] if isinstance(data, list) else data
+        data, *_ = state.get("config", {}).get("data", ["out/toy"])
     toy_benchmark(ckpt.model, ckpt.tokenizer, data, state["stage"], out=ckpt.folder.parent)
 
 
@@ -866,16 +828,15 @@ def ek100(files: Files, args):
 
     The relevance of a text is (same verb class + overlap of noun sets) / 2; texts keep their file's order.
     """
-    nested = (files.root / "retrieval_annotations").is_dir()
-    prefix = "retrieval_annotations/EPIC_100_retrieval" if nested else "EPIC_100_retrieval"
     videos, classes = {}, {}
-    for row in files.table(f"{prefix}_test.csv"):
+    for row in files.table("EPIC_100_retrieval_test.csv", "retrieval_annotations/EPIC_100_retrieval_test.csv"):
         key = row["narration_id"]
         videos[key] = row
         nouns = ast.literal_eval(row["all_noun_classes"])
         classes[key] = int(row["verb_class"]), set(nouns)
     texts = {}
-    for row in files.table(f"{prefix}_test_sentence.csv"):
+    for row in files.table("EPIC_100_retrieval_test_sentence.csv",
+                           "retrieval_annotations/EPIC_100_retrieval_test_sentence.csv"):
         texts[row["narration_id"]] = row["narration"]
     for key, row in videos.items():
         clip = {
@@ -982,7 +943,8 @@ def egobench(ckpt: Checkpoint, args):
     # JSON has no NaN.
     figures = {key: None if value != value else value for key, value in figures.items()}
     write_text_atomic(f"{stem}.json", json.dumps(protocol | figures, indent=1))
-    print(f"{format_figures(figures)}\n{stem}.json", flush=True)
+    print_figures(figures)
+    print(f"{stem}.json", flush=True)
 
 
 def answer_mode(bench: Bench, items, args) -> str:
@@ -1009,8 +971,7 @@ def protocol_of(ckpt: Checkpoint, items, args) -> dict:
     return {
         "ckpt": str(ckpt.folder),
         "weights": fingerprint(ckpt.folder),
-        "preset": ckpt.config.get("preset"),
-        "stage": ckpt.state["stage"],
+        "preset": ckpt.state.get("config", {}).get("preset"),
         "git": git_revision(),
         "bench": args.bench,
         "answer": args.answer,
@@ -1107,8 +1068,8 @@ class PredictionFiles:
         predictions = {}
         for path in self.paths():
             for row in self.rows(path):
-                known = predictions.get(row["id"])
-                if known is None or "error" in known:
+                known = predictions.get(row["id"], {"error": "not done"})
+                if "error" in known:
                     predictions[row["id"]] = row
         return predictions
 
@@ -1166,8 +1127,8 @@ def run_items(ckpt: Checkpoint, items, texts, bench: Bench, args):
     if items and bench.task == "retrieval":
         sides = text_side(model, tokenizer, [] if args.blind else items, texts)
 
-    # The context of the clip that was read last; blind contexts have none.
-    last_clip, context = None, None
+    # The context of the clip that was read last. No clip is {}: the first one is always read.
+    last_clip, context = {}, None
     for item in items:
         # The item stands in its prediction, so that a reader or a judge needs no other file.
         prediction = asdict(item)
@@ -1179,7 +1140,7 @@ def run_items(ckpt: Checkpoint, items, texts, bench: Bench, args):
             # Only EgoMCQ's items have several clips: the narration gets a score for each.
             for clip in item.clips:
                 clip = None if args.blind else clip
-                if context is None or clip != last_clip:
+                if clip != last_clip:
                     context = prefill(model, tokenizer, clip)
                     last_clip = clip
                 if bench.task == "clips":
@@ -1243,7 +1204,7 @@ def text_side(model, tokenizer, items, texts):
     return centre, words, alone[:, 1]
 
 
-def score_texts(context: VideoContext, texts, sides, shortlist: int = 16):
+def score_texts(context: VideoContext, texts, sides):
     """A score of every text for one video, where `sides` is what `text_side` returned.
 
     Blind, it is how likely a text is by itself, the same for every video.
@@ -1259,7 +1220,7 @@ def score_texts(context: VideoContext, texts, sides, shortlist: int = 16):
     scores = cosine.astype(float).round(5)
 
     # The best texts are ranked again, above all others, by what the video adds to their log-likelihood.
-    best = np.argsort(-cosine, kind="stable")[:shortlist]
+    best = np.argsort(-cosine, kind="stable")[:16]
     with_video = context.score([(NARRATE, texts[i]) for i in best])
     gain = with_video[:, 1] - alone[best]
     scores[best] = 2 + np.tanh(gain / 2)
@@ -1309,12 +1270,15 @@ def summarise(bench: Bench, items, predictions, args) -> dict:
 
     # The score of all items, then one for each kind of them.
     chance = float(np.mean([item.chance() for item, _ in known]))
-    outcomes = [outcome(item, p) for item, p in known]
-    figures = proportion("score", outcomes, chance)
-    kinds = {item.kind for item, _ in known}
-    for kind in sorted(kinds - {""}):
-        own = [right for right, (item, _) in zip(outcomes, known) if item.kind == kind]
-        figures |= proportion(kind, own, chance)
+    outcomes = defaultdict(list)
+    for item, prediction in known:
+        right = outcome(item, prediction)
+        outcomes["score"].append(right)
+        if item.kind:
+            outcomes[item.kind].append(right)
+    figures = {}
+    for name, rights in outcomes.items():
+        figures |= proportion(name, rights, chance)
     if args.answer == "generate":
         overlaps = [rouge_l(p.get("reply", ""), item.answer) for item, p in known]
         figures["rouge_l"] = float(np.mean(overlaps))
@@ -1342,32 +1306,32 @@ def ranking_figures(bench: Bench, items, predictions) -> dict:
     # A video that was not read ranks last.
     unread = [-1e9] * len(items[0].options)
     scores = np.array([p.get("scores", unread) for p in predictions])
-    random = np.random.default_rng(0).normal(size=scores.shape)
     if bench.task == "classes":
-        labels = np.zeros_like(scores)
-        for row, item in zip(labels, items):
+        truth = np.zeros_like(scores)
+        for row, item in zip(truth, items):
             row[item.answer] = 1
-        figures = charades_map(scores, labels)
-        score = figures["nanmAP"]
-        chance = charades_map(random, labels)["nanmAP"]
-        each = class_precision(scores, labels)
-        each = each[np.isfinite(each)]
+        name, metrics, precision = "nanmAP", charades_map, class_precision
     else:
         # With --limit some texts have no video.
-        relevance = np.array([item.answer for item in items])
-        used = (relevance == 1).any(0)
-        relevance = relevance[:, used]
-        figures = retrieval_metrics(scores[:, used], relevance)
-        by_chance = retrieval_metrics(random[:, used], relevance)
-        score, chance = figures["mAP_avg"], by_chance["mAP_avg"]
+        truth = np.array([item.answer for item in items])
+        used = (truth == 1).any(0)
+        scores, truth = scores[:, used], truth[:, used]
+        name, metrics, precision = "mAP_avg", retrieval_metrics, ranked_precision
+    figures = metrics(scores, truth)
+    random = np.random.default_rng(0).normal(size=scores.shape)
+    by_chance = metrics(random, truth)
+    score = figures[name]
+    if "nDCG_avg" in figures:
         figures["nDCG_avg_chance"] = by_chance["nDCG_avg"]
-        each = ranked_precision(scores[:, used], relevance)
+    # A class that never occurs has no precision.
+    each = precision(scores, truth)
+    each = each[np.isfinite(each)]
     if len(each) == 0:
         raise DataError(f"none of these {len(items)} items has a label to rank")
     half = 1.96 * float(each.std()) / math.sqrt(len(each))
     return {
         "score": score,
-        "score_chance": chance,
+        "score_chance": by_chance[name],
         "score_lo": max(0.0, score - half),
         "score_hi": min(1.0, score + half),
         "score_n": len(items),
@@ -1389,11 +1353,13 @@ td, th {padding: .3rem .5rem; border-bottom: 1px solid #ddd; text-align: left; v
 (red). The last columns follow protocols of their own.</p>"""
 TABLE = """<div class=wide>
 <table><tr><th>benchmark<th>ours<th><th>n<th>chance<th>blind<th>paper<th>best open<th>protocol</tr>"""
-ROW = ('<tr><td>{name}<td>{score:.1f} [{low:.1f}, {high:.1f}]{parts}<td><div class=bar>'
-       '<i style="left:{low:.1f}%;width:{width:.1f}%;background:#8ab"></i>'
-       '<i style="left:{score:.1f}%;width:2px;background:#000"></i>'
-       '<i style="left:{chance:.1f}%;width:2px;background:#c33"></i></div>'
-       '<td>{n}<td>{chance:.1f}<td>{floor}<td>{paper}<td>{best}<td><small>{note}</small></tr>')
+ROW = ('<tr><td>{name}<td>{percent[score]:.1f} [{percent[score_lo]:.1f}, {percent[score_hi]:.1f}]{parts}'
+       '<td><div class=bar>'
+       '<i style="left:{percent[score_lo]:.1f}%;width:{width:.1f}%;background:#8ab"></i>'
+       '<i style="left:{percent[score]:.1f}%;width:2px;background:#000"></i>'
+       '<i style="left:{percent[score_chance]:.1f}%;width:2px;background:#c33"></i></div>'
+       '<td>{result[score_n]}<td>{percent[score_chance]:.1f}<td>{floor}<td>{bench.paper}<td>{bench.best}'
+       '<td><small>{result[answer]}, {result[length]}<br>{bench.note}</small></tr>')
 ITEM = "<div class=item>{frames}<p>{question}</p><ol>{options}</ol>{said}<p>true: {truth}</p></div>"
 
 
@@ -1421,8 +1387,7 @@ def write_report(out: Path) -> Path:
         parts.append(f"<h2>{name}</h2>")
         predictions = PredictionFiles(out, name, protocol={}).read()
         rows = [row for row in predictions.values() if row["options"] or row["answer"] is not None]
-        for i in spread(len(rows), 4):
-            parts.append(report_item(rows[i]))
+        parts += map(report_item, spread(rows, 4))
     path = out / "report.html"
     write_text_atomic(path, "\n".join(parts) + "</html>")
     return path
@@ -1447,36 +1412,24 @@ def toy_note(results) -> str:
 
 def report_score(name: str, result: dict, blind: dict) -> str:
     """A benchmark's row of the table."""
-    bench = BENCHES[name]
-    score = 100 * result["score"]
-    low = 100 * result["score_lo"]
-    high = 100 * result["score_hi"]
+    percent = {key: 100 * value for key, value in result.items() if isinstance(value, float)}
     # The other figures of this benchmark stand below its score.
     parts = ""
     for key in ("inter", "intra", "nDCG_avg", "rouge_l", "binary", "open"):
-        if result.get(key) is not None:
-            parts += f"<br>{key} {100 * result[key]:.1f}"
+        if key in percent:
+            parts += f"<br>{key} {percent[key]:.1f}"
     # The blind floor counts if all but the video was the same.
     floor = "not run"
-    same = ("weights", "answer", "length", "content")
-    if all(blind.get(key) == result[key] for key in same):
+    if all(blind.get(key) == result[key] for key in ("weights", "answer", "length", "content")):
         floor = f"{100 * blind['score']:.1f}"
-    note = f"{result['answer']}, {result['length']}"
-    if bench.note:
-        note += f"; {bench.note}"
     return ROW.format(
         name=name,
-        score=score,
-        low=low,
-        high=high,
-        width=high - low,
-        chance=100 * result["score_chance"],
+        bench=BENCHES[name],
+        result=result,
+        percent=percent,
+        width=percent["score_hi"] - percent["score_lo"],
         parts=parts,
-        floor=floor,
-        n=result["score_n"],
-        paper=escape(bench.paper),
-        best=escape(bench.best),
-        note=escape(note))
+        floor=floor)
 
 
 def report_item(row: dict) -> str:
@@ -1509,8 +1462,7 @@ def report_item(row: dict) -> str:
 def film_strip(clip: dict) -> str:
     """Four frames of a clip, as an image inside the page; nothing if it cannot be read."""
     try:
-        start, end = clip.get("start"), clip.get("end")
-        frames = read_clip(clip["video"], start, end, num_frames=4, size=160)
+        frames = read_row_clip(clip, num_frames=4, size=160)
     except DataError:
         return ""
     png = encode_png(rearrange(frames, "t c h w -> h (t w) c"))

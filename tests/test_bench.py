@@ -17,7 +17,7 @@ import torch
 from conftest import REPO, run
 
 import eval
-from data import Tokenizer
+from data import Tokenizer, read_clip
 from eval import VideoContext, charades_map, parse_letter, retrieval_metrics, rouge_l
 from model import load_checkpoint, newest_checkpoint
 
@@ -245,7 +245,7 @@ def test_likelihoods_are_the_plain_ones(scored, sets, learner):
     """One prediction recomputed without cache and packing, and the letters of no path in the prompt."""
     model, tokenizer = learner
     row = json.loads((scored / "vln-qa.jsonl").read_text().splitlines()[1])
-    frames = eval.read_clip(row["clips"][0]["video"], None, None, 4, 48)
+    frames = read_clip(row["clips"][0]["video"], None, None, 4, 48)
     visual = model.encode_ego(torch.from_numpy(frames)[None])
     for text, score in zip(row["options"], row["scores"]):
         ids, labels = tokenizer.chat([{"user": row["question"], "assistant": text}], visual.shape[1])
