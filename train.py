@@ -563,15 +563,15 @@ def initial_model(run: Run) -> tuple[Exo2Ego, Tokenizer]:
     # What the stage starts from, and the parts that it adds to it.
     base = base_folder(cfg)
     published = base is not None and (base / "config.json").is_file()
-    added = {}
     if cfg.stage == 1:
         source, state = init_checkpoint(base if published else cfg.init, 0)
+        added = {}
+    elif cfg.stage == 2:
+        source, state = init_checkpoint(cfg.init, 1)
+        added = {} if cfg.no_mapping else {"mapping": cfg.mapping}
     else:
-        source, state = init_checkpoint(cfg.init, cfg.stage - 1)
-    if cfg.stage == 2 and not cfg.no_mapping:
-        added = {"mapping": cfg.mapping}
-    if cfg.stage == 3 and not cfg.no_lora:
-        added = {"lora": True}
+        source, state = init_checkpoint(cfg.init, 2)
+        added = {} if cfg.no_lora else {"lora": True}
     if state["base"] is None:
         base = source
     model, state = load_checkpoint(source, base, cfg.vision, **added)

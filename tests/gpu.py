@@ -39,7 +39,7 @@ from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import bench
-import data
+import cases
 import eval
 import model as network
 import train
@@ -95,7 +95,7 @@ def seconds_of(call, repeats=20, rounds=5):
 
 # ------------------------------------------------------------------------------------------------------ 1 correct
 # queries and keys of each segment, heads, kv_heads, causal, window
-CASES = network.CASES | {
+CASES = cases.CASES | {
     "grouped 4:1, ragged, causal": ((300, 1, 577, 64, 129), (300, 1, 577, 64, 129), 8, 2, True, None),
     "grouped 3:1, new queries on a cache": ((20, 33, 1, 128), (1562, 1575, 1543, 1650), 6, 2, True, None),
     "window of 1024": ((1560, 700), (1560, 700), 4, 1, True, 1024),
@@ -104,7 +104,7 @@ CASES = network.CASES | {
     "577 tokens, 16 frames": ((577,) * 16, (577,) * 16, 4, 4, False, None),
     "3,081 tokens": ((3081, 1560), (3081, 1560), 8, 2, True, None)}
 if DRY:
-    CASES = {name: case for name, case in network.CASES.items() if "long" not in name}
+    CASES = {name: case for name, case in cases.CASES.items() if "long" not in name}
 
 
 def run_attention(case, backend, dtype, head_dim):

@@ -16,6 +16,7 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 import pytest
 import torch
 
+import cases
 import model
 
 LIMIT = {torch.float32: 1e-5, torch.float16: 5e-3}      # of absolute error; inputs are N(0, 1)
@@ -32,13 +33,13 @@ def tiles(request, monkeypatch):
 
 
 def errors(case, dtype, head_dim):
-    ours, truth = (model.run_case(case, backend, "cpu", dtype, head_dim) for backend in ("triton", "reference"))
+    ours, truth = (cases.run_case(case, backend, "cpu", dtype, head_dim) for backend in ("triton", "reference"))
     assert all(t.dtype == dtype for t in ours)
     return {name: float((a.double() - b).abs().max()) for name, a, b in zip(("o", "dq", "dk", "dv"), ours, truth)}
 
 
 @pytest.mark.parametrize("dtype, head_dim", [(torch.float32, 32), (torch.float16, 64)])
-@pytest.mark.parametrize("case", [case for case in model.CASES if "long" not in case])    # minutes each
+@pytest.mark.parametrize("case", [case for case in cases.CASES if "long" not in case])    # minutes each
 def test_kernels_equal_the_formula(case, dtype, head_dim, tiles):
     found = errors(case, dtype, head_dim)
     print(case, dtype, head_dim, tiles, found)
@@ -53,10 +54,10 @@ def test_head_dim_128(dtype):
 
 def test_one_query_and_no_keys(monkeypatch):
     """Decoding on caches of 70, 1 and 0 keys; the last answers zero and learns nothing."""
-    monkeypatch.setitem(model.CASES, "decode", ((1, 1, 1), (70, 1, 0), 4, 2, True, None))
+    monkeypatch.setitem(cases.CASES, "decode", ((1, 1, 1), (70, 1, 0), 4, 2, True, None))
     found = errors("decode", torch.float32, 32)
     assert all(error <= 1e-5 for error in found.values()), found
-    out, dq, dk, dv = model.run_case("decode", "triton", "cpu", torch.float32, 32)
+    out, dq, dk, dv = cases.run_case("decode", "triton", "cpu", torch.float32, 32)
     assert (out[2] == 0).all() and (dq[2] == 0).all()
 
 
@@ -64,7 +65,7 @@ def test_one_query_and_no_keys(monkeypatch):
 def test_tile_edges(window, monkeypatch):
     """Diagonal and window cross tiles of 32 in all phases: keys ahead of the queries by 0, 1, 31 and 61."""
     monkeypatch.setattr(model, "FLOAT32_TILES", dict.fromkeys(model.FLOAT32_TILES, (32, 32, 4, 1)))
-    monkeypatch.setitem(model.CASES, "edges", ((70, 66, 33, 40), (70, 67, 64, 101), 2, 1, True, window))
+    monkeypatch.setitem(cases.CASES, "edges", ((70, 66, 33, 40), (70, 67, 64, 101), 2, 1, True, window))
     found = errors("edges", torch.float32, 32)
     assert all(error <= 1e-5 for error in found.values()), found
 
@@ -81,7 +82,7 @@ def test_a_scale_of_our_own_reaches_all_gradients():
 
 
 def test_reruns_are_bit_equal_and_strides_do_not_matter():
-    one, two = (model.run_case("ragged, grouped, causal", "triton", "cpu", torch.float32, 32) for _ in range(2))
+    one, two = (cases.run_case("ragged, grouped, causal", "triton", "cpu", torch.float32, 32) for _ in range(2))
     assert all(map(torch.equal, one, two))
     packed = torch.randn(30, 3, 2, 32)                          # q, k, v as slices of one tensor
     seg, qkv = model.Segments.packed((11, 19)), packed.unbind(1)

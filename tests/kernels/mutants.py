@@ -40,7 +40,7 @@ def caught(code: str, change: str, count: int) -> bool:
         suite = Path(folder) / "tests/kernels/interpreter.py"
         suite.parent.mkdir(parents=True)
         shutil.copy(REPO / "tests/kernels/interpreter.py", suite)
-        for name in ("data.py", "eval.py", "train.py", "tests/bench.py"):
+        for name in ("data.py", "eval.py", "train.py", "tests/bench.py", "tests/cases.py"):
             shutil.copy(REPO / name, folder)
         (Path(folder) / "model.py").write_text(source.replace(code, change))
         run = subprocess.run([sys.executable, "-m", "pytest", "-qx", suite], capture_output=True, cwd=folder)
