@@ -33,19 +33,18 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, fields, replace
-from fractions import Fraction
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache, partial
 from pathlib import Path
-from types import UnionType
-from typing import Literal, Union, get_args, get_origin, get_type_hints
+from types import SimpleNamespace
+from typing import Literal, get_args, get_type_hints
 
 import av
 import numpy as np
 import sentencepiece
 import torch
 from av.video.reformatter import VideoReformatter
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor
 
 from model import IGNORE, PRESETS, VIDEO, ModelConfig
@@ -62,7 +61,7 @@ class DataError(ValueError):
 
 
 # ------------------------------------------------------------------------------------------------- 1 a row
-def read_manifest(path: FilePath, root: FilePath | None = None, allow_outside=False, skip=True) -> list[dict]:
+def read_manifest(path: FilePath, root=None, allow_outside=False, skip=True) -> list:
     """The rows of a JSON-lines manifest, checked, with an absolute path for every video.
 
     Paths start at `root` (default: the folder of the manifest). They must stay inside it after links are
@@ -96,7 +95,7 @@ def read_manifest(path: FilePath, root: FilePath | None = None, allow_outside=Fa
     return rows
 
 
-def read_manifests(paths: Sequence[FilePath], root: FilePath | None = None, allow_outside=False):
+def read_manifests(paths: Sequence, root=None, allow_outside=False) -> list:
     """The rows of several manifests, one after another; each has its own skip list.
 
     The paths of a manifest start at its own folder, unless `root` is given for all of them. An id that an
@@ -105,19 +104,18 @@ def read_manifests(paths: Sequence[FilePath], root: FilePath | None = None, allo
     # The same file twice would give two rows the same name, and nothing new to learn.
     if len({os.path.realpath(path) for path in paths}) < len(paths):
         raise DataError(f"a manifest is named twice in {', '.join(map(str, paths))}: name each one once")
-    rows, taken = [], set()
+    rows = []
     for path in paths:
-        added = read_manifest(path, root, allow_outside)
-        # Two data sets may number their rows alike. A message about a row must still name one.
-        for row in added:
+        taken = {row["id"] for row in rows}
+        for row in read_manifest(path, root, allow_outside):
+            # Two data sets may number their rows alike. A message about a row must still name one.
             if row["id"] in taken:
                 row["id"] = f"{path}: {row['id']}"
-        taken.update(row["id"] for row in added)
-        rows += added
+            rows.append(row)
     return rows
 
 
-def clips_of(row: dict) -> list[dict]:
+def clips_of(row: dict) -> list:
     """A row's clips, ego before exo."""
     ego = [row["ego"]] if "ego" in row else []
     return ego + row.get("exo", [])
@@ -147,12 +145,12 @@ def _without_bad_clips(rows, skip_list, base):
 
 
 @cache
-def _real_path(base, video) -> str:
+def _real_path(base, video):
     """An absolute path with its links resolved. It is cached because many rows name the same video."""
     return os.path.realpath(os.path.join(base, video))
 
 
-def _check_row(row, where, base, allow_outside) -> dict:
+def _check_row(row, where, base, allow_outside):
     """The row itself, with absolute paths; a DataError names the first field that is wrong."""
     # What every row has, or may have.
     if not isinstance(row, dict) or not isinstance(row.get("id"), str):
@@ -175,7 +173,7 @@ def _check_row(row, where, base, allow_outside) -> dict:
     return row
 
 
-def _is_turn(turn) -> bool:
+def _is_turn(turn):
     return isinstance(turn, dict) and all(isinstance(turn.get(key), str) for key in ("user", "assistant"))
 
 
@@ -183,19 +181,19 @@ def _check_clip(clip, where):
     if not isinstance(clip, dict) or not isinstance(clip.get("video"), str):
         raise DataError(f'{where}: a clip lacks "video" (a path)')
     # Times are finite numbers, and a clip has a length.
-    start, end, fps = clip.get("start"), clip.get("end"), clip.get("fps", 1)
-    for time_ in (start, end):
-        if time_ is not None and not (isinstance(time_, (int, float)) and math.isfinite(time_)):
-            raise DataError(f'{where}: "start" and "end" are seconds, got {[start, end]}')
-    if start is not None and end is not None and not start < end:
-        raise DataError(f"{where}: {clip['video']} from {start} to {end} s has zero length")
+    times = [clip[key] for key in ("start", "end") if clip.get(key) is not None]
+    if not all(isinstance(time_, (int, float)) and math.isfinite(time_) for time_ in times):
+        raise DataError(f'{where}: "start" and "end" are seconds, got {times}')
+    if len(times) == 2 and times[0] >= times[1]:
+        raise DataError(f"{where}: {clip['video']} from {times[0]} to {times[1]} s has zero length")
     # A folder of images has a rate of its own.
+    fps = clip.get("fps", 1)
     if not isinstance(fps, (int, float)) or not 0 < fps < 1000:
         raise DataError(f'{where}: "fps" is {fps!r}: images a second, more than 0')
 
 
 @contextmanager
-def atomic_write(path: FilePath) -> Iterator[Path]:
+def atomic_write(path: FilePath):
     """A temporary name to write to; it becomes `path` at the end: a killed write never looks finished."""
     part = Path(f"{path}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
@@ -209,7 +207,7 @@ def write_text_atomic(path: FilePath, text: str):
         part.write_text(text)
 
 
-def write_jsonl(path: FilePath, rows: list[dict]):
+def write_jsonl(path: FilePath, rows: Iterable):
     """Rows as JSON lines."""
     write_text_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
 
@@ -222,7 +220,7 @@ def file_lock(path: FilePath, wait: bool):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    mode = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
+    mode = fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
     with open(path, "a+") as file:
         # The file holds the process id of the first holder, which the second one reads.
         try:
@@ -251,12 +249,12 @@ _reformatter = VideoReformatter()   # one for the process: its tables are expens
 
 def read_clip(
         video: FilePath,
-        start: float | None,                    # seconds; None: the start of the video
-        end: float | None,                      # seconds; None: its end
+        start,                                  # seconds; None: the start of the video
+        end,                                    # seconds; None: its end
         num_frames: int,
         size: int,                              # pixels a side
-        rng: np.random.Generator | None = None,
-        fps: float | None = None,               # of a folder of images
+        rng=None,                               # a numpy Generator
+        fps=None,                               # of a folder of images
         fit: str = "pad"):
     """`num_frames` RGB frames of [start, end) seconds -> uint8 (T, 3, S, S).
 
@@ -281,7 +279,7 @@ def read_clip(
 
 def clip_span(video: FilePath, start, end, length: float):
     """Start and end of the clip in seconds, cut at the ends of the video; one without length is refused."""
-    begin = 0.0 if start is None else max(start, 0.0)
+    begin = max(start or 0.0, 0.0)
     stop = length if end is None else min(end, length)
     if begin >= length:
         raise DataError(f"{video}: clip starts at {begin} s, the video ends at {length:.2f} s", "too short")
@@ -297,7 +295,7 @@ def read_row_clip(clip: dict, num_frames: int, size: int, rng=None, fit: str = "
 
 
 @contextmanager
-def open_video(video: FilePath, fps: float | None = None) -> Iterator[tuple[float, Callable]]:
+def open_video(video: FilePath, fps=None):
     """-> its length in seconds, and a function from ascending moments to the frames on display then.
 
     Moments are seconds from the first frame. A folder of images is a video too, at `fps` (default:
@@ -335,7 +333,7 @@ def _video_stream(container, video):
     return stream
 
 
-def _seconds(container, stream) -> float:
+def _seconds(container, stream):
     """Length of the video, as its header says."""
     if stream.duration:
         return float(stream.duration * stream.time_base)
@@ -350,7 +348,7 @@ def _seconds(container, stream) -> float:
     return end - float((stream.start_time or 0) * stream.time_base)
 
 
-def _frames_at(container, stream, moments) -> Iterator:
+def _frames_at(container, stream, moments):
     """The frame on display at each of these ascending moments."""
     slack = 1e-4                                                # timestamps are rounded to the time base
     first = stream.start_time or 0
@@ -388,13 +386,12 @@ def _frames_at(container, stream, moments) -> Iterator:
         yield shown
 
 
-def image_files(folder: FilePath) -> list[Path]:
+def image_files(folder: FilePath) -> list:
     """The images of a folder in order of their names: `*-rgb.png` if there are any, else every image."""
     folder = Path(folder)
     # Where depth pictures lie beside the colour pictures (OpenEQA), only the latter count.
     files = sorted(folder.glob("*-rgb.png"))
-    if not files:
-        files = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGES)
+    files = files or sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGES)
     if not files:
         raise DataError(f"{folder} has no images (.png or .jpg)", "missing")
     # A link could show files that the manifest must not read.
@@ -404,53 +401,42 @@ def image_files(folder: FilePath) -> list[Path]:
     return files
 
 
-def _images_at(files, rate, moments) -> Iterator:
+def _images_at(files, rate, moments):
     """The image on display at each of these moments, `rate` images a second."""
     for moment in moments:
-        index = min(int(moment * rate + 1e-3), len(files) - 1)
-        yield _image(files[index])
-
-
-def _image(path):
-    """A PNG or JPEG file as one frame."""
-    form = IMAGES[path.suffix.lower()]
-    with av.open(str(path), format=form, options={"protocol_whitelist": "file"}) as container:
-        context = container.streams.video[0].codec_context
-        context.thread_type = "NONE"
-        context.options = {"max_pixels": str(MAX_PIXELS)}
-        frame = next(container.decode(video=0), None)
-    if frame is None:
-        raise DataError(f"{path} holds no image")
-    return frame
+        path = files[min(int(moment * rate + 1e-3), len(files) - 1)]
+        form = IMAGES[path.suffix.lower()]
+        with av.open(str(path), format=form, options={"protocol_whitelist": "file"}) as container:
+            frame = next(container.decode(_video_stream(container, path)), None)
+        if frame is None:
+            raise DataError(f"{path} holds no image")
+        yield frame
 
 
 def _pixels(frame, size, fit="pad"):
     """One frame as RGB (3, S, S), upright: scaled to fit inside the square, or to cover it (crop)."""
     # One side becomes S; the other one is shorter (pad) or longer (crop).
-    side = min(frame.width, frame.height) if fit == "crop" else max(frame.width, frame.height)
-    scale = size / side
+    choose = min if fit == "crop" else max
+    scale = size / choose(frame.width, frame.height)
     width = max(1, round(frame.width * scale))
     height = max(1, round(frame.height * scale))
     scaled = _reformatter.reformat(frame, width, height, "rgb24", interpolation="BICUBIC", threads=1)
-    rgb = scaled.to_ndarray()
     # A phone's portrait video lies on its side; the rotation is counter-clockwise.
-    if frame.rotation:
-        rgb = np.rot90(rgb, frame.rotation // 90)
+    rgb = np.rot90(scaled.to_ndarray(), frame.rotation // 90)
     # The middle of the picture goes to the middle of the square.
     height, width = rgb.shape[:2]
     top = abs(size - height) // 2
     left = abs(size - width) // 2
     rgb = rgb.transpose(2, 0, 1)                                # (3, height, width)
+    if fit == "crop":
+        return rgb[:, top:top + size, left:left + size]
     out = np.empty((3, size, size), np.uint8)
-    if height >= size and width >= size:
-        out[:] = rgb[:, top:top + size, left:left + size]
-    else:
-        out[:] = CLIP_MEAN_COLOUR[:, None, None]
-        out[:, top:top + height, left:left + width] = rgb
+    out[:] = CLIP_MEAN_COLOUR[:, None, None]
+    out[:, top:top + height, left:left + width] = rgb
     return out
 
 
-def write_video(path: FilePath, frames: np.ndarray, fps: int, gop: int = 12):
+def write_video(path: FilePath, frames, fps: int, gop: int = 12):
     """uint8 (N, H, W, 3) -> mp4 (mpeg4, 400 kbit/s)."""
     with atomic_write(path) as part, av.open(str(part), "w", format="mp4") as container:
         # One thread, so that the file is the same on every machine.
@@ -487,16 +473,16 @@ class Tokenizer:
         self.eos = self.sp.eos_id()
         self.size = self.sp.get_piece_size()
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list:
         """Text to ids, without <s> or </s>; control tokens written out in the text stay plain text."""
         return self.sp.encode(text)
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence) -> str:
         """Ids to text; VIDEO and control tokens vanish."""
         return self.sp.decode([int(i) for i in ids if i >= 0])
 
-    def chat(self, turns: Sequence[dict], video_tokens: int) -> tuple[list[int], list[int]]:
-        """Turns {"user", "assistant"[, "system"]} -> ids and labels.
+    def chat(self, turns: Sequence, video_tokens: int):
+        """Turns {"user", "assistant"} -> ids and labels.
 
         `<video>` (put first if no turn has it) becomes `video_tokens` VIDEO ids. Supervised are the
         assistant's tokens and their closing </s>, nothing else. A last turn without "assistant" is a prompt
@@ -511,8 +497,6 @@ class Tokenizer:
             user = turn["user"]
             if number == 0 and marks == 0 and video_tokens:
                 user = "<video>\n" + user
-            if "system" in turn:                                # Mistral has no such role
-                user = f"{turn['system']}\n\n{user}"
             # The model reads the prompt; nothing of it is supervised.
             before, *after = f"[INST] {user} [/INST]".split("<video>")
             prompt = self.encode(before)
@@ -529,23 +513,26 @@ class Tokenizer:
 
 
 # --------------------------------------------------------------------------------------------- 4 a batch
+START_METHOD = "fork" if sys.platform == "linux" else "spawn"       # of processes that read and render
+
+
 @dataclass
 class Batch:
     """One micro batch of E ego clips (moments), X exo clips and S packed texts."""
-    ego: Tensor | None                  # (E, T, 3, S, S) uint8
-    exo: Tensor | None                  # (X, T, 3, S, S) uint8
+    ego: Tensor                         # (E, T, 3, S, S) uint8, or None
+    exo: Tensor                         # (X, T, 3, S, S) uint8, or None
     ego_of: Tensor                      # (X,) the moment that each exo clip shows
     ids: Tensor                         # (tokens,) packed
     labels: Tensor                      # (tokens,) IGNORE where not supervised
     weights: Tensor                     # (tokens,) for how many samples a supervised token counts, else 0
-    lens: list[int]                     # tokens of each text
+    lens: list                          # tokens of each text
     text_of: Tensor                     # (S,) the moment that each text narrates; a moment may have none
     samples: int
-    names: list[str]                    # of the moments
-    texts: list[str]                    # their narrations
-    skipped: list[str]                  # samples that could not be read, with the reason
+    names: list                         # of the moments
+    texts: list                         # their narrations
+    skipped: list                       # samples that could not be read, with the reason
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict:
         """The fields that are tensors, by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
@@ -564,8 +551,9 @@ class Batch:
 
     def __setstate__(self, state: dict):
         for name, value in state.items():
-            is_flat = isinstance(value, np.ndarray)
-            setattr(self, name, torch.from_numpy(value) if is_flat else value)
+            if isinstance(value, np.ndarray):
+                value = torch.from_numpy(value)
+            setattr(self, name, value)
 
 
 @dataclass
@@ -573,8 +561,8 @@ class Moment:
     """A narrated moment in a micro batch: its text is read once, however many exo views show it."""
     number: int                         # in the order of the batch
     row: dict
-    ids: list[int]                      # the chat about it; empty for a row without text
-    labels: list[int]
+    ids: list                           # the chat about it; empty for a row without text
+    labels: list
     samples: int = 0                    # how many samples of the micro batch show it
 
 
@@ -589,19 +577,19 @@ class Loader:
 
     def __init__(
             self,
-            rows: list[dict],
+            rows: list,
             cfg: ModelConfig,
             tokenizer: Tokenizer,
             *,
             view: str,                          # exo | ego | pair | text
             text: str = "text",                 # text | turns | mix
             batch: int,                         # samples of a step, over all ranks
-            micro: int | None = None,           # samples of a micro batch; None: a rank's share of a step
+            micro: int = 0,                     # samples of a micro batch; 0: a rank's share of a step
             seed: int = 0,
             rank: int = 0,
             world: int = 1,                     # number of ranks
             train: bool = True,                 # random order and random moments, without end
-            video_tokens: int | None = None):   # None: as many as the model's connector gives
+            video_tokens=None):                 # None: as many as the model's connector gives
         self.cfg = cfg
         self.tokenizer = tokenizer
         self.view = view
@@ -619,38 +607,37 @@ class Loader:
         # Training leaves out rows without text, unless no row has one: that is a wrong manifest.
         kept = [row for row in rows if self._has_text(row)]
         if train and 0 < len(kept) < len(rows):
-            silent = len(rows) - len(kept)
-            print(f"{silent} of {len(rows)} rows have no text: left out, only stage 2 uses them")
+            print(f"{len(rows) - len(kept)} of {len(rows)} rows have no text: left out, only stage 2 uses "
+                  "them")
             rows = kept
         # Name a row that lacks what this stage reads.
-        clips = {"exo": ["exo"], "ego": ["ego"], "pair": ["ego", "exo"], "text": []}[view]
+        self.clips = {"exo": ["exo"], "ego": ["ego"], "pair": ["ego", "exo"], "text": []}[view]
         for row in rows:
-            needed = clips if self._has_text(row) else clips + ["text"]
+            needed = self.clips if self._has_text(row) else [*self.clips, "text"]
             for key in needed:
                 if not row.get(key):
                     raise DataError(f'row {row["id"]!r} lacks "{key}", which this stage needs')
 
         # Where exo views are read, each of them is a sample.
         self.rows = rows
-        self.views = np.array([len(row["exo"]) if "exo" in clips else 1 for row in rows])   # samples a row
+        self.views = np.array([len(row["exo"]) if "exo" in self.clips else 1 for row in rows])
         self.samples = int(self.views.sum())
         self._epoch = None              # the epoch whose order is kept in self._order
 
-    def _has_text(self, row) -> bool:
+    def _has_text(self, row):
         """Whether a row has the text that this view needs; a pair needs none."""
         if self.view == "pair" or row.get("text"):
             return True
-        return self.text == "turns" and bool(row.get("turns"))
+        return self.text == "turns" and row.get("turns")
 
-    def sample(self, index: int) -> tuple[int, int]:
+    def sample(self, index: int):
         """Global sample number -> (row, view)."""
         # The order of an epoch is made once, and kept until another epoch is asked for.
         epoch, place = divmod(index, self.samples)
         if epoch != self._epoch:
             self._order = self._samples_of(epoch)
             self._epoch = epoch
-        row, view = self._order[place]
-        return int(row), int(view)
+        return tuple(map(int, self._order[place]))
 
     def _samples_of(self, epoch):
         """Every (row, view) once, (samples, 2): rows in random order for training, their views in a row."""
@@ -662,37 +649,29 @@ class Loader:
         first = np.repeat(np.cumsum(views) - views, views)      # the sample with view 0 of the same row
         return np.stack([row_of, np.arange(self.samples) - first], 1)
 
-    def batch(self, step: int) -> list[Batch]:
+    def batch(self, step: int) -> list:
         """The micro batches of this rank at this step. In evaluation the last batch may be short."""
         first = step * self.batch_size
         end = first + self.batch_size
         if not self.train:
             end = min(end, self.samples)
-        batches = []
         # Ranks take turns, one micro batch after another, so that their number changes no batch.
-        for chunk in range(self.rank, self.batch_size // self.micro, self.world):
-            start = first + chunk * self.micro
-            indices = range(start, min(start + self.micro, end))
-            if indices:
-                batches.append(self.micro_batch(indices))
-        return batches
+        starts = range(first + self.rank * self.micro, end, self.world * self.micro)
+        return [self.micro_batch(range(start, min(start + self.micro, end))) for start in starts]
 
     def micro_batch(self, indices: range) -> Batch:
         """Read the clips of these samples; one that cannot be read is named and replaced by a real one."""
         # Samples may share a moment: its ego clip and its text are read once.
-        moments: dict[tuple, Moment] = {}
+        moments = {}
         ego, exo, ego_of, skipped = [], [], [], []
         for index in indices:
-            key, row, clips = self._read(index, moments, skipped)
-            if key not in moments:
-                ids, labels = self.prompt(row, index)
-                moments[key] = Moment(len(moments), row, ids, labels)
+            moment, clips = self._read(index, moments, skipped)
             if "ego" in clips:
                 ego.append(clips["ego"])
             if "exo" in clips:
                 exo.append(clips["exo"])
-            moments[key].samples += 1
-            ego_of.append(moments[key].number)
+            moment.samples += 1
+            ego_of.append(moment.number)
 
         # Pack the texts one after another, without padding.
         ids, labels, weights, lens, text_of = [], [], [], [], []
@@ -718,7 +697,7 @@ class Loader:
             skipped=skipped)
 
     def _read(self, index, moments, skipped):
-        """-> the key of the sample's moment, its row, and the frames of the clips that the batch lacks.
+        """-> the moment of a sample, and the frames of the clips that the batch lacks.
 
         A clip that cannot be read is noted in `skipped`, and another sample takes its place: which one is a
         pure function of the seed, the sample and the attempt.
@@ -732,14 +711,18 @@ class Loader:
             key = (*draw, index) if self.view == "exo" else draw
             # Other samples of this micro batch may have read the ego clip.
             wanted = {}
-            if self.view in ("ego", "pair") and key not in moments:
+            if "ego" in self.clips and key not in moments:
                 wanted["ego"] = row["ego"]
-            if self.view in ("exo", "pair"):
+            if "exo" in self.clips:
                 wanted["exo"] = row["exo"][view]
             try:
-                return key, row, {name: self._frames(clip, draw) for name, clip in wanted.items()}
+                clips = {name: self._frames(clip, draw) for name, clip in wanted.items()}
             except DataError as error:
                 skipped.append(f"{row['id']}: {error}")
+            else:
+                if key not in moments:
+                    moments[key] = Moment(len(moments), row, *self.prompt(row, index))
+                return moments[key], clips
             number = int(np.random.default_rng([self.seed, index, attempt]).integers(self.samples))
         raise DataError(f"ten samples in a row cannot be read, the last: {skipped[-1]}")
 
@@ -748,7 +731,7 @@ class Loader:
         rng = np.random.default_rng(draw) if self.train else None
         return read_row_clip(clip, self.cfg.frames, self.cfg.image_size, rng)
 
-    def prompt(self, row: dict, index: int = 0):
+    def prompt(self, row: dict, index: int):
         """ids and labels of a row; empty for a row without text."""
         # With "mix", samples narrate and answer in turn.
         wants_turns = self.text == "turns" or self.text == "mix" and index % 2 == 1
@@ -764,23 +747,21 @@ class Loader:
         return ids, labels
 
     def stream(self, start: int, stop: int, workers: int = 1, repeat: bool = False,
-               timeout: float = 600) -> Iterator[list[Batch]]:
+               timeout: float = 600) -> Iterator:
         """batch(start) ... batch(stop - 1), read ahead by workers, which have `timeout` seconds for each;
         `repeat`: batch(0) every time."""
         steps = [0] * (stop - start) if repeat else range(start, stop)
         # Without workers, this process reads each batch when it is asked for.
         options = {}
         if workers:
-            options = {"prefetch_factor": 2, "timeout": timeout, "worker_init_fn": _start_worker}
-            if sys.platform == "linux":
-                options["multiprocessing_context"] = "fork"
+            options = {"timeout": timeout, "multiprocessing_context": START_METHOD}
             _end_workers_at_exit()
         batches = torch.utils.data.DataLoader(
-            self, sampler=steps, batch_size=None, num_workers=workers,
+            self, sampler=steps, batch_size=None, num_workers=workers, worker_init_fn=_start_worker,
             pin_memory=torch.cuda.is_available(), **options)
         return map(_raise_if_error, iter(batches))
 
-    def __getitem__(self, step: int) -> list[Batch] | ValueError:
+    def __getitem__(self, step: int):
         """What torch's DataLoader asks for. A worker returns its error: raised, it would be a traceback."""
         try:
             return self.batch(step)
@@ -799,8 +780,8 @@ def _raise_if_error(item):
 def _start_worker(_):
     # A launcher sends its signals to the whole group of processes. Workers ignore them: the rank still needs
     # batches, to end the step that it is in.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     die_with_parent()
 
@@ -833,14 +814,12 @@ def die_with_parent():
 
 def worker_pool():
     """A process for each core; none outlives its parent."""
-    method = "fork" if sys.platform == "linux" else "spawn"
-    return multiprocessing.get_context(method).Pool(os.cpu_count(), initializer=die_with_parent)
+    return multiprocessing.get_context(START_METHOD).Pool(os.cpu_count(), initializer=die_with_parent)
 
 
 def progress(items: Iterator, total: int, what: str) -> Iterator:
     """Pass items on, with a line that says how many, how fast, and how long it will take."""
-    began = time.monotonic()
-    last_shown = began
+    began = last_shown = time.monotonic()
     for done, item in enumerate(items, 1):
         yield item
         # Print at most twice a second, and once at the end.
@@ -858,7 +837,7 @@ def progress(items: Iterator, total: int, what: str) -> Iterator:
 # on the head: it follows the hands late, walks, rolls and zooms, and big hands cover what they do. Sizes were
 # tuned by trial (our choice).
 FPS = 8
-CLIP_FRAMES = 8                 # frames of a clip: one second
+CLIP_FRAMES = FPS               # of a clip: one second
 CLIPS = 5                       # clips of a scene
 SCENE_FRAMES = CLIPS * CLIP_FRAMES
 EVERY_FRAME = np.arange(SCENE_FRAMES)
@@ -894,8 +873,7 @@ SKIN = (236, 188, 150)
 SLEEVE = (70, 86, 122)
 SHADOW = (60, 52, 48)
 WOOD = (196, 164, 128)
-BLOCK = (0.3, 0.25)             # half width and half depth, table units
-REST = {"left": (-0.62, 0.0), "right": (0.62, 0.0)}        # where an idle hand lies, in table units
+SIGN = {"left": -1, "right": 1}                             # of x, from the middle of the table
 
 
 @dataclass(frozen=True)
@@ -917,16 +895,16 @@ class World:
 
 
 SPLITS = {                      # the views of each split; their order is part of the seed
-    "corpus": ("exo",),
-    "ego": ("ego",),
-    "pairs": ("ego", "exo"),
-    "instruct": ("ego",),
-    "val": ("ego", "exo"),
-    "test": ("ego", "exo"),
-    "exo_test": ("exo",)}
+    "corpus": "exo",
+    "ego": "ego",
+    "pairs": "ego, exo",
+    "instruct": "ego",
+    "val": "ego, exo",
+    "test": "ego, exo",
+    "exo_test": "exo"}
 
 
-def plan_scene(rng: np.random.Generator) -> dict:
+def plan_scene(rng) -> dict:
     """Two blocks of different colours, five different moments: what the scene's narrations will say."""
     # Two blocks side by side, within reach of both hands.
     colours = rng.permutation(list(COLOURS))[:2]
@@ -949,74 +927,68 @@ def narration(verb: str, colour: str, pattern: str, hand: str) -> str:
     return f"{WEARER} {verb} the {colour} {pattern} block with the {hand} hand."
 
 
-def questions(verb, colour, pattern, hand, rng: np.random.Generator) -> list[dict]:
+def questions(verb, colour, pattern, hand, rng) -> list:
     """EgoIT's style: the wearer asks, and is answered in the first person."""
     # Half of the yes-or-no questions are about another action.
     asked = verb
     if rng.random() >= 0.5:
         asked = str(rng.choice([other for other in VERBS if other != verb]))
-    pairs = [
-        (NARRATE, narration(verb, colour, pattern, hand)),
-        ("What am I doing?", f"I {VERBS[verb]} the {colour} {pattern} block with the {hand} hand."),
-        ("Which hand am I using?", f"The {hand} hand."),
-        ("What colour is the block I use?", f"It is {colour}."),
-        ("What pattern does the block I use have?", f"It is {pattern}."),
-        ("What do I do to the block?", f"I {VERBS[verb]} it."),
-        (f"Am I {GERUNDS[asked]} the block?", "Yes." if asked == verb else "No.")]
-    return [{"user": question, "assistant": answer} for question, answer in pairs]
+    answers = {
+        NARRATE: narration(verb, colour, pattern, hand),
+        "What am I doing?": f"I {VERBS[verb]} the {colour} {pattern} block with the {hand} hand.",
+        "Which hand am I using?": f"The {hand} hand.",
+        "What colour is the block I use?": f"It is {colour}.",
+        "What pattern does the block I use have?": f"It is {pattern}.",
+        "What do I do to the block?": f"I {VERBS[verb]} it.",
+        f"Am I {GERUNDS[asked]} the block?": "Yes." if asked == verb else "No."}
+    return [{"user": question, "assistant": answer} for question, answer in answers.items()]
 
 
 class Camera:
-    """An affine camera per frame: pixel = origin + M (x, y) - lift * height, table units, x right, y away."""
+    """An affine camera per frame: pixel = origin + M (x, y) - 0.6 scale * height. Table units, x right, y
+    away."""
 
-    def __init__(self, centre, angle, zoom, tilt: float):
+    def __init__(self, centre, angle, zoom, tilt):
         # Turn the table under the camera; `tilt` flattens what lies further away.
         cos, sin = np.cos(angle), np.sin(angle)
-        right = np.stack([cos, -sin], -1)
-        down = np.stack([-sin * tilt, -cos * tilt], -1)
-        turn = np.stack([right, down], -2)
+        turn = np.moveaxis(np.array([[cos, -sin], [-sin * tilt, -cos * tilt]]), -1, 0)
         self.scale = zoom * SIDE / 2                            # (F,) pixels a table unit
         self.m = (turn * self.scale[:, None, None]).astype(np.float32)      # (F, 2, 2)
         self.inverse = np.linalg.inv(self.m)
-        self.lift = self.scale * 0.6
-        self.origin = np.full((len(centre), 2), SIDE / 2) - np.einsum("fij,fj->fi", self.m, centre)
+        self.origin = SIDE / 2 - np.einsum("fij,fj->fi", self.m, centre)
 
-    def pixels(self, points: np.ndarray, height=0.0) -> np.ndarray:
+    def pixels(self, points, height):
         """(F, 2) table points -> (F, 2) pixels."""
         at = self.origin + np.einsum("fij,fj->fi", self.m, points)
-        at[:, 1] -= self.lift * height
+        at[:, 1] -= self.scale * 0.6 * height
         return at
 
 
-def exo_camera(azimuth: float, zoom: float) -> Camera:
+def exo_camera(azimuth, zoom) -> Camera:
     """Stands opposite the actor, looks slightly down and never moves."""
     full = np.ones(SCENE_FRAMES)
     centre = np.tile([0.0, 0.36], (SCENE_FRAMES, 1))
     return Camera(centre, full * (np.pi + azimuth), full * zoom, tilt=0.8)
 
 
-def ego_camera(hand: np.ndarray, world: World, rng: np.random.Generator) -> Camera:
+def ego_camera(hand, world: World, rng) -> Camera:
     """Rides on the head: the gaze follows the acting hand late, and the head walks, rolls and zooms."""
-    frames = len(hand)
     noise = world.noise
-
     # One draw a clip: where the head is, how it is rolled, how near it is.
-    steady = []
-    for spread in (0.08, 0.12, 0.08):
-        drawn = rng.normal(0, spread * noise, (frames // CLIP_FRAMES, 2))
-        steady.append(drawn.repeat(CLIP_FRAMES, 0))
+    steady = [rng.normal(0, spread * noise, (CLIPS, 2)).repeat(CLIP_FRAMES, 0)
+              for spread in (0.08, 0.12, 0.08)]
     aim, roll, zoom = steady
     # One draw a frame: the head walks on, and trembles.
-    walk = aim + 0.4 * rng.normal(0, 0.03 * noise, (frames, 2)).cumsum(0)
-    roll = roll[:, 0] + rng.normal(0, 0.02 * noise, frames)
+    walk = aim + 0.4 * rng.normal(0, 0.03 * noise, (SCENE_FRAMES, 2)).cumsum(0)
+    roll = roll[:, 0] + rng.normal(0, 0.02 * noise, SCENE_FRAMES)
     zoom = (1.25 + zoom[:, 0]) / world.fov
 
     # The gaze is a moving average of the hand's position; each clip starts anew.
     gaze = np.empty_like(hand)
-    for i in range(frames):
+    for i, place in enumerate(hand):
         if i % CLIP_FRAMES == 0:
-            late = 0.5 * hand[i] + (0, 0.25)
-        late = 0.7 * late + 0.3 * (0.6 * hand[i] + (0, 0.22))
+            late = 0.5 * place + (0, 0.25)
+        late = 0.7 * late + 0.3 * (0.6 * place + (0, 0.22))
         gaze[i] = late
     return Camera(gaze + walk, roll, zoom, tilt=0.95)
 
@@ -1025,74 +997,50 @@ class Canvas:
     """RGB frames (F, 48, 48, 3) of a camera, and the one way to draw on them: a soft-edged shape around a
     point."""
 
-    def __init__(self, camera: Camera, background):
+    def __init__(self, camera, background):
         self.camera = camera
-        self.rgb = np.empty((SCENE_FRAMES, SIDE, SIDE, 3), np.float32)
-        self.rgb[:] = background
+        self.rgb = np.full((SCENE_FRAMES, SIDE, SIDE, 3), background, np.float32)
 
-    def stamp(self, points: np.ndarray, which: np.ndarray, radius: float, shape, colour, height=0.0):
+    def stamp(self, points, which, shape, colour, height=0.0):
         """Blend `colour` around `points` (F, 2) of the table at a height above it, in the frames `which`.
 
-        `shape(x, y)` is the distance to its edge, negative inside, and never reaches beyond `radius`: all in
-        table units. colour: RGB, or a function (x, y) -> (..., 3).
+        `shape(x, y)` is the distance to its edge, negative inside, in table units. colour: RGB, or a function
+        (x, y) -> (..., 3).
         """
-        # The window is a square around the shape; a shape larger than the picture has the picture for one.
+        # Where each pixel lies from the shape's centre, in table units.
         camera = self.camera
-        at = camera.pixels(points, height)
-        middle = SIDE // 2
-        half = min(int(np.ceil(radius * camera.scale.max())) + 1, middle)
-        centre = np.rint(at[which]).astype(int)
-        if half == middle:
-            centre[:] = middle
-        inside = (np.abs(centre - middle) < middle + half).all(1)
-        which = which[inside]
-        centre = centre[inside]
-
-        # Pixels of the window, and where each lies from the shape's centre, in table units.
-        span = np.arange(-half, half + 1)
-        cols = centre[:, 0, None] + span                                                # (f, k)
-        rows = centre[:, 1, None] + span
-        dx = (cols - at[which, 0, None]).astype(np.float32)[:, None, :]
-        dy = (rows - at[which, 1, None]).astype(np.float32)[:, :, None]
+        at = camera.pixels(points, height)[which, :, None]                              # (f, 2, 1)
+        apart = (np.arange(SIDE) - at).astype(np.float32)
+        dx = apart[:, 0, None, :]
+        dy = apart[:, 1, :, None]
         inverse = camera.inverse[which][:, :, :, None, None]
-        x = inverse[:, 0, 0] * dx + inverse[:, 0, 1] * dy                               # (f, k, k)
+        x = inverse[:, 0, 0] * dx + inverse[:, 0, 1] * dy                               # (f, 48, 48)
         y = inverse[:, 1, 0] * dx + inverse[:, 1, 1] * dy
 
-        # Paint the pixels that the shape covers; the window may hang over the picture's edge.
+        # Paint the pixels that the shape covers.
         cover = 0.5 - shape(x, y) * camera.scale[which, None, None].astype(np.float32)
-        rows_in = (0 <= rows) & (rows < SIDE)
-        cols_in = (0 <= cols) & (cols < SIDE)
-        f, r, c = np.nonzero((cover > 0) & rows_in[:, :, None] & cols_in[:, None, :])
-        cover = np.minimum(cover[f, r, c], 1)[:, None]
-        paint = colour(x[f, r, c], y[f, r, c]) if callable(colour) else np.array(colour, np.float32)
-        pixels = which[f], rows[f, r], cols[f, c]
-        self.rgb[pixels] += cover * (paint - self.rgb[pixels])
-
-    def frames(self, gain=1.0) -> np.ndarray:
-        """uint8 (F, 48, 48, 3)."""
-        return np.clip(self.rgb * gain, 0, 255).astype(np.uint8)
-
-    def hold(self):
-        """Everything drawn so far (in frame 0) stays: the still background of a fixed camera."""
-        self.rgb[1:] = self.rgb[0]
+        covered = np.nonzero(cover > 0)
+        f, r, c = covered
+        paint = colour(x[covered], y[covered]) if callable(colour) else np.array(colour, np.float32)
+        pixels = which[f], r, c
+        self.rgb[pixels] += np.minimum(cover[covered], 1)[:, None] * (paint - self.rgb[pixels])
 
 
 # Shapes are functions (x, y) -> distance to the edge, negative inside, all in table units.
-def disc(radius: float):
-    """A disc of this radius."""
+def disc(radius):
     def distance(x, y):
         return np.sqrt(x * x + y * y) - radius
     return distance
 
 
-def box(w: float, h: float):
+def box(w, h):
     """A box of these half sizes."""
     def distance(x, y):
         return np.maximum(np.abs(x) - w, np.abs(y) - h)
     return distance
 
 
-def limb(reach: np.ndarray, radius: float):
+def limb(reach, radius):
     """A capsule from -reach to +reach (F, 2), which differs per frame."""
     dx, dy = reach.astype(np.float32).T[:, :, None, None]
 
@@ -1108,7 +1056,7 @@ def block_paint(colour: str, pattern: str):
 
     def paint(x, y):
         if pattern == "plain":
-            return np.broadcast_to(base, x.shape + (3,))
+            return base
         if pattern == "striped":
             ink = 250.0
             mark = np.clip(0.5 + (np.abs(np.mod(x, 0.24) - 0.12) - 0.06) * 24, 0, 1)
@@ -1121,106 +1069,101 @@ def block_paint(colour: str, pattern: str):
     return paint
 
 
-def act(plan: dict, rng: np.random.Generator) -> dict:
+def act(plan: dict, rng):
     """Motion of the scene, frame by frame: hands (F, 2) and their heights (F,); positions (2, F, 2), heights
     and gaps (2, F) of the blocks; and an action (verb, block, hand, its frames, its beat) for each clip."""
     # Idle hands lie at their places, and tremble.
     hands, lift = {}, {}
-    for side, rest in REST.items():
-        hands[side] = np.array(rest) + rng.normal(0, 0.01, (SCENE_FRAMES, 2))
+    for side, sign in SIGN.items():
+        hands[side] = (0.62 * sign, 0) + rng.normal(0, 0.01, (SCENE_FRAMES, 2))
         lift[side] = np.zeros(SCENE_FRAMES)
     # Blocks stay where they are until a hand moves them.
     blocks = np.tile(plan["places"][:, None], (1, SCENE_FRAMES, 1))
     height = np.zeros((2, SCENE_FRAMES))
     gap = np.zeros((2, SCENE_FRAMES))
     actions = []
-    for clip, (verb, target, side) in enumerate(plan["moments"]):
+    for (verb, target, side), f in zip(plan["moments"], EVERY_FRAME.reshape(CLIPS, CLIP_FRAMES)):
         # Time runs from 0 to 1 in a clip, at a speed of its own. `beat` swings between 0 and 1; `along` says
         # how far the action is.
-        f = np.arange(clip * CLIP_FRAMES, (clip + 1) * CLIP_FRAMES)
         t = (np.arange(CLIP_FRAMES) + rng.uniform(0, 0.6)) / CLIP_FRAMES
-        t = np.minimum(t, 1) ** rng.uniform(0.8, 1.25)
+        t = t ** rng.uniform(0.8, 1.25)
         beat = np.sin(t * 2 * np.pi * rng.uniform(1.7, 2.3) + rng.uniform(0, 6)) * 0.5 + 0.5
-        backwards = verb in ("puts down", "pulls")
-        along = 1 - t if backwards else t
+        along = 1 - t if verb in ("puts down", "pulls") else t
 
         # The hand that acts is at the block; what else happens depends on the action.
-        home = plan["places"][target]
-        spot = home + (0.05 if side == "right" else -0.05, -0.32)           # where the hand works
-        hands[side][f] = spot
+        hands[side][f] = plan["places"][target] + (0.05 * SIGN[side], -0.32)
         if verb in ("picks up", "puts down"):
             height[target, f] = lift[side][f] = 0.75 * along
         elif verb in ("pushes", "pulls"):
             move = along[:, None] * (0, 0.42) - (0, 0.16)
-            blocks[target, f] = home + move
-            hands[side][f] = spot + move
+            blocks[target, f] += move
+            hands[side][f] += move
         elif verb == "cuts":
             gap[target, f] = 0.16 * t
             lift[side][f] = 0.1 + 0.12 * beat
         elif verb == "wipes":
             phase = t * 2 * np.pi * 1.2 + rng.uniform(0, 6)
-            circle = np.stack([0.2 * np.cos(phase), 0.08 + 0.1 * np.sin(phase)], 1)
-            hands[side][f] = spot + circle
+            hands[side][f] += np.stack([0.2 * np.cos(phase), 0.08 + 0.1 * np.sin(phase)], 1)
         elif verb in ("hammers", "taps"):
             lift[side][f] = 0.35 * beat
         else:
             lift[side][f] = 0.4
         actions.append((verb, target, side, f, beat))
-    return {"hands": hands, "lift": lift, "blocks": blocks, "height": height, "gap": gap, "actions": actions}
+    return SimpleNamespace(hands=hands, lift=lift, blocks=blocks, height=height, gap=gap, actions=actions)
 
 
-def render(plan: dict, motion: dict, camera: Camera, ego: bool, wall, gain=1.0) -> np.ndarray:
+def render(plan, motion, camera, ego: bool, wall, gain=1.0):
     """The scene through one camera, painter's order -> uint8 (40, 48, 48, 3)."""
     canvas = Canvas(camera, wall)
 
-    def still(point, shape, radius, colour):
+    def still(point, shape, colour):
         """Draw something that does not move: for a fixed camera, once."""
         points = np.tile(point, (SCENE_FRAMES, 1))
-        canvas.stamp(points, EVERY_FRAME if ego else EVERY_FRAME[:1], radius, shape, colour)
+        canvas.stamp(points, EVERY_FRAME if ego else EVERY_FRAME[:1], shape, colour)
 
     # What stands still comes first.
-    still((0.0, 0.45), box(1.05, 0.62), 1.6, WOOD)
+    still((0.0, 0.45), box(1.05, 0.62), WOOD)
     if not ego:
         # The demonstrator is seen: body and head.
-        still((0.0, -0.36), box(0.42, 0.2), 0.6, SLEEVE)
-        still((0.0, -0.62), disc(0.2), 0.6, SKIN)
-        canvas.hold()
+        still((0.0, -0.36), box(0.42, 0.2), SLEEVE)
+        still((0.0, -0.62), disc(0.2), SKIN)
+        # The background of a fixed camera, drawn in frame 0, is that of every frame.
+        canvas.rgb[1:] = canvas.rgb[0]
 
     # Blocks from far to near. The exo camera looks from the other side.
     order = np.argsort(plan["places"][:, 1])
     for b in order[::-1] if ego else order:
-        place, height, gap = (motion[key][b] for key in ("blocks", "height", "gap"))
-        _draw_block(canvas, plan["blocks"][b], place, height, gap)
-    for side in ("left", "right"):
+        _draw_block(canvas, plan["blocks"][b], motion.blocks[b], motion.height[b], motion.gap[b])
+    for side in SIGN:
         _draw_hand(canvas, motion, side, ego)
-    return canvas.frames(gain)
+    return np.clip(canvas.rgb * gain, 0, 255).astype(np.uint8)
 
 
 def _draw_block(canvas, look, place, height, gap):
-    w, h = BLOCK
+    w, h = 0.3, 0.25                                            # half width and half depth
     paint = block_paint(*look)
     # A raised block leaves its shadow on the table.
-    canvas.stamp(place, EVERY_FRAME[height > 0.02], 0.5, box(0.85 * w, 0.85 * h), SHADOW)
-    canvas.stamp(place, EVERY_FRAME[gap == 0], 0.5, box(w, h), paint, height)
+    canvas.stamp(place, EVERY_FRAME[height > 0.02], box(0.85 * w, 0.85 * h), SHADOW)
+    canvas.stamp(place, EVERY_FRAME[gap == 0], box(w, h), paint, height)
     # A block that is cut has two halves, which drift apart.
     for sign in (-1, 1):
-        half = place + np.stack([sign * (0.5 * w + gap), np.zeros_like(gap)], 1)
-        canvas.stamp(half, EVERY_FRAME[gap > 0], 0.5, box(0.48 * w, h), paint)
+        half = place + np.outer(sign * (0.5 * w + gap), (1, 0))
+        canvas.stamp(half, EVERY_FRAME[gap > 0], box(0.48 * w, h), paint)
 
 
 def _draw_hand(canvas, motion, side, ego):
-    hand = motion["hands"][side]
-    lift = motion["lift"][side]
+    hand = motion.hands[side]
+    lift = motion.lift[side]
     size = 0.15 if ego else 0.12
-    shoulder = np.array([-0.36 if side == "left" else 0.36, -0.75 if ego else -0.3])
+    shoulder = np.array([0.36 * SIGN[side], -0.75 if ego else -0.3])
     # The arm is a capsule from shoulder to hand, the hand a disc at its end.
     arm = limb(0.5 * (shoulder - hand), 0.7 * size)
-    canvas.stamp(0.5 * (shoulder + hand), EVERY_FRAME, 0.75, arm, SLEEVE, 0.5 * lift)
-    canvas.stamp(hand, EVERY_FRAME, 0.25, disc(size), SKIN, lift)
+    canvas.stamp(0.5 * (shoulder + hand), EVERY_FRAME, arm, SLEEVE, 0.5 * lift)
+    canvas.stamp(hand, EVERY_FRAME, disc(size), SKIN, lift)
     # What the hand holds is drawn in the clips in which it acts.
-    for verb, target, actor, f, beat in motion["actions"]:
+    for verb, target, actor, f, beat in motion.actions:
         if actor == side:
-            _draw_tool(canvas, verb, hand, lift, f, beat, motion["blocks"][target])
+            _draw_tool(canvas, verb, hand, lift, f, beat, motion.blocks[target])
 
 
 TOOLS = {   # verb: what the hand holds, as (offset ahead of the hand, half width, half height, colour)
@@ -1238,17 +1181,17 @@ TOOLS = {   # verb: what the hand holds, as (offset ahead of the hand, half widt
 
 def _draw_tool(canvas, verb, hand, lift, f, beat, block):
     for ahead, w, h, colour in TOOLS.get(verb, ()):
-        canvas.stamp(hand + (0, ahead), f, 0.3, box(w, h), colour, lift)
+        canvas.stamp(hand + (0, ahead), f, box(w, h), colour, lift)
     if verb == "waters":
         # Three drops fall on the block, one after another.
         for i in range(3):
             fall = np.zeros(len(hand))
             fall[f] = 0.4 * np.mod(beat + i / 3, 1)
             drop = block + (0.09 * (i - 1), 0.05)
-            canvas.stamp(drop, f, 0.12, disc(0.055), (170, 226, 255), fall)
+            canvas.stamp(drop, f, disc(0.055), (170, 226, 255), fall)
 
 
-def film_scene(plan: dict, motion: dict, world: World, split: str, rng) -> dict[str, np.ndarray]:
+def film_scene(plan, motion, world: World, split: str, rng) -> dict:
     """The scene through every camera of the split: "cam0", ... and "ego" -> frames."""
     films = {}
     wall = rng.uniform(150, 235, 3)
@@ -1260,14 +1203,14 @@ def film_scene(plan: dict, motion: dict, world: World, split: str, rng) -> dict[
                 background = wall
             else:
                 # Fixed cameras stand left and right of the middle, in front of one wall.
-                azimuth = (0.22 if cam % 2 == 0 else -0.22) + rng.normal(0, 0.03)
+                azimuth = 0.22 * (-1) ** cam + rng.normal(0, 0.03)
                 zoom = 1.1
                 background = (205, 214, 220)
             camera = exo_camera(azimuth, zoom)
             films[f"cam{cam}"] = render(plan, motion, camera, ego=False, wall=background)
     if "ego" in SPLITS[split]:
         # The head follows the hand that acts in each clip.
-        acting = np.concatenate([motion["hands"][side][f] for _, _, side, f, _ in motion["actions"]])
+        acting = np.concatenate([motion.hands[side][f] for _, _, side, f, _ in motion.actions])
         gain = 1 + rng.normal(0, 0.1 * world.noise, CLIPS).astype(np.float32)       # light, one draw a clip
         gain = gain.repeat(CLIP_FRAMES)[:, None, None, None]
         camera = ego_camera(acting, world, rng)
@@ -1275,7 +1218,7 @@ def film_scene(plan: dict, motion: dict, world: World, split: str, rng) -> dict[
     return films
 
 
-def make_scene(world: World, split: str, scene: int, out: Path) -> list[dict]:
+def make_scene(world: World, split: str, scene: int, out: Path) -> list:
     """Render one scene's videos and return its rows. A pure function of (seed, split, scene)."""
     # All draws come from one generator: their order is part of the seed.
     rng = np.random.default_rng([world.seed, list(SPLITS).index(split), scene])
@@ -1296,7 +1239,7 @@ def make_scene(world: World, split: str, scene: int, out: Path) -> list[dict]:
         if split != "pairs" or int((number + 1) * world.narrated) > int(number * world.narrated):
             row["text"] = narration(*facts)
             row["turns"] = [turns[number % len(turns)]]
-        span = {"start": i * CLIP_FRAMES / FPS, "end": (i + 1) * CLIP_FRAMES / FPS}
+        span = {"start": float(i), "end": i + 1.0}
         clips = {view: {"video": f"{split}/{view}/{scene}.mp4", **span} for view in films}
         if "ego" in clips:
             row["ego"] = clips.pop("ego")
@@ -1304,10 +1247,6 @@ def make_scene(world: World, split: str, scene: int, out: Path) -> list[dict]:
             row["exo"] = list(clips.values())
         rows.append(row)
     return rows
-
-
-def _scene_job(job):
-    return make_scene(*job)
 
 
 def toy_split(out: FilePath, split: str, world: World = World()) -> Path:
@@ -1324,10 +1263,9 @@ def toy_split(out: FilePath, split: str, world: World = World()) -> Path:
             clips *= world.scale
         scenes = max(1, round(clips / CLIPS))
         # Scenes are rendered in all cores; their rows come back in order.
-        jobs = [(world, split, scene, out) for scene in range(scenes)]
         rows = []
         with worker_pool() as pool:
-            made = pool.imap(_scene_job, jobs, chunksize=4)
+            made = pool.imap(partial(make_scene, world, split, out=out), range(scenes), chunksize=4)
             for scene_rows in progress(made, scenes, f"scenes of {split}"):
                 rows += scene_rows
         write_jsonl(manifest, rows)
@@ -1342,9 +1280,9 @@ def _claim_world(out, world):
         for other in out.iterdir():
             if other.name[0] != "." and other.suffix != ".part":
                 raise DataError(f"{other} is there and no micro-world: choose a new folder, or pass a .jsonl")
-        write_text_atomic(file, json.dumps(asdict(world)))
-    made = asdict(toy_world(out))
-    for key, value in asdict(world).items():
+        write_text_atomic(file, json.dumps(vars(world)))
+    made = vars(toy_world(out))
+    for key, value in vars(world).items():
         if made[key] != value:
             raise DataError(f"{out} holds a world with {key}={made[key]}, not {value}: use another --out")
 
@@ -1390,24 +1328,25 @@ def toy_tokenizer(out: FilePath, world: World) -> Path:
 
 
 # ---------------------------------------------------------------------------------------------- 6 looking
-GLYPHS = " abcdefghijklmnopqrstuvwxyz0123456789.,:?!'-()/"  # 5 x 8 dots each, a byte a column, low bit on top
+GLYPHS = "abcdefghijklmnopqrstuvwxyz0123456789.,:?!'-()/ "  # 5 x 8 dots each, a byte a column, low bit on top
 FONT = np.unpackbits(np.frombuffer(bytes.fromhex(
-    "0000000000" "2054547840" "7f28444438" "3844444428" "384444287f" "3854545418" "00087e0902" "18a4a49c78"
+    "2054547840" "7f28444438" "3844444428" "384444287f" "3854545418" "00087e0902" "18a4a49c78"
     "7f08040478" "00447d4000" "2040403d00" "7f10284400" "00417f4000" "7c04780478" "7c08040478" "3844444438"
     "fc18242418" "18242418fc" "7c08040408" "4854545424" "04043f4424" "3c4040207c" "1c2040201c" "3c4030403c"
     "4428102844" "4c9090907c" "4464544c44" "3e5149453e" "00427f4000" "7249494946" "2141494d33" "1814127f10"
     "2745454539" "3c4a494931" "4121110907" "3649494936" "464949291e" "0000606000" "0080703000" "0000140000"
-    "0201590906" "00005f0000" "0008070300" "0808080808" "001c224100" "0041221c00" "2010080402"),
+    "0201590906" "00005f0000" "0008070300" "0808080808" "001c224100" "0041221c00" "2010080402" "0000000000"),
     np.uint8).reshape(-1, 5, 1), axis=2, bitorder="little").astype(bool)
 
 
-def write_line(canvas: np.ndarray, text: str, top: int, left: int, colour):
-    """Draw lower-case text on (H, W, 3) uint8, in place; what does not fit is left off."""
-    for char in text.lower():
-        glyph = FONT[max(GLYPHS.find(char), 0)].T                           # (8, 5)
-        area = canvas[top:top + 8, left:left + 5]
-        area[glyph[:area.shape[0], :area.shape[1]]] = colour
-        left += 6
+def written(text: str, width: int, colour):
+    """Lower-case text as a strip of pixels (12, width, 3): a letter is six pixels wide."""
+    strip = np.full((12, width, 3), 255, np.uint8)
+    for i, char in enumerate(text):
+        # A character without a glyph is found at -1, which is the blank.
+        glyph = FONT[GLYPHS.find(char)].T                                   # (8, 5)
+        strip[4:, 6 * i + 2:6 * i + 7][glyph] = colour
+    return strip
 
 
 def contact_sheet(path: FilePath, items: list):
@@ -1415,15 +1354,11 @@ def contact_sheet(path: FilePath, items: list):
     the other, and the lines of (text, RGB) stand below them."""
     tiles = [_tile(clips, lines) for clips, lines in items]
     # Pages have the height of the highest tile; blank ones fill the last row.
-    height = max(len(tile) for tile in tiles)
-    blank = np.full((height, *tiles[0].shape[1:]), 255, np.uint8)
-    pages = []
-    for tile in tiles:
-        page = blank.copy()
-        page[:len(tile)] = tile
-        pages.append(page)
-    pages += [blank] * (len(pages) % 2)
-    sheet = rearrange(np.stack(pages), "(r c) h w k -> (r h) (c w) k", c=2)
+    height = max(map(len, tiles))
+    pages = [np.pad(tile, ((0, height - len(tile)), (0, 0), (0, 0)), constant_values=255) for tile in tiles]
+    if len(pages) % 2:
+        pages.append(np.full_like(pages[0], 255))
+    sheet = rearrange(pages, "(r c) h w k -> (r h) (c w) k", c=2)
     Path(path).write_bytes(encode_png(sheet))
 
 
@@ -1431,30 +1366,24 @@ def _tile(clips, lines):
     """One item of a contact sheet, (H, W, 3), with a white margin to the right and below."""
     # Enlarge small frames, and put them side by side.
     zoom = max(1, 96 // clips[0].shape[-1])
-    strips = []
-    for clip in clips:
-        strip = rearrange(clip, "t c h w -> h (t w) c")
-        strips.append(strip.repeat(zoom, 0).repeat(zoom, 1))
-    width = strips[0].shape[1]
-    # A letter is six pixels wide, a line twelve pixels high.
-    wrapped = []
+    strips = repeat(clips, "n t c h w -> (n h up) (t w across) c", up=zoom, across=zoom)
+    width = strips.shape[1]
+    # Break the lines at the width of the pictures.
+    parts = [strips]
     for line, colour in lines:
-        wrapped += [(part, colour) for part in textwrap.wrap(line, width // 6 - 1)]
-    text = np.full((12 * len(wrapped) + 8, width, 3), 255, np.uint8)
-    for i, (line, colour) in enumerate(wrapped):
-        write_line(text, line, 4 + 12 * i, 2, colour)
-    return np.pad(np.concatenate(strips + [text]), ((0, 8), (0, 8), (0, 0)), constant_values=255)
+        for text in textwrap.wrap(line.lower(), width // 6 - 1):
+            parts.append(written(text, width, colour))
+    return np.pad(np.concatenate(parts), ((0, 16), (0, 8), (0, 0)), constant_values=255)
 
 
-def encode_png(image: np.ndarray) -> bytes:
+def encode_png(image) -> bytes:
     """uint8 (H, W, 3) -> PNG, through FFmpeg's encoder."""
     codec = av.CodecContext.create("png", "w")
     codec.height, codec.width = image.shape[:2]
     codec.pix_fmt = "rgb24"
-    codec.time_base = Fraction(1, 1)
-    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-    packets = codec.encode(frame) + codec.encode(None)
-    return b"".join(bytes(packet) for packet in packets)
+    codec.time_base = 1
+    frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+    return b"".join(map(bytes, codec.encode(frame) + codec.encode()))
 
 
 def command_show(args):
@@ -1488,27 +1417,26 @@ def command_build(args):
     builder, _ = BUILDERS[args.command]
     # Count what the paper counts: rows, pairs of a row and an exo view, seconds of a clip.
     base = os.path.realpath(options.root)
-    rows, spans = [], []
-    views = 0
+    rows, lengths = [], []
     seen = Counter()
     for row in convert(builder, options):
         # Check a copy: the check makes paths absolute, the manifest keeps relative ones.
-        _check_row(json.loads(json.dumps(row)), f"row {row['id']!r}", base, options.allow_outside)
+        _check_row(copy.deepcopy(row), f"row {row['id']!r}", base, options.allow_outside)
         seen[row["id"]] += 1
         if seen[row["id"]] > 1:                                 # conversations repeat ids
             row["id"] += f"#{seen[row['id']]}"
         rows.append(row)
-        views += len(row.get("exo", []))
-        first_clip = clips_of(row)[0]
-        if first_clip.get("end") is not None:
-            spans.append(first_clip["end"] - (first_clip.get("start") or 0))
+        clip = clips_of(row)[0]
+        if clip.get("end") is not None:
+            lengths.append(clip["end"] - (clip.get("start") or 0))
     if not rows:
         raise DataError(f"{options.root}: no row was left, see the reasons above")
     write_jsonl(options.out, rows)
+    views = sum(len(row.get("exo", [])) for row in rows)
     summary = f"{options.out}: {len(rows):,} rows, {views:,} ego-exo pairs"
-    if spans:
-        short = 100 * np.mean(np.array(spans) < 1)
-        summary += f", mean clip {np.mean(spans):.2f} s, {short:.0f} % under 1 s"
+    if lengths:
+        short = np.mean(np.array(lengths) < 1)
+        summary += f", mean clip {np.mean(lengths):.2f} s, {100 * short:.0f} % under 1 s"
     print(summary)
     if args.command == "ego-exo4d":
         print("   the paper: 2,925 takes, 261.3K narrations, 1.1M pairs, mean clip 0.68 s, 82 % under 1 s")
@@ -1516,36 +1444,34 @@ def command_build(args):
         print(f"   its paths start at {options.root}: pass --root {options.root} to whatever reads it")
 
 
-def add_flags(parser: argparse.ArgumentParser, config: type, names: Sequence[str] | None = None):
+def add_flags(parser, config: type, names: Sequence = ()):
     """One flag for each field of a dataclass (or for `names`): a bool is a switch, a Literal has choices, a
     field without a default is required; the comment on the field's line is its help."""
     # The comments on the lines of the fields, and their types.
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(config), re.M))
     hints = get_type_hints(config)
     for field in fields(config):
-        if names is not None and field.name not in names:
+        if names and field.name not in names:
             continue
         flag = "--" + field.name.replace("_", "-")
         text = comments.get(field.name, "").replace("%", "%%")
         # `int | None` is an int; no one can type None, it is the default.
         kind = hints[field.name]
-        if isinstance(kind, UnionType) or get_origin(kind) is Union:
+        if type(None) in get_args(kind):
             kind = get_args(kind)[0]
         if kind is bool:
             parser.add_argument(flag, action="store_true", help=text)
             continue
         # Everything else takes a value, of a Literal one of its choices.
-        required = field.default is MISSING
-        default = None if required else field.default
-        if default not in (None, ""):
-            text += f" ({default})"
+        if field.default not in (None, "", MISSING):
+            text += f" ({field.default})"
         choices = get_args(kind) or None
         parser.add_argument(
             flag,
             type=type(choices[0]) if choices else kind,
             choices=choices,
-            required=required,
-            default=default,
+            required=field.default is MISSING,
+            default=field.default,
             help=text)
 
 
@@ -1557,10 +1483,10 @@ def _from_flags(config, args):
 
 def _add_command(commands, name, run, about):
     """A command that calls `run`; its help is the docstring of `about`."""
-    first_sentence = " ".join(about.__doc__.split()).split(". ")[0].rstrip(".")
+    text = " ".join(about.__doc__.split())
     command = commands.add_parser(
         name,
-        help=first_sentence,
+        help=text.partition(". ")[0],
         description=about.__doc__,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -1568,7 +1494,7 @@ def _add_command(commands, name, run, about):
     return command
 
 
-def main(argv: list[str] | None = None):
+def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__,
         allow_abbrev=False,
@@ -1635,7 +1561,7 @@ MISSHAPEN = (LookupError, TypeError, ValueError, AttributeError, SyntaxError, cs
 class Files:
     """The files of a data set, which always know the record they are at: errors name it."""
 
-    def __init__(self, root: str, videos: str | None = None):
+    def __init__(self, root: str, videos=None):
         """`videos`: a folder of their own, in which the paths of videos start."""
         self.root = Path(root)
         self.videos = videos
@@ -1644,12 +1570,12 @@ class Files:
 
     def text(self, *names: str) -> str:
         """The content of the first of these files that exists."""
-        paths = [self.root / name for name in names]
-        path = next((path for path in paths if path.is_file()), paths[0])
-        self.where = str(path)
-        if not path.is_file():
-            raise DataError(f"{path} is missing: download it, or name the folder that has it")
-        return path.read_text(encoding="utf-8-sig")
+        for name in names:
+            path = self.root / name
+            if path.is_file():
+                self.where = str(path)
+                return path.read_text(encoding="utf-8-sig")
+        raise DataError(f"{self.root / names[0]} is missing: download it, or name the folder that has it")
 
     def each(self, items: Iterable) -> Iterator:
         """Pass on the records of the file that was read last, and count them for error messages."""
@@ -1659,8 +1585,8 @@ class Files:
             self.where = f"{file} record {number}"
             yield item
 
-    def tolerant(self, records: Iterable, rows: Callable) -> Iterator[dict]:
-        """`rows(record)` of each record (of a list or tuple: its parts); bad ones are counted.
+    def tolerant(self, records: Iterable, rows: Callable) -> Iterator:
+        """`rows(record)` of each record; bad ones are counted.
 
         If more than 1 % of them are bad, or the first one is, the file has another format: that raises the
         first error.
@@ -1668,10 +1594,9 @@ class Files:
         bad = total = 0
         first_error = None
         for total, record in enumerate(self.each(records), 1):
-            parts = record if isinstance(record, (list, tuple)) else [record]
             # All rows of a record, or none: an error may come after the first ones.
             try:
-                yield from list(rows(*parts))
+                yield from list(rows(record))
             except MISSHAPEN as error:
                 bad += 1
                 if first_error is None:
@@ -1687,12 +1612,12 @@ class Files:
         """A JSON file."""
         return json.loads(self.text(*names))
 
-    def lines(self, *names: str) -> Iterator[list[str]]:
+    def lines(self, *names: str) -> Iterator:
         """The words of each line that has any."""
         words = map(str.split, self.text(*names).splitlines())
         return self.each(filter(None, words))
 
-    def table(self, *names: str, delimiter: str = ",") -> Iterator[dict]:
+    def table(self, *names: str, delimiter: str = ",") -> Iterator:
         """The rows of a CSV file, by the names in its first line; those with other lengths are counted."""
         # Tab-separated files have no quotes: a quotation mark in them is a letter.
         quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
@@ -1743,10 +1668,6 @@ def ego_exo4d(files, options):
     before any filter. Cut at the take's ends, two frames at least. takes.json is the list of what exists; the
     ego camera is the one with an `rgb` stream, exo views are the capture's cameras that are not `is_ego`.
     """
-    # Where takes.json does not list the cameras of a take, captures.json does.
-    captures = {}
-    if (files.root / "captures.json").is_file():
-        captures = {capture["capture_uid"]: capture for capture in files.json("captures.json")}
     takes = {take["take_uid"]: take for take in files.each(files.json("takes.json"))}
     split_of = files.json("annotations/splits.json")["take_uid_to_split"]
     # The narrations of the splits, take by take.
@@ -1756,7 +1677,8 @@ def ego_exo4d(files, options):
         annotated += files.json(f"annotations/atomic_descriptions_{split}.json")["annotations"].items()
     alpha = _alpha(annotated, options)
 
-    def rows(uid, annotations):
+    def rows(record):
+        uid, annotations = record
         # A take needs its videos.
         if uid not in takes:
             files.count["take not in takes.json"] += 1
@@ -1764,7 +1686,8 @@ def ego_exo4d(files, options):
         if split_of.get(uid) not in splits:
             files.count["take of another split"] += 1
             return
-        ego, exo = _take_videos(files, takes[uid], captures, options)
+        take = takes[uid]
+        ego, exo = _take_videos(files, take, options)
         if not ego or not exo:
             files.count["take without an ego or exo video"] += 1
             return
@@ -1777,14 +1700,14 @@ def ego_exo4d(files, options):
                 if options.views == "best":
                     best = (narrated.get("best_exo") or {}).get("cam_id")
                     cameras = {name: video for name, video in exo.items() if name == best}
-                length = float(takes[uid]["duration_sec"])
+                length = float(take["duration_sec"])
                 reason = _why_dropped(annotation, narrated, cameras, length, options)
                 if reason:
                     files.count[reason] += 1
                     continue
                 span = _clip_of(float(narrated["timestamp"]), gap / (2 * alpha), length)
                 yield {
-                    "id": f"{takes[uid]['take_name']}/{annotation['annotator_id']}/{i}",
+                    "id": f"{take['take_name']}/{annotation['annotator_id']}/{i}",
                     "ego": {"video": ego, **span},
                     "exo": [{"video": video, **span} for video in cameras.values()],
                     "text": verbalise_wearer(narrated["text"]),
@@ -1792,7 +1715,7 @@ def ego_exo4d(files, options):
     yield from files.tolerant(annotated, rows)
 
 
-def _alpha(annotated, options) -> float:
+def _alpha(annotated, options):
     """EgoClip's scale in seconds: as given, or the mean gap of all takes (of all annotators of takes)."""
     # The mean is over the same groups of narrations from which the clips get their gaps.
     if options.alpha == "mean":
@@ -1809,12 +1732,12 @@ def _alpha(annotated, options) -> float:
     return alpha
 
 
-def _mean_gap(annotations, otherwise) -> float:
+def _mean_gap(annotations, otherwise):
     """Seconds between narrations of these annotations, on average; `otherwise` for a single narration."""
     times = [float(narrated["timestamp"]) for one in annotations for narrated in one["descriptions"]]
     if len(times) < 2:
         return otherwise
-    return (max(times) - min(times)) / (len(times) - 1)
+    return np.ptp(times) / (len(times) - 1)
 
 
 def _why_dropped(annotation, narrated, cameras, length, options):
@@ -1834,7 +1757,7 @@ def _why_dropped(annotation, narrated, cameras, length, options):
     return None
 
 
-def _is_true(flag) -> bool:
+def _is_true(flag):
     """Ego-Exo4D's flags are booleans from one annotator, "1" and "0" from another: bool("0") is True."""
     if flag not in (True, False, "1", "0"):
         raise ValueError(f"a flag is {flag!r}, not true, false, 1 or 0")
@@ -1849,10 +1772,9 @@ def _clip_of(t, half, length):
     return {"start": start, "end": end}
 
 
-def _take_videos(files, take, captures, options):
+def _take_videos(files, take, options):
     """-> the ego video (None unless there is exactly one), and {camera: exo video} of a take."""
-    capture = take.get("capture") or captures.get(take.get("capture_uid"), {})
-    exo_cameras = {camera["cam_id"] for camera in capture.get("cameras", []) if not camera["is_ego"]}
+    exo_cameras = {camera["cam_id"] for camera in take["capture"]["cameras"] if not camera["is_ego"]}
     # Glasses have several streams, of which "rgb" is the colour camera; other cameras have one, "0".
     ego, exo = [], {}
     for camera, streams in sorted(take["frame_aligned_videos"].items()):
@@ -1864,7 +1786,7 @@ def _take_videos(files, take, captures, options):
     return ego[0] if len(ego) == 1 else None, exo
 
 
-def _stream_file(files, take, stream, options) -> str:
+def _stream_file(files, take, stream, options):
     """The file of a stream: the downscaled one, if it is there and `--video-size` allows it."""
     # The downscaled copy has 448 pixels on its short side.
     full = Path(take["root_dir"]) / stream["relative_path"]
@@ -1898,20 +1820,19 @@ CUE = "This is my own view: I wear the camera."
 
 @dataclass(frozen=True)
 class Source:
-    """One source of EgoIT: its builder, the flags of Build that it takes, its instructions (our wording)."""
+    """One source of EgoIT: its builder and its instructions (our wording)."""
     build: Callable
-    flags: tuple[str, ...]
     task: str                           # task details, put first in the variants "task" and "cue"
-    instructions: tuple[str, ...]       # ten for each source; {} is the question
+    instructions: tuple                 # ten for each source; {} is the question
+    flags: tuple = ("split", "prompt")  # of Build, that the builder takes
 
 
 def instruction(source: str, key: str, prompt: str, question: str = "") -> str:
     """The user's turn: one of the source's ten, picked by the row's id, below what `prompt` puts first."""
     # The row's id decides, so that the same row always gets the same instruction.
-    task, instructions = EGOIT[source].task, EGOIT[source].instructions
-    asked = instructions[zlib.crc32(key.encode()) % len(instructions)].format(question)
+    task, ten = EGOIT[source].task, EGOIT[source].instructions
     first = {"base": [], "task": [task], "cue": [CUE, task]}[prompt]
-    return "\n".join([*first, asked])
+    return "\n".join([*first, ten[zlib.crc32(key.encode()) % 10].format(question)])
 
 
 def egoit_row(source: str, key: str, video: str, answer: str, options: Build, question="", **clip) -> dict:
@@ -1930,7 +1851,8 @@ def egtea(files, options):
     # The label of an action may have spaces; its number is the last word of the line.
     actions = {int(number): " ".join(label) for *label, number in files.lines("action_idx.txt")}
 
-    def rows(clip, action, *_):
+    def rows(words):
+        clip, action, *_ = words
         # A clip's name: session (three parts), start and end in milliseconds, first and last frame.
         session = "-".join(clip.split("-")[:3])
         label = re.sub("[_:]", " ", actions[int(action)]).lower()
@@ -2003,7 +1925,7 @@ def egoexolearn(files, options):
         if end > length:
             files.count["cut at the video's end"] += 1
         # The narrator speaks to the learner; EgoIT's answers are the learner's own.
-        text = re.sub(r"\b(your|you|yourself)\b", in_first_person, row["narration_en"].strip(), flags=re.I)
+        text = re.sub(r"(?i)\b(your|you|yourself)\b", in_first_person, row["narration_en"].strip())
         key = row.get("annotation_id") or row["annotation_uid"]
         yield egoit_row("egoexolearn", key, video, text, options, start=start, end=min(end, length))
     name = "fine_annotation_trainval_en.csv"
@@ -2011,7 +1933,7 @@ def egoexolearn(files, options):
 
 
 @cache
-def _length_of(video) -> float:
+def _length_of(video):
     """Seconds; infinite for a video that is not there or cannot be read: `data.py check` will name it."""
     try:
         with open_video(video) as (length, _):
@@ -2023,7 +1945,6 @@ def _length_of(video) -> float:
 EGOIT = {
     "egtea": Source(
         build=egtea,
-        flags=("split", "prompt"),
         task="Name one kitchen action, a verb and its object.",
         instructions=(
             "What am I doing?",
@@ -2038,7 +1959,6 @@ EGOIT = {
             "Describe my action in a few words.")),
     "ssv2": Source(
         build=ssv2,
-        flags=("split", "prompt"),
         task="Say in one phrase what is done to which object.",
         instructions=(
             "What is being done here?",
@@ -2083,7 +2003,6 @@ EGOIT = {
             "On my surroundings: {}")),
     "egoexolearn": Source(
         build=egoexolearn,
-        flags=("split", "prompt"),
         task="Describe hands and objects in one sentence.",
         instructions=(
             "Describe what I am doing.",
@@ -2117,8 +2036,9 @@ def egoclip(files, options):
             piece = int((start + end) / 2 // options.chunk)
             name = f"{name}/{piece}"
             begin = piece * options.chunk
-            start = min(max(start - begin, 0), options.chunk)
-            end = min(max(end - begin, 0), options.chunk)
+            # The middle is inside the piece: the clip may hang over at both sides.
+            start = max(start - begin, 0)
+            end = min(end - begin, options.chunk)
         yield {
             "id": f"egoclip/{row['clip_idx']}",
             "text": verbalise_wearer(text),
@@ -2152,19 +2072,17 @@ def conversations(files, options):
             files.count["still image"] += 1
             return
         # Marks of a video or an image go: the chat template puts its own.
-        messages = []
+        speakers, texts = [], []
         for message in record["conversations"]:
-            text = re.sub(r"<(video|image)>\n?", "", message["value"]).strip()
-            messages.append((roles[message["from"]], text))
+            speakers.append(roles[message["from"]])
+            texts.append(re.sub(r"<(video|image)>\n?", "", message["value"]).strip())
         # An assistant's greeting answers no question.
-        if messages and messages[0][0] == "assistant":
-            del messages[0]
+        if speakers[:1] == ["assistant"]:
+            del speakers[0], texts[0]
         # The rest is question and answer, in turn.
-        asked, answered = messages[::2], messages[1::2]
-        expected = ["user", "assistant"] * (len(messages) // 2)
-        if not messages or [role for role, _ in messages] != expected:
+        if not texts or speakers != ["user", "assistant"] * (len(texts) // 2):
             raise ValueError("human and gpt must take turns, human first")
-        turns = [{"user": q, "assistant": a} for (_, q), (_, a) in zip(asked, answered)]
+        turns = [{"user": q, "assistant": a} for q, a in zip(texts[::2], texts[1::2])]
         clip = {"video": video} | {key: record[key] for key in ("start", "end", "fps") if key in record}
         yield {
             "id": str(record.get("id", files.where.rpartition(" ")[2])),
@@ -2194,34 +2112,27 @@ def command_check(args):
     if len({row["id"] for row in rows}) < len(rows):
         raise DataError(f"{args.manifest}: ids repeat, so a skip list could not name rows: make them differ")
     # Rows are read in all cores, in any order.
-    problems = {}
     with worker_pool() as pool:
-        replies = pool.imap_unordered(_check_job, [(row, args.limit) for row in rows])
+        replies = pool.imap_unordered(partial(_check_videos, limit=args.limit), rows)
         replies = _until_silence(replies, 2 * args.limit + 5)
-        for name, found in progress(replies, len(rows), "rows"):
-            problems[name] = found
-
-    # A row without a reply has a decoder that hung or crashed: its worker was killed.
-    for row in rows:
-        if row["id"] not in problems:
-            problems[row["id"]] = [
-                ("hangs or crashes", f"a decoder crashed or took over {args.limit} s on one of these, "
-                 f"{clip['video']}", clip["video"]) for clip in clips_of(row)]
+        problems = dict(progress(replies, len(rows), "rows"))
 
     # Report in the order of the manifest.
     base = os.path.realpath(args.root or Path(args.manifest).parent)
     kinds, skip_list = Counter(), []
     for row in rows:
-        found = problems[row["id"]]
-        if not found:
-            continue
-        for kind, sentence, _ in found:
-            print(f"{row['id']}: {kind}: {sentence}")
-        kinds.update({kind for kind, _, _ in found})
-        skip_list.append({
-            "id": row["id"],
-            "videos": [_path_from(base, video) for _, _, video in found],
-            "reasons": [f"{kind}: {sentence}" for kind, sentence, _ in found]})
+        found = problems.get(row["id"])
+        if found is None:
+            # A row without a reply has a decoder that hung or crashed: its worker was killed.
+            sentence = f"a decoder crashed or took over {args.limit} s on one of these"
+            videos = [clip["video"] for clip in clips_of(row)]
+            found = [("hangs or crashes", f"{sentence}, {video}", video) for video in videos]
+        if found:
+            kinds.update({kind for kind, _, _ in found})
+            reasons = [f"{kind}: {sentence}" for kind, sentence, _ in found]
+            videos = [_path_from(base, video) for _, _, video in found]
+            print("\n".join(f"{row['id']}: {reason}" for reason in reasons))
+            skip_list.append({"id": row["id"], "videos": videos, "reasons": reasons})
     write_jsonl(Path(args.manifest).with_suffix(".bad.jsonl"), skip_list)
     counts = ", ".join(f"{kind}: {number}" for kind, number in kinds.most_common())
     print(f"{len(rows) - len(skip_list)} of {len(rows)} rows are good; {counts or 'nothing is wrong'}")
@@ -2230,13 +2141,14 @@ def command_check(args):
         raise DataError(f"{share:.1%} of the rows are bad, more than --max-bad {args.max_bad:.1%}")
 
 
-def _path_from(base, video) -> str:
+def _path_from(base, video):
     """A path relative to the base, so that the list may move with its files; absolute if it is elsewhere."""
-    inside = video.startswith(os.path.join(base, ""))
-    return os.path.relpath(video, base) if inside else video
+    if video.startswith(os.path.join(base, "")):
+        return os.path.relpath(video, base)
+    return video
 
 
-def _until_silence(replies, seconds) -> Iterator:
+def _until_silence(replies, seconds):
     """The replies of a pool, until none comes for so long: the workers of the others were killed."""
     while True:
         try:
@@ -2245,43 +2157,34 @@ def _until_silence(replies, seconds) -> Iterator:
             return
 
 
-def _check_job(job):
+def _check_videos(row, limit):
     """Read a row's clips once -> its id, and (kind, sentence, video) of everything that is wrong."""
-    row, limit = job
     # The kernel ends a decoder that hangs. Python could not: its signal handlers wait for the decoder.
     signal.setitimer(signal.ITIMER_REAL, limit)
     found, lengths, spans = [], [], set()
     for clip in clips_of(row):
+        video, start, end = clip["video"], clip.get("start"), clip.get("end")
         try:
-            length, problems = _read_and_judge(clip)
+            with open_video(video, clip.get("fps")) as (length, _):
+                begin, stop = clip_span(video, start, end, length)
+            frames = read_row_clip(clip, num_frames=8, size=64, fit="crop")
         except DataError as error:
-            found.append((error.reason, str(error), clip["video"]))
+            found.append((error.reason, str(error), video))
             continue
-        found += problems
+        if stop < (end or 0) - 0.1:
+            found.append(("too short", f"{video} ends at {length:.2f} s, the clip at {end} s", video))
+        # A covered lens or a failed recording shows one colour all the time; a dark moment is no error.
+        contrast = frames.reshape(8, 3, -1).std(2)              # of each frame and colour
+        if contrast.max() < 1:
+            found.append(("blank", f"{video} shows one colour at {begin:.2f} - {stop:.2f} s", video))
         lengths.append(length)
-        spans.add((clip.get("start"), clip.get("end")))
+        spans.add((start, end))
     # Clips with the same times are on one clock: synchronized files end together.
-    if len(spans) == 1 and max(lengths) - min(lengths) > 0.1:
+    if len(spans) == 1 and np.ptp(lengths) > 0.1:
         sentence = f"the videos of this moment last {lengths} s"
         found += [("ego and exo differ", sentence, clip["video"]) for clip in clips_of(row)]
     signal.setitimer(signal.ITIMER_REAL, 0)
     return row["id"], found
-
-
-def _read_and_judge(clip):
-    """Read a clip once -> the length of its video, and what is wrong with it."""
-    video, end = clip["video"], clip.get("end")
-    with open_video(video, clip.get("fps")) as (length, _):
-        begin, stop = clip_span(video, clip.get("start"), end, length)
-    frames = read_row_clip(clip, num_frames=8, size=64, fit="crop")
-    found = []
-    if stop < (end or 0) - 0.1:
-        found.append(("too short", f"{video} ends at {length:.2f} s, the clip at {end} s", video))
-    # A covered lens or a failed recording shows one colour all the time; a dark moment is no error.
-    contrast = frames.reshape(8, 3, -1).std(2).max(1)           # (8,) of the most varied colour of each frame
-    if (contrast < 1).all():
-        found.append(("blank", f"{video} shows one colour at {begin:.2f} - {stop:.2f} s", video))
-    return length, found
 
 
 if __name__ == "__main__":
