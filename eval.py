@@ -33,8 +33,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from data import (COLOURS, NARRATE, PATTERNS, VERBS, Batch, DataError, Files, Loader, Tokenizer,
-                  contact_sheet, convert, encode_png, file_lock, frame_rate, progress,
+from data import (COLOURS, NARRATE, PATTERNS, VERBS, Batch, DataError, Loader, Tokenizer,
+                  clips_of, contact_sheet, convert, encode_png, file_lock, frame_rate, progress,
                   read_manifest, read_row_clip, toy_split, toy_world, verbalise_wearer, write_jsonl,
                   write_text_atomic)
 from model import (IGNORE, VIDEO, Exo2Ego, KVCache, Segments, SharedPrefix, autocast,
@@ -43,7 +43,7 @@ from model import (IGNORE, VIDEO, Exo2Ego, KVCache, Segments, SharedPrefix, auto
 
 
 # ------------------------------------------------------- 1 a score is a share, its chance and its interval
-def wilson(share: float, n: int) -> tuple[float, float]:
+def wilson(share, n):
     """Wilson's 95 % interval of a proportion: it stays inside [0, 1] and is honest near both ends."""
     # The normal distribution holds 95 % within z standard deviations.
     z = 1.96
@@ -53,9 +53,9 @@ def wilson(share: float, n: int) -> tuple[float, float]:
     return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
 
 
-def proportion(name: str, outcomes, chance: float) -> dict:
+def proportion(name, outcomes, chance):
     """The mean of outcomes in [0, 1], as the five figures that every score has."""
-    share = float(np.mean(outcomes))
+    share = np.mean(outcomes)
     low, high = wilson(share, len(outcomes))
     return {
         name: share,
@@ -72,7 +72,7 @@ def choice_score(scores: np.ndarray, right) -> float:
     same score gets chance, wherever the right one stands.
     """
     best = scores == scores.max()
-    return float(best[right].sum() / best.sum())
+    return best[right].sum() / best.sum()
 
 
 def print_figures(figures: dict):
@@ -89,7 +89,7 @@ def spread(rows, count):
 
 
 # -------------------------------------------------------------------------------------------- 2 answering
-def iterate_batches(model: Exo2Ego, tokenizer: Tokenizer, rows: list[dict], view: str,
+def iterate_batches(model: Exo2Ego, tokenizer: Tokenizer, rows, view: str,
                     batch: int = 100) -> Iterator[Batch]:
     """The clips of all rows, in order, in batches on the model's device.
 
@@ -113,8 +113,7 @@ def encode_clips(model, tokenizer, rows, view: str) -> Tensor:
     return torch.cat([encode(getattr(batch, view)) for batch in batches])
 
 
-def generate_answers(model, tokenizer, visual: Tensor, questions: list[str],
-                     batch: int = 125, max_new: int = 32) -> list[str]:
+def generate_answers(model, tokenizer, visual: Tensor, questions, batch: int = 125, max_new: int = 32):
     """Greedy answers to one question about each row of `visual` (questions, tokens, W)."""
     answers = []
     for first in range(0, len(questions), batch):
@@ -129,7 +128,7 @@ def generate_answers(model, tokenizer, visual: Tensor, questions: list[str],
     return answers
 
 
-def narration_log_likelihood(model, tokenizer, visual: Tensor, pairs, batch: int = 250) -> np.ndarray:
+def narration_log_likelihood(model, tokenizer, visual: Tensor, pairs, batch: int = 250):
     """log p(narration | clip) in nats, summed over its tokens, of each (row of visual, narration) -> (n,)."""
     scores = []
     for first in range(0, len(pairs), batch):
@@ -228,7 +227,7 @@ def evaluate_narrations(model, tokenizer, rows, visual, view: str):
     expected = list(map(NARRATION.fullmatch, truths))
     for fact in NARRATION.groupindex:
         right = [a is not None and a[fact] == b[fact] for a, b in zip(found, expected)]
-        figures[f"{view}_{fact}"] = float(np.mean(right))
+        figures[f"{view}_{fact}"] = np.mean(right)
     return figures, {"said": narrations}
 
 
@@ -244,7 +243,7 @@ def evaluate_questions(model, tokenizer, rows, visual):
         answers_of[question].add(truth)
     chances = [1 / len(answers_of[question]) for question in questions]
     right = [reply == truth for reply, truth in zip(replies, truths)]
-    return proportion("qa", right, float(np.mean(chances))), {"reply": replies}
+    return proportion("qa", right, np.mean(chances)), {"reply": replies}
 
 
 def choose_clip(model, tokenizer, rows, visual):
@@ -273,7 +272,7 @@ def choose_clip(model, tokenizer, rows, visual):
     return figures, columns
 
 
-def wrong_clips(rows, item: int, kind: str, rng):
+def wrong_clips(rows, item, kind, rng):
     """The four other candidates of an item, as row numbers."""
     # Five rows in a row are the moments of one scene.
     first = item // 5 * 5
@@ -310,8 +309,11 @@ def kl_true_vs_shuffled(model, tokenizer, rows) -> dict:
         "kl_n": len(exo)}
 
 
-def show_samples(path: Path, rows, predictions):
-    """A few samples, printed and as a contact sheet: frames, what the model said (green when right), else the truth."""
+def show_samples(path, rows, predictions):
+    """A few samples on the screen, and as a contact sheet with frames of their clips.
+
+    What the model said is green when it is right; else the truth stands below it.
+    """
     items = []
     for row, prediction in spread(list(zip(rows, predictions)), 8):
         # What it was asked, what is true, and what it said.
@@ -329,8 +331,8 @@ def show_samples(path: Path, rows, predictions):
             else:
                 print(f"  wrong {said}   (true: {truth})")
                 lines += [(said, RED), (f"true: {truth}", GREY)]
-        clip = row["ego"] if "ego" in row else row["exo"][0]
-        items.append(([read_row_clip(clip, num_frames=4, size=96)], lines))
+        frames = read_row_clip(clips_of(row)[0], num_frames=4, size=96)
+        items.append(([frames], lines))
     contact_sheet(path, items)
 
 
@@ -367,7 +369,7 @@ class VideoContext:
         self.cache = KVCache(sequences=1)
         model.decoder(embeddings, seg, positions, self.cache)
 
-    def prompt(self, question: str, answer=None):
+    def prompt(self, question, answer=None):
         """ids and labels of what follows the prefix: a question, and its answer if there is one."""
         # The video stands in the prefix already.
         turn = {"user": question.replace("<video>", "")}
@@ -377,21 +379,21 @@ class VideoContext:
         return ids[self.start:], labels[self.start:]
 
     @torch.no_grad()
-    def score(self, pairs, batch: int = 64) -> np.ndarray:
+    def score(self, pairs, batch: int = 64):
         """log p(answer, </s> | video, question) of each (question, answer) -> (pairs, 2).
 
         The columns are the sum over the answer's tokens, and the mean as `mean_of_nonzero` takes it. At
         most `batch` answers are in memory at a time, each with a copy of one layer's keys and values.
         """
-        decoder, start = self.model.decoder, self.start
+        decoder = self.model.decoder
         scores = []
         for first in range(0, len(pairs), batch):
             # The new tokens of all pairs are packed; each pair also sees the prefix.
             part = pairs[first:first + batch]
             chats = [self.prompt(*pair) for pair in part]
             ids, labels, lens = pack(chats, self.device)
-            seg = Segments.cached(lens, [start + n for n in lens], self.device)
-            positions = torch.cat([torch.arange(n) for n in lens]).to(self.device) + start
+            seg = Segments.cached(lens, [self.start + n for n in lens], self.device)
+            positions = torch.cat([torch.arange(n) for n in lens]).to(self.device) + self.start
             shared = SharedPrefix(self.cache, len(lens), keep=False)
             hidden = decoder(decoder.embed(ids), seg, positions, shared)
 
@@ -405,18 +407,17 @@ class VideoContext:
             # An answer has as many losses as it has labels.
             counts = [sum(label != IGNORE for label in labels) for _, labels in chats]
             for own in losses.double().cpu().split(counts):
-                total, mean = own.sum(), mean_of_nonzero(own)
-                scores.append((-float(total), -float(mean)))
-        return np.array(scores)
+                scores.append([float(own.sum()), float(mean_of_nonzero(own))])
+        return -np.array(scores)
 
-    def generate(self, questions: list[str], max_new: int = 64):
+    def generate(self, questions, max_new: int = 64):
         """Greedy answers to several questions at once."""
         prompts = [torch.tensor(self.prompt(question)[0]) for question in questions]
         shared = SharedPrefix(self.cache, len(prompts), keep=True)
         replies = self.model.generate(None, prompts, eos=self.tokenizer.eos, max_new=max_new, cache=shared)
         return [self.tokenizer.decode(reply).strip() for reply in replies]
 
-    def stream(self, question: str, max_new: int = 256) -> Iterator[str]:
+    def stream(self, question, max_new: int = 256):
         """Pieces of an answer as they come; the next question goes on from here."""
         ids, _ = self.prompt(question)
         eos = self.tokenizer.eos
@@ -446,7 +447,7 @@ def mean_of_nonzero(losses: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def prefill(model, tokenizer, clip: dict | None) -> VideoContext:
+def prefill(model, tokenizer, clip) -> VideoContext:
     """Read one ego clip of a manifest's form ("video", "start", "end", "fps"), or nothing for None."""
     if clip is None:
         return VideoContext(model, tokenizer, None)
@@ -456,7 +457,7 @@ def prefill(model, tokenizer, clip: dict | None) -> VideoContext:
     return VideoContext(model, tokenizer, model.encode_ego(pixels))
 
 
-def chat(model, tokenizer, clip: dict, question: str | None):
+def chat(model, tokenizer, clip, question):
     """Print the answer to one question about a clip, or without one chat until an empty line or Ctrl-D."""
     context = prefill(model, tokenizer, clip)
     with contextlib.suppress(EOFError):
@@ -551,7 +552,7 @@ def score_toy(ckpt: Checkpoint, data):
     print(f"{ckpt.folder}: stage {state['stage']}, step {state['step']} of {state['steps']}")
     # Published weights were trained on no world.
     if data is None:
-        data, *_ = state.get("config", {}).get("data", ["out/toy"])
+        data = state.get("config", {}).get("data", ["out/toy"])[0]
     toy_benchmark(ckpt.model, ckpt.tokenizer, data, state["stage"], out=ckpt.folder.parent)
 
 
@@ -578,7 +579,7 @@ def run_benches(ckpt: Checkpoint, args):
 # --------------------------------------------------------------------------------------- EgoBench: metrics
 def ranked_precision(sim, rel):
     """AP of each query (rows). EK-100's: hits are relevance 1, but precision counts graded relevance too."""
-    order = np.argsort(-sim, axis=1, kind="stable")
+    order = np.argsort(-sim, kind="stable")
     ranked = np.take_along_axis(rel, order, axis=1)
     ranks = np.arange(1, rel.shape[1] + 1)
     precision = np.cumsum(ranked, axis=1) / ranks
@@ -591,9 +592,9 @@ def ranked_gain(sim, rel):
 
     Ties are in reversed order, as in the official code.
     """
-    order = np.argsort(sim, axis=1, kind="stable")[:, ::-1]
+    order = np.argsort(sim, kind="stable")[:, ::-1]
     ranked = np.take_along_axis(rel, order, axis=1)
-    ideal = np.sort(rel, axis=1)[:, ::-1]
+    ideal = np.sort(rel)[:, ::-1]
     ranks = np.arange(rel.shape[1])
     relevant = (rel > 0).sum(1)[:, None]
     weight = 1 / np.log2(ranks + 2) * (ranks < relevant)
@@ -608,8 +609,8 @@ def retrieval_metrics(sim: np.ndarray, rel: np.ndarray) -> dict:
     """
     figures = {}
     for name, metric in (("mAP", ranked_precision), ("nDCG", ranked_gain)):
-        text_of_video = float(metric(sim, rel).mean())
-        video_of_text = float(metric(sim.T, rel.T).mean())
+        text_of_video = metric(sim, rel).mean()
+        video_of_text = metric(sim.T, rel.T).mean()
         figures[f"{name}_V2T"] = text_of_video
         figures[f"{name}_T2V"] = video_of_text
         figures[f"{name}_avg"] = (text_of_video + video_of_text) / 2
@@ -627,10 +628,10 @@ def class_precision(scores, labels):
 def charades_map(scores: np.ndarray, labels: np.ndarray) -> dict:
     """Charades: (videos, classes) -> mAP (NaN if a class has no positive, as official) and its nan-mean."""
     each = class_precision(scores, labels)
-    return {"mAP": float(each.mean()), "nanmAP": float(np.nanmean(each))}
+    return {"mAP": each.mean(), "nanmAP": np.nanmean(each)}
 
 
-def rouge_l(said: str, truth: str) -> float:
+def rouge_l(said, truth):
     """ROUGE-L's F1 on lower-case words and numbers, without stemming."""
     a = re.findall(r"[a-z0-9]+", said.lower())
     b = re.findall(r"[a-z0-9]+", truth.lower())
@@ -675,23 +676,24 @@ class Item:
     answer: int | str | list | None = None
     kind: str = ""                          # a part of the benchmark with a score of its own
 
-    def video_order(self) -> str:
+    def video_order(self):
         """Items sorted by this read each clip once."""
         return str(self.clips[0])
 
-    def chance(self) -> float:
+    def chance(self):
         """What a guess gets; an open question has no chance level."""
         candidates = len(self.options) or len(self.clips)
         return 1 / candidates if candidates > 1 else 0.0
 
 
-# A reader yields the items of a benchmark, with the paths of their videos as the publishers name them.
-def whole_video(files: Files, name: str):
+# A reader yields the items of a benchmark from its `Files`, with the paths of their videos as the publishers
+# name them.
+def whole_video(files, name):
     """The one clip of an item that is about all of a video."""
     return [{"video": files.video(f"{name}.mp4")}]
 
 
-def egoschema(files: Files, args):
+def egoschema(files, args):
     """EgoSchema: questions.json (5,031), subset_answers.json (the 500 public answers); whole videos."""
     answers = files.json("subset_answers.json")
     for q in files.each(files.json("questions.json")):
@@ -703,7 +705,7 @@ def egoschema(files: Files, args):
             answer=answers.get(q["q_uid"]))
 
 
-def qaego4d(files: Files, args):
+def qaego4d(files, args):
     """QAEgo4D, where `video_id` is an Ego4D clip that is shown whole.
 
     qaego4d-closed: annotations.QaEgo4D_test_close.json (GroundVQA: 500 items, three wrong answers each),
@@ -726,7 +728,7 @@ def qaego4d(files: Files, args):
         yield item
 
 
-def egotaskqa(files: Files, args):
+def egotaskqa(files, args):
     """EgoTaskQA, direct or indirect: test_qas.json or formatted_test_qas_encode.json, and answer_set.txt.
 
     The official test is open-vocabulary: classification over answer_set.txt by likelihood, or exact match of
@@ -751,13 +753,12 @@ def egotaskqa(files: Files, args):
             kind=kind)
 
 
-def charades(files: Files, args):
+def charades(files, args):
     """Charades-Ego: CharadesEgo_v1_test_only1st.csv and Charades_v1_classes.txt.
 
     Every class is scored on the whole video (157-way zero-shot protocol).
     """
-    lines = files.text("Charades_v1_classes.txt").splitlines()
-    names = dict(line.split(" ", 1) for line in lines if line)
+    names = {code: " ".join(words) for code, *words in files.lines("Charades_v1_classes.txt")}
     codes = sorted(names)
     for row in files.table("CharadesEgo_v1_test_only1st.csv"):
         # An action is a class's code, its start and its end in seconds.
@@ -770,7 +771,7 @@ def charades(files: Files, args):
             answer=sorted(map(codes.index, occur)))
 
 
-def egoplan(files: Files, args):
+def egoplan(files, args):
     """EgoPlan-Bench: EgoPlan_validation.json; the candidates are answer texts.
 
     The clip runs from the first progress to the current frame. Frames count at the file's own rate.
@@ -779,20 +780,19 @@ def egoplan(files: Files, args):
         # Without any progress so far the clip is the current frame and the one before.
         now = q["current_observation_frame"]
         starts = [step["start_frame"] for step in q["task_progress_metadata"]]
-        first = min(starts, default=max(0, now - 1))
+        first = min(starts, default=now - 1)
         goal = q["task_goal"].strip().rstrip(".").lower()
-        letter = q["golden_choice_idx"]
         video = files.video(f"{q['video_id']}.mp4")
         yield Item(
             id=str(q["sample_id"]),
             clips=[{"video": video, "frames": [first, now]}],
             question=f"I want to {goal}. The video shows what I have done so far. What do I do next?",
             options=[q[f"choice_{name}"] for name in "abcd"],
-            answer="ABCD".index(letter) if letter in [*"ABCD"] else None,
+            answer="ABCD".index(q["golden_choice_idx"]),
             kind=q["video_source"])
 
 
-def vln_qa(files: Files, args):
+def vln_qa(files, args):
     """VLN-QA: MVBench's egocentric_navigation.json (200 items, four candidates); whole videos."""
     for i, q in enumerate(files.each(files.json("egocentric_navigation.json"))):
         yield Item(
@@ -803,7 +803,7 @@ def vln_qa(files: Files, args):
             answer=q["candidates"].index(q["answer"]))
 
 
-def egomcq(files: Files, args):
+def egomcq(files, args):
     """EgoMCQ: egomcq.json; which of five clips does a narration describe?
 
     Type 1 is inter and 2 intra (the original code prints them swapped). Clips are in seconds of the whole
@@ -823,13 +823,14 @@ def egomcq(files: Files, args):
         yield Item(id=key, clips=clips, question=verbalise_wearer(narration), answer=q["answer"], kind=kind)
 
 
-def ek100(files: Files, args):
+def ek100(files, args):
     """EPIC-KITCHENS-100 retrieval: EPIC_100_retrieval_test.csv (videos) and ..._test_sentence.csv (texts).
 
     The relevance of a text is (same verb class + overlap of noun sets) / 2; texts keep their file's order.
     """
     videos, classes = {}, {}
-    for row in files.table("EPIC_100_retrieval_test.csv", "retrieval_annotations/EPIC_100_retrieval_test.csv"):
+    for row in files.table("EPIC_100_retrieval_test.csv",
+                           "retrieval_annotations/EPIC_100_retrieval_test.csv"):
         key = row["narration_id"]
         videos[key] = row
         nouns = ast.literal_eval(row["all_noun_classes"])
@@ -853,10 +854,10 @@ def ek100(files: Files, args):
             answer=relevance)
 
 
-def clock_seconds(clock: str) -> float:
+def clock_seconds(clock):
     """Seconds of "00:01:02.50"."""
-    hours, minutes, seconds = clock.split(":")
-    return float(seconds) + 60 * float(minutes) + 3600 * float(hours)
+    hours, minutes, seconds = map(float, clock.split(":"))
+    return seconds + 60 * minutes + 3600 * hours
 
 
 def relevance_of(video, text):
@@ -938,8 +939,8 @@ def egobench(ckpt: Checkpoint, args):
         return
     stem = f"{args.out}/{name}"
     figures = summarise(bench, items, predictions, args)
-    if args.bench in ("egoschema", "egoplan"):
-        write_submission(f"{stem}.submission.json", args.bench, items, predictions)
+    if args.bench == "egoschema":
+        write_submission(f"{stem}.submission.json", items, predictions)
     # JSON has no NaN.
     figures = {key: None if value != value else value for key, value in figures.items()}
     write_text_atomic(f"{stem}.json", json.dumps(protocol | figures, indent=1))
@@ -947,7 +948,7 @@ def egobench(ckpt: Checkpoint, args):
     print(f"{stem}.json", flush=True)
 
 
-def answer_mode(bench: Bench, items, args) -> str:
+def answer_mode(bench: Bench, items, args):
     """--answer, or what this benchmark allows instead of it, which is then said.
 
     Open questions are generated, letters need a choice among at most 26, all others go by likelihood.
@@ -964,7 +965,7 @@ def answer_mode(bench: Bench, items, args) -> str:
     return mode
 
 
-def protocol_of(ckpt: Checkpoint, items, args) -> dict:
+def protocol_of(ckpt: Checkpoint, items, args):
     """What predictions depend on: the weights, the questions and the way of answering."""
     # A file that the publishers change makes another test.
     questions = json.dumps([asdict(item) for item in items])
@@ -981,7 +982,7 @@ def protocol_of(ckpt: Checkpoint, items, args) -> dict:
         "content": hashlib.sha256(questions.encode()).hexdigest()[:16]}
 
 
-def place_clips(items, root: Path, allow_outside: bool, blind: bool):
+def place_clips(items, root: Path, allow_outside, blind):
     """Make the paths of all clips absolute, and their frame numbers seconds at the file's own rate.
 
     DataError: a path leads out of `root`, or not one video is there.
@@ -989,26 +990,27 @@ def place_clips(items, root: Path, allow_outside: bool, blind: bool):
     # Links are followed before the comparison.
     inside = os.path.join(os.path.realpath(root), "")
     videos = set()
-    for clip in [clip for item in items for clip in item.clips]:
-        video = find_video(root, clip["video"])
-        if not allow_outside and not video.startswith(inside):
-            raise DataError(f"{clip['video']} is outside {inside}: pass --videos or --allow-outside")
-        clip["video"] = video
-        videos.add(video)
-        if "frames" in clip:
-            # The last frame is shown too.
-            first, last = clip.pop("frames")
-            rate = 30.0
-            # A file that cannot be read will be the error of its items.
-            with contextlib.suppress(DataError):
-                rate = frame_rate(video)
-            clip["start"] = max(0, first) / rate
-            clip["end"] = (max(last, first) + 1) / rate
+    for item in items:
+        for clip in item.clips:
+            video = find_video(root, clip["video"])
+            if not allow_outside and not video.startswith(inside):
+                raise DataError(f"{clip['video']} is outside {inside}: pass --videos or --allow-outside")
+            clip["video"] = video
+            videos.add(video)
+            if "frames" in clip:
+                # A file that cannot be read will be the error of its items.
+                rate = 30
+                with contextlib.suppress(DataError):
+                    rate = frame_rate(video)
+                # The last frame is shown too.
+                first, last = clip.pop("frames")
+                clip["start"] = first / rate
+                clip["end"] = (last + 1) / rate
     if not blind and not any(map(os.path.isfile, videos)):
         raise DataError(f"none of {len(videos)} videos is there, such as {min(videos)}: pass --videos")
 
 
-def find_video(root: Path, name: str) -> str:
+def find_video(root: Path, name):
     """The real path of a video, also where EPIC-KITCHENS puts its files (P01/videos/P01_11.MP4)."""
     stem = Path(name).stem
     person = stem.split("_")[0]
@@ -1025,7 +1027,7 @@ class PredictionFiles:
     A file's first line is the protocol, then comes one prediction a line. A process appends to its own file
     and reads all, also those that another number of ranks left. It holds the lock of its rank meanwhile.
     """
-    def __init__(self, out: Path, name: str, protocol: dict, rank: int = 0, world: int = 1):
+    def __init__(self, out: Path, name, protocol, rank=0, world=1):
         self.out = out
         self.name = name
         self.protocol = protocol
@@ -1034,7 +1036,7 @@ class PredictionFiles:
         if world > 1:
             self.own = out / f"{name}.rank{rank}.jsonl"
 
-    def lock(self, rank, wait: bool = False):
+    def lock(self, rank, wait=False):
         """A second process of a rank is refused; "all" is held while files are read or gathered."""
         return file_lock(self.out / f".{self.name}.lock{rank}", wait)
 
@@ -1154,7 +1156,7 @@ def run_items(ckpt: Checkpoint, items, texts, bench: Bench, args):
         yield prediction
 
 
-def score_item(context: VideoContext, item: Item, bench: Bench, args, sides) -> dict:
+def score_item(context: VideoContext, item: Item, bench: Bench, args, sides):
     """What a model says of one item.
 
     likelihood: log p(option | video, question), as a sum or a mean over tokens. letter: a generated letter,
@@ -1228,32 +1230,30 @@ def score_texts(context: VideoContext, texts, sides):
 
 
 # ------------------------------------------------------------------------------------- EgoBench: the figures
-def outcome(item: Item, prediction: dict) -> float:
+def outcome(item: Item, prediction):
     """1 right, 0 wrong or unread; equally good options share. Equal texts count as one option (EgoPlan)."""
+    # The truth is none of the options.
+    if item.answer == -1:
+        return 0
     # A likelihood or a similarity for each option, or for each clip.
     if "scores" in prediction:
-        if item.answer < 0:
-            return 0.0
         scores = np.array(prediction["scores"])
         options = np.array(item.options or range(len(scores)))
         return choice_score(scores, right=options == options[item.answer])
     # A letter.
     if "choice" in prediction:
         choice = prediction["choice"]
-        if choice is None:
-            return 0.0
-        return float(item.options[choice] == item.options[item.answer])
+        return choice is not None and item.options[choice] == item.options[item.answer]
     # An open answer, or an error.
-    said = plain_words(prediction.get("reply", ""))
-    return float(said == plain_words(item.answer))
+    return plain_words(prediction.get("reply", "")) == plain_words(item.answer)
 
 
-def plain_words(text) -> str:
+def plain_words(text):
     """Lower case, single spaces, no full stop at either end: what an exact match compares."""
     return " ".join(str(text).lower().strip(" .").split())
 
 
-def summarise(bench: Bench, items, predictions, args) -> dict:
+def summarise(bench: Bench, items, predictions, args):
     """The score with n, chance and a 95 % interval, and whatever else the benchmark reports."""
     counts = {"unreadable": sum("error" in p for p in predictions)}
     if bench.task in ("retrieval", "classes"):
@@ -1269,7 +1269,7 @@ def summarise(bench: Bench, items, predictions, args) -> dict:
         counts["empty_replies"] = sum(p.get("reply") == "" for p in predictions)
 
     # The score of all items, then one for each kind of them.
-    chance = float(np.mean([item.chance() for item, _ in known]))
+    chance = np.mean([item.chance() for item, _ in known])
     outcomes = defaultdict(list)
     for item, prediction in known:
         right = outcome(item, prediction)
@@ -1281,24 +1281,20 @@ def summarise(bench: Bench, items, predictions, args) -> dict:
         figures |= proportion(name, rights, chance)
     if args.answer == "generate":
         overlaps = [rouge_l(p.get("reply", ""), item.answer) for item, p in known]
-        figures["rouge_l"] = float(np.mean(overlaps))
+        figures["rouge_l"] = np.mean(overlaps)
     return counts | figures
 
 
-def write_submission(path: str, bench: str, items, predictions):
-    """The file that the benchmark's server takes; an item without a choice gets the first option."""
+def write_submission(path, items, predictions):
+    """The file that EgoSchema's server takes; an item without a choice gets the first option."""
     choices = {}
     for item, prediction in zip(items, predictions):
         best = int(np.argmax(prediction.get("scores", [0])))
         choices[item.id] = prediction.get("choice") or best
-    if bench == "egoplan":
-        choices = [
-            {"sample_id": int(key), "label": "ABCD"[choice]}
-            for key, choice in choices.items()]
     write_text_atomic(path, json.dumps(choices))
 
 
-def ranking_figures(bench: Bench, items, predictions) -> dict:
+def ranking_figures(bench: Bench, items, predictions):
     """mAP (and nDCG), with chance as random scores on the same labels get it.
 
     The interval is the normal one of a mean, over queries or classes.
@@ -1310,13 +1306,18 @@ def ranking_figures(bench: Bench, items, predictions) -> dict:
         truth = np.zeros_like(scores)
         for row, item in zip(truth, items):
             row[item.answer] = 1
-        name, metrics, precision = "nanmAP", charades_map, class_precision
+        name = "nanmAP"
+        metrics = charades_map
+        precision = class_precision
     else:
         # With --limit some texts have no video.
         truth = np.array([item.answer for item in items])
         used = (truth == 1).any(0)
-        scores, truth = scores[:, used], truth[:, used]
-        name, metrics, precision = "mAP_avg", retrieval_metrics, ranked_precision
+        scores = scores[:, used]
+        truth = truth[:, used]
+        name = "mAP_avg"
+        metrics = retrieval_metrics
+        precision = ranked_precision
     figures = metrics(scores, truth)
     random = np.random.default_rng(0).normal(size=scores.shape)
     by_chance = metrics(random, truth)
@@ -1328,7 +1329,7 @@ def ranking_figures(bench: Bench, items, predictions) -> dict:
     each = each[np.isfinite(each)]
     if len(each) == 0:
         raise DataError(f"none of these {len(items)} items has a label to rank")
-    half = 1.96 * float(each.std()) / math.sqrt(len(each))
+    half = 1.96 * each.std() / math.sqrt(len(each))
     return {
         "score": score,
         "score_chance": by_chance[name],
@@ -1363,8 +1364,8 @@ ROW = ('<tr><td>{name}<td>{percent[score]:.1f} [{percent[score_lo]:.1f}, {percen
 ITEM = "<div class=item>{frames}<p>{question}</p><ol>{options}</ol>{said}<p>true: {truth}</p></div>"
 
 
-def write_report(out: Path) -> Path:
-    """results/ -> one page, without scripts, that loads nothing from elsewhere; all text is escaped.
+def write_report(out: Path):
+    """results/ -> one page, without scripts, that loads nothing from elsewhere; foreign text is escaped.
 
     It shows every score with its interval, its chance level and its blind floor beside the paper's, and a
     few items.
@@ -1393,13 +1394,13 @@ def write_report(out: Path) -> Path:
     return path
 
 
-def read_figures(out: Path, name: str) -> dict:
+def read_figures(out: Path, name):
     """The figures of a benchmark that has been scored, or nothing."""
     path = out / f"{name}.json"
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def toy_note(results) -> str:
+def toy_note(results):
     """One sentence that says why these figures are no measure of the method; nothing if they may be one."""
     if any(result.get("preset") == "toy" for result in results):
         reason = "the checkpoint is a toy, trained on the micro-world"
@@ -1410,7 +1411,7 @@ def toy_note(results) -> str:
     return f"<p><b>These figures show that the programs work, not how good the method is: {reason}.</b></p>"
 
 
-def report_score(name: str, result: dict, blind: dict) -> str:
+def report_score(name, result, blind):
     """A benchmark's row of the table."""
     percent = {key: 100 * value for key, value in result.items() if isinstance(value, float)}
     # The other figures of this benchmark stand below its score.
@@ -1432,9 +1433,9 @@ def report_score(name: str, result: dict, blind: dict) -> str:
         floor=floor)
 
 
-def report_item(row: dict) -> str:
+def report_item(row):
     """One prediction: frames of its first clip, the question, what was chosen or said, and the truth."""
-    options = row["options"] or [f"clip {i}" for i, _ in enumerate(row["clips"], 1)]
+    options = row["options"] or [f"clip {i}" for i in range(1, 6)]
     truth = row["answer"]
     # Log-likelihoods become shares of all options.
     lines = []
@@ -1459,7 +1460,7 @@ def report_item(row: dict) -> str:
         truth=escape(truth or ""))
 
 
-def film_strip(clip: dict) -> str:
+def film_strip(clip):
     """Four frames of a clip, as an image inside the page; nothing if it cannot be read."""
     try:
         frames = read_row_clip(clip, num_frames=4, size=160)

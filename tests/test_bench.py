@@ -225,8 +225,6 @@ def test_every_benchmark_gives_predictions_and_a_score(scored):
                                                          "egomcq": .2, "egotaskqa-direct": .25, "egotaskqa-indirect": .25}.get(name, figures["score_chance"]))
     assert set(json.loads((scored / "egoschema.submission.json").read_text())) == {"v0", "v1", "v2", "v3"}
     assert json.loads((scored / "egoschema.json").read_text())["score_n"] == 3            # the public answers
-    plan = json.loads((scored / "egoplan.submission.json").read_text())
-    assert plan[0]["sample_id"] == 10 and plan[0]["label"] in "ABCD"
     said = [json.loads(line) for line in (scored / "qaego4d-open.jsonl").read_text().splitlines()[1:]]
     assert all({"id", "question", "answer", "reply"} < row.keys() for row in said)        # anyone can judge them
     assert [row["answer"] for row in said] == [f"on {i}" for i in range(QUESTIONS)]
