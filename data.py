@@ -1293,13 +1293,6 @@ def toy_world(out: FilePath) -> World:
     return World(**json.loads(file.read_text())) if file.is_file() else World()
 
 
-def manifest_of(data: FilePath, split: str) -> Path:
-    """A manifest as it is (.jsonl), or a split of the micro-world in this folder, rendered if need be."""
-    if Path(data).suffix == ".jsonl":
-        return Path(data)
-    return toy_split(data, split, toy_world(data))
-
-
 def toy_tokenizer(out: FilePath, world: World) -> Path:
     """A sentencepiece BPE model with byte fallback (as Mistral's), trained on the text of the exo corpus."""
     path = Path(out) / "tokenizer.model"

@@ -21,7 +21,7 @@ import re
 import sys
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from html import escape
 from itertools import zip_longest
@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from data import (COLOURS, NARRATE, PATTERNS, VERBS, Batch, DataError, Loader, Tokenizer,
+from data import (COLOURS, NARRATE, PATTERNS, VERBS, DataError, Loader, Tokenizer,
                   clips_of, contact_sheet, convert, encode_png, file_lock, frame_rate, progress,
                   read_manifest, read_row_clip, toy_split, toy_world, verbalise_wearer, write_jsonl,
                   write_text_atomic)
@@ -90,7 +90,7 @@ def spread(rows, count):
 
 # -------------------------------------------------------------------------------------------- 2 answering
 def iterate_batches(model: Exo2Ego, tokenizer: Tokenizer, rows, view: str,
-                    batch: int = 100) -> Iterator[Batch]:
+                    batch: int = 100):
     """The clips of all rows, in order, in batches on the model's device.
 
     `view` is ego, exo or pair; a row has at most one exo clip. DataError: a clip cannot be read.
@@ -344,7 +344,7 @@ class VideoContext:
     questions do not see each other; `stream` appends to them, so a conversation goes on.
     """
     @torch.no_grad()
-    def __init__(self, model: Exo2Ego, tokenizer: Tokenizer, visual: Tensor | None):
+    def __init__(self, model: Exo2Ego, tokenizer: Tokenizer, visual):
         """`visual` has shape (1, tokens, W)."""
         self.model = model
         self.tokenizer = tokenizer
@@ -648,7 +648,7 @@ def rouge_l(said, truth):
     return 2 * row[-1] / max(1, len(a) + len(b))
 
 
-def parse_letter(reply: str, options: int) -> int | None:
+def parse_letter(reply: str, options: int):
     """The index of the option that a reply names, read strictly: "B", "(B)", "B.", "B) text" ...
 
     A word that starts with a letter, an empty reply and a letter beyond the options are None: counted, wrong.

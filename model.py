@@ -165,7 +165,7 @@ class Segments:
     cu_k: Tensor
 
     @classmethod
-    def cached(cls, new: Sequence[int], total: Sequence[int], device="cpu") -> Segments:
+    def cached(cls, new, total, device="cpu") -> Segments:
         """`new[i]` queries at the end of `total[i]` keys: decoding with a cache."""
         q_lens = tuple(map(int, new))
         k_lens = tuple(map(int, total))
@@ -176,7 +176,7 @@ class Segments:
         return cls(q_lens, k_lens, cu_q, cu_k)
 
     @classmethod
-    def packed(cls, lens: Sequence[int], device="cpu") -> Segments:
+    def packed(cls, lens, device="cpu") -> Segments:
         """Whole sequences of these lengths, one after another."""
         return cls.cached(lens, lens, device)
 
@@ -278,9 +278,8 @@ def _attend_together(kernel, q, k, v, sequences, causal, window, scale):
 
 def _attend_padded(kernel, q, k, v, lens, window, scale):
     """Padding stands at the end, where causal rows never see it."""
-    q = pad_sequence(q.split(lens), batch_first=True).transpose(1, 2)
-    k = pad_sequence(k.split(lens), batch_first=True).transpose(1, 2)
-    v = pad_sequence(v.split(lens), batch_first=True).transpose(1, 2)
+    q, k, v = (pad_sequence(t.split(lens), batch_first=True) for t in (q, k, v))
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     out = kernel(q, k, v, True, window, scale).transpose(1, 2)
     return torch.cat([sequence[:length] for sequence, length in zip(out, lens)])
 
@@ -295,7 +294,7 @@ def _attend_each(kernel, q, k, v, seg, causal, window, scale):
     return torch.cat(pieces) if pieces else q
 
 
-def _visible(rows: range, keys: range, window: int | None, device) -> Tensor:
+def _visible(rows: range, keys: range, window, device) -> Tensor:
     """Which keys (columns) each query (row) sees; both are positions among the keys."""
     i = torch.arange(rows.start, rows.stop, device=device)[:, None]
     j = torch.arange(keys.start, keys.stop, device=device)[None]
@@ -506,15 +505,16 @@ def attention_error(backend: str, device, dtype: torch.dtype, head_dim: int) -> 
     return float(torch.stack(worst).max() / TOLERANCE[dtype])
 
 
-def problem_with_triton(device: torch.device, dtype: torch.dtype, cfg: ModelConfig) -> str | None:
+def problem_with_triton(device: torch.device, dtype: torch.dtype, cfg: ModelConfig):
     """Why our kernels cannot be used on this GPU, or None."""
     try:
         if torch.cuda.get_device_capability(device) < (8, 0):
             return "it needs sm_80 or newer"
-        head_dims = {cfg.vit_width // cfg.vit_heads, cfg.decoder_head_dim}
-        errors = {d: round(attention_error("triton", device, dtype, d), 2) for d in sorted(head_dims)}
-        passed = all(error <= 1 for error in errors.values())
-        return None if passed else f"error / tolerance by head_dim {errors}"
+        for head_dim in {cfg.vit_width // cfg.vit_heads, cfg.decoder_head_dim}:
+            error = attention_error("triton", device, dtype, head_dim)
+            if not error <= 1:
+                return f"error {error:.2f} of the tolerance at head_dim {head_dim}"
+        return None
     except Exception as error:
         # Whatever stops our kernels, torch's own run, unless the device itself is dead: then this line raises.
         torch.cuda.synchronize(device)
@@ -522,7 +522,7 @@ def problem_with_triton(device: torch.device, dtype: torch.dtype, cfg: ModelConf
 
 
 def choose_attention(device: torch.device, dtype: torch.dtype, cfg: ModelConfig,
-                     on_every_rank: Callable | None = None) -> str:
+                     on_every_rank: Callable | None =None) -> str:
     """Decide what "auto" means, once, at start-up; returns the line to print.
 
     In half precision on a GPU our kernels are taken if they pass a check there. `on_every_rank` runs that check on all
@@ -553,9 +553,8 @@ def check_attention() -> int:
     device = pick_device()
     failed = 0
     gpu = device.type == "cuda"
-    backends = ("triton", "tiled", "sdpa") if gpu else ("tiled", "sdpa")
-    dtypes = (torch.bfloat16, torch.float16) if gpu else tuple(TOLERANCE)
-    for backend, dtype, head_dim in product(backends, dtypes, (32, 64, 128)):
+    backends = ("tiled", "sdpa", "triton") if gpu else ("tiled", "sdpa")
+    for backend, dtype, head_dim in product(backends, TOLERANCE, (32, 64, 128)):
         error = attention_error(backend, device, dtype, head_dim)
         passed = error <= 1
         failed += not passed
@@ -593,12 +592,8 @@ class ViTBlock(nn.Module):
         x = x + self.out(rearrange(o, "t h d -> t (h d)"))
         # the MLP, each patch alone
         h = self.fc1(self.norm2(x))                                         # (N * 577, 4096)
-        return x + self.fc2(quick_gelu(h))
-
-
-def quick_gelu(h: Tensor) -> Tensor:
-    """CLIP's h * sigmoid(1.702 h), by torch's fused SiLU."""
-    return F.silu(1.702 * h) / 1.702
+        h = F.silu(1.702 * h) / 1.702                                       # quick-GELU: h * sigmoid(1.702 h)
+        return x + self.fc2(h)
 
 
 class VisionEncoder(nn.Module):
@@ -642,7 +637,7 @@ class VisionEncoder(nn.Module):
         return rearrange(x, "n (h w) d -> n h w d", h=side)                 # (N, 24, 24, 1024)
 
     @classmethod
-    def from_hf(cls, path, dtype: torch.dtype | None = None) -> VisionEncoder:
+    def from_hf(cls, path, dtype: torch.dtype | None =None) -> VisionEncoder:
         """A CLIPVisionModel or CLIPModel directory of Hugging Face; dtype None keeps the file's."""
         return vision_encoder_from_hf(HFCheckpoint(path), dtype, alone=True)
 
@@ -877,7 +872,7 @@ class KVCache:
         self.lens = (0,) * sequences
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def extend(self, layer: int, k: Tensor, v: Tensor, seg: Segments) -> tuple[Tensor, Tensor]:
+    def extend(self, layer: int, k: Tensor, v: Tensor, seg: Segments):
         """Append each sequence's new keys and values to its old ones; returns all of them, in packed order."""
         if layer in self.layers:
             past_k, past_v = self.layers[layer]
@@ -912,7 +907,7 @@ class SharedPrefix(KVCache):
         return k, v
 
 
-def interleave(past: Sequence[Tensor], new: Sequence[Tensor]) -> Tensor:
+def interleave(past, new) -> Tensor:
     """The past of each sequence, followed by its new tokens."""
     pieces = []
     for old_piece, new_piece in zip(past, new):
@@ -990,7 +985,7 @@ class Decoder(nn.Module):
         return self.embedding(ids)
 
     def forward(self, embeddings: Tensor, seg: Segments, positions: Tensor,
-                cache: KVCache | None = None) -> Tensor:
+                cache =None) -> Tensor:
         """(tokens, W), each token's position in its own sequence (tokens,) -> hidden states (tokens, W)."""
         # RoPE's angles, the same for all blocks.
         half = self.cfg.decoder_head_dim // 2
@@ -1010,7 +1005,7 @@ class Decoder(nn.Module):
         """(tokens, W) -> (tokens, vocab). Call it on the positions that you need: 32,000 floats each."""
         return self.lm_head(hidden)
 
-    def lora_modules(self) -> list[LoRALinear]:
+    def lora_modules(self):
         """All linear layers of the blocks: our choice, as in VideoLLaMA2; the paper names no targets."""
         return [module for module in self.blocks.modules() if isinstance(module, LoRALinear)]
 
@@ -1028,7 +1023,7 @@ class Decoder(nn.Module):
                 module.lora_a = module.lora_b = None
 
     @classmethod
-    def from_hf(cls, path, dtype: torch.dtype | None = None) -> Decoder:
+    def from_hf(cls, path, dtype: torch.dtype | None =None) -> Decoder:
         """A MistralForCausalLM directory of Hugging Face; dtype None keeps the file's."""
         return decoder_from_hf(HFCheckpoint(path), dtype, alone=True)
 
@@ -1061,13 +1056,14 @@ class Exo2Ego(nn.Module):
 
     def add(self, mapping: str = "none", lora: bool = False):
         """Add parts that start fresh: F and G ("resnet" or "mlp"), and the decoder's low-rank updates."""
+        cfg = self.cfg
         if mapping != "none":
-            self.cfg = replace(self.cfg, mapping=mapping)
-            self.F = Mapping(self.cfg, mapping)
-            self.G = Mapping(self.cfg, mapping)
+            self.cfg = replace(cfg, mapping=mapping)
+            self.F = Mapping(cfg, mapping)
+            self.G = Mapping(cfg, mapping)
         if lora:
             self.cfg = replace(self.cfg, lora=True)
-            self.decoder.add_lora(self.cfg.lora_rank, self.cfg.lora_alpha, self.cfg.lora_dropout)
+            self.decoder.add_lora(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout)
 
     def patch_features(self, vit: VisionEncoder, frames: Tensor) -> Tensor:
         """uint8 frames (B, T, 3, S, S) -> the ViT's patch features (B, T, h, w, D)."""
@@ -1095,7 +1091,7 @@ class Exo2Ego(nn.Module):
         """uint8 exo frames (B, T, 3, S, S) -> visual tokens (B, 1521, W)."""
         return self.exo_connector(self.patch_features(self.exo_vit, frames))
 
-    def insert_visual_tokens(self, visual: Tensor | None, ids: Tensor) -> Tensor:
+    def insert_visual_tokens(self, visual, ids: Tensor) -> Tensor:
         """Embeddings of packed ids (tokens,), in which each VIDEO id stands for one visual token, in order."""
         device = self.decoder.embedding.weight.device
         embeddings = self.decoder.embed(ids.clamp(min=0).to(device))
@@ -1104,8 +1100,8 @@ class Exo2Ego(nn.Module):
         slots = (ids == VIDEO).nonzero().squeeze(1).to(embeddings.device)
         return embeddings.index_copy(0, slots, visual.flatten(0, 1).to(embeddings.dtype))
 
-    def text_logits(self, visual: Tensor | None, ids: Tensor, labels: Tensor,
-                    lens: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def text_logits(self, visual, ids: Tensor, labels: Tensor,
+                    lens):
         """Logits where a label is (supervised, vocab), and their targets: position t predicts t + 1.
 
         ids and labels are packed (tokens,); visual (B, n, W) fills the B * n places where ids == VIDEO.
@@ -1121,23 +1117,22 @@ class Exo2Ego(nn.Module):
 
     # --------------------------------------------------------------------------------------------- 9 generate and score
     @torch.no_grad()
-    def log_likelihood(self, visual: Tensor, ids: Tensor, labels: Tensor, lens: Sequence[int]) -> Tensor:
+    def log_likelihood(self, visual: Tensor, ids: Tensor, labels: Tensor, lens) -> Tensor:
         """log p of each sequence's supervised tokens given what stands before them, summed, in nats (B,)."""
         logits, targets = self.text_logits(visual, ids, labels, lens)
         log_p = logits.float().log_softmax(-1)
         log_p = log_p.gather(1, targets[:, None]).squeeze(1)                # (supervised,)
 
         # The sequence that each of them belongs to.
-        numbers = torch.arange(len(lens))
-        sequence = numbers.repeat_interleave(torch.tensor(lens))
+        sequence = torch.repeat_interleave(torch.tensor(lens))
         supervised = (labels[1:] != IGNORE).cpu()
         sequence = sequence[1:][supervised].to(log_p.device)
-        total = torch.zeros(len(lens), device=log_p.device)
+        total = log_p.new_zeros(len(lens))
         return total.index_add(0, sequence, log_p)
 
     @torch.no_grad()
     def stream(self, visual: Tensor | None, prompts: Sequence[Tensor], *, eos: int, max_new: int = 64,
-               cache: KVCache | None = None) -> Iterator[list[int | None]]:
+               cache: KVCache | None =None) -> Iterator[list[int | None]]:
         """Greedy answers as they come: for each step a token id of each sequence, None once it has ended.
 
         Prompts hold VIDEO ids for visual (B, n, W) and go on where `cache` stands.
@@ -1188,7 +1183,7 @@ def read_json(path: Path) -> dict:
         raise ValueError(f"{path} cannot be read: {error}") from None
 
 
-def newest_checkpoint(run: AnyPath) -> Path | None:
+def newest_checkpoint(run: AnyPath):
     """The newest `step_*` of a run folder (a save takes that name when it is whole), or the folder itself if it is a
     checkpoint or holds published weights; None if there is none."""
     run = Path(run)
@@ -1209,18 +1204,14 @@ def read_state(path: Path) -> dict:
     return state
 
 
-def git_revision() -> str | None:
-    """Commit of this code, with + when files differ from it; None outside a checkout."""
-    def git(*args):
-        here = Path(__file__).parent
-        return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True).stdout.strip()
+def git_revision():
+    """Commit of this code, with + when its files differ from it; None outside a checkout."""
+    command = ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
     try:
-        revision = git("rev-parse", "--short=12", "HEAD")
-        if not revision:
-            return None
-        return f"{revision}+" if git("status", "--porcelain") else revision
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     except OSError:
         return None
+    return done.stdout.strip() or None
 
 
 def file_hash(file: Path) -> str:
@@ -1240,7 +1231,7 @@ def fingerprint(path: AnyPath) -> str:
     return digest.hexdigest()[:16]
 
 
-def base_checkpoint_of(path: Path, base: AnyPath | None = None) -> Path | None:
+def base_checkpoint_of(path: Path, base =None):
     """The folder that a checkpoint builds on: `base`, or the one it recorded, known by its hash. None: it is whole."""
     state = read_state(path)
     if state["base"] is None:
@@ -1253,7 +1244,7 @@ def base_checkpoint_of(path: Path, base: AnyPath | None = None) -> Path | None:
     return root
 
 
-def load_delta(path: Path, name: str = "model.safetensors") -> dict[str, Tensor]:
+def load_delta(path: Path, name: str = "model.safetensors"):
     """The tensors of a checkpoint's own file: those that differ from its base. A flipped bit is noticed."""
     try:
         recorded = read_state(path).get("sha256", {})
@@ -1373,7 +1364,7 @@ class HFCheckpoint:
             if found not in (None, value):
                 raise ValueError(f"{self.path}/config.json: {key} is {found!r}, {value!r} fits here")
 
-    def shape(self, name: str) -> tuple[int, ...]:
+    def shape(self, name: str):
         """Of a tensor that must be there, read from its file's header."""
         if name not in self.where:
             raise ValueError(f"{self.path} lacks the tensor {name}")
@@ -1381,14 +1372,11 @@ class HFCheckpoint:
 
     def count(self, prefix: str) -> int:
         """1 + the largest number that follows this prefix in a name: how many layers there are."""
-        most = 0
-        for name in self.where:
-            number = re.match(r"\d+", name[len(prefix):]) if name.startswith(prefix) else None
-            if number:
-                most = max(most, int(number[0]) + 1)
-        return most
+        names = "\n".join(self.where)
+        numbers = re.findall(rf"^{re.escape(prefix)}(\d+)", names, re.MULTILINE)
+        return 1 + max(map(int, numbers), default=-1)
 
-    def load_into(self, module: nn.Module, prefix: str, table=(), dtype: torch.dtype | None = None):
+    def load_into(self, module: nn.Module, prefix: str, table=(), dtype =None):
         """Give every tensor of a module that was built on the meta device its value."""
         for name, blank in module.state_dict().items():
             theirs = prefix + rename(name, table)
@@ -1546,7 +1534,7 @@ def export_hf(ckpt: AnyPath, out: AnyPath, base=None, vision=None):
     write_hf(Path(out) / "ego_vision", clip_tensors(model.ego_vit), clip_config(model.cfg))
 
 
-def write_hf(folder: Path, tensors: dict[str, Tensor], config: dict):
+def write_hf(folder: Path, tensors, config: dict):
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -1554,7 +1542,7 @@ def write_hf(folder: Path, tensors: dict[str, Tensor], config: dict):
     print(f"{folder}: {len(tensors)} tensors")
 
 
-def clip_tensors(vit: VisionEncoder) -> dict[str, Tensor]:
+def clip_tensors(vit: VisionEncoder):
     """CLIP's names. Its last layer, which is never run here, is written as zeros: a block of zeros passes its input on,
     so hidden state -2 and the last one are both our features."""
     state = vit.state_dict()
@@ -1607,7 +1595,7 @@ def mistral_config(cfg: ModelConfig) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------- 12 commands
-def main(argv: list[str] | None = None):
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)

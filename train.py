@@ -20,7 +20,6 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
@@ -174,7 +173,7 @@ class TrainConfig:
     kl_temperature: float = 1.0                     # of the softmax over channels
 
     @property
-    def toy_folder(self) -> str | None:
+    def toy_folder(self):
         """The folder of the micro-world, or None where manifests are given."""
         return None if self.data[0].endswith(".jsonl") else self.data[0]
 
@@ -268,7 +267,7 @@ class Objective(nn.Module):
     To add a loss: give it a weight in the stage table and return its term from `views`, a vector whose sum counts: one
     number a sample.
     """
-    def __init__(self, model: Exo2Ego, tokenizer: Tokenizer | None, stage: Stage, cfg: TrainConfig, world: int):
+    def __init__(self, model: Exo2Ego, tokenizer, stage: Stage, cfg: TrainConfig, world: int):
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
         self.stage, self.cfg, self.world = stage, cfg, world
@@ -282,7 +281,7 @@ class Objective(nn.Module):
             side = model.cfg.patches_per_side
             self.loss.register_buffer("feature_std", torch.ones(side, side, model.cfg.vit_width))
 
-    def forward(self, batch, supervised: float, samples: int) -> dict[str, Tensor]:
+    def forward(self, batch, supervised: float, samples: int):
         """-> {"loss": the weighted sum, and each term} of one micro batch, as its share of the whole step, which holds
         `supervised` tokens (each counted once for every sample it serves) and `samples` samples."""
         if self.stage.loss_fn == "language":
@@ -306,7 +305,7 @@ class Objective(nn.Module):
             loss = loss + self.stage.losses[name] * shares[name]
         return shares | {"loss": loss}
 
-    def views(self, batch) -> dict[str, Tensor]:
+    def views(self, batch):
         """Init and stages 1 and 3 show one view and have one loss; stage 2 shows both and has them all."""
         model, losses = self.model, self.stage.losses
         if batch.ego is None:
@@ -408,14 +407,14 @@ class Objective(nn.Module):
         std.copy_(variance.clamp(min=1e-6).sqrt())
 
     # ------------------------------------------------------------------------------------------ 4 stage 0's stand-ins
-    def language(self, batch) -> dict[str, Tensor]:
+    def language(self, batch):
         """Instead of a download: the decoder learns to read scattered, noisy words that stand before a text."""
         words = [self.tokenizer.encode(text) for text in batch.texts]
         mixture = scatter_words(words, self.model.cfg.visual_tokens, self.model.cfg.vocab)
         visual = mixture.to(batch.ids.device) @ self.model.decoder.embedding.weight         # (B, slots, W)
         return {"vtg": self.vtg(visual + 0.1 * torch.randn_like(visual), batch)}
 
-    def clip(self, batch) -> dict[str, Tensor]:
+    def clip(self, batch):
         """CLIP's InfoNCE of frames and narrations. Its text tower, a bag of words, is not kept."""
         # Every second frame, its strongest patch in each channel.
         features = self.model.patch_features(self.model.exo_vit, batch.exo[:, ::2])         # (B, T/2, h, w, D)
@@ -443,7 +442,7 @@ class Objective(nn.Module):
         return {"clip": (mean * len(text))[None]}
 
 
-def scatter_words(texts: list[list[int]], slots: int, vocab: int) -> Tensor:
+def scatter_words(texts, slots: int, vocab: int) -> Tensor:
     """The weight of each word in each place of a video's tokens (B, slots, vocab): the words of a text, each spread over
     few or many places, among fainter words of another text. The toy decoder learns to read this."""
     mixture = torch.zeros(len(texts), slots, vocab)
@@ -491,7 +490,7 @@ def orthogonal(m: Tensor) -> Tensor:
     return x.T if m.shape[0] > m.shape[1] else x
 
 
-def make_optimizers(trained: dict[str, nn.Parameter], rates: dict[str, float], kind: str) -> list:
+def make_optimizers(trained, rates, kind: str) -> list:
     """Muon for the matrices inside the network, AdamW for the rest: both ends, norms, biases, depthwise filters. Kind
     "adamw": AdamW for all. `rates` is the peak learning rate of each name."""
     matrices, others = {}, {}                                   # rate -> parameters
@@ -540,19 +539,19 @@ class Run:
         """The context of a forward pass: products in bfloat16 if asked for, norms and losses in float32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
-    def sum(self, tensor: Tensor) -> list[float]:
+    def sum(self, tensor: Tensor):
         """The sum of a tensor over all ranks, as numbers."""
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor.tolist()
 
-    def mean(self, totals: dict[str, Tensor]) -> dict[str, float]:
+    def mean(self, totals):
         """The mean of each loss over all ranks."""
         sums = self.sum(torch.stack(list(totals.values())))
         return {name: total / self.world for name, total in zip(totals, sums)}
 
 
-def initial_model(run: Run) -> tuple[Exo2Ego, Tokenizer]:
+def initial_model(run: Run):
     """The model at the start of the stage: the previous stage's, or published weights, plus the parts it adds."""
     cfg = run.cfg
     torch.manual_seed(cfg.seed * 10 + cfg.stage)
@@ -600,7 +599,7 @@ def initial_model(run: Run) -> tuple[Exo2Ego, Tokenizer]:
     return model, tokenizer
 
 
-def base_folder(cfg: TrainConfig) -> Path | None:
+def base_folder(cfg: TrainConfig):
     """The checkpoint with the untouched weights: --base, or the one that --init recorded."""
     base = newest_checkpoint(cfg.base)
     init = newest_checkpoint(cfg.init)
@@ -609,7 +608,7 @@ def base_folder(cfg: TrainConfig) -> Path | None:
     return base
 
 
-def init_checkpoint(init: str | os.PathLike, stage: int) -> tuple[Path, dict]:
+def init_checkpoint(init, stage: int):
     """The last checkpoint of the finished run `init` of this stage, and its state; all else is refused."""
     folder = newest_checkpoint(init)
     if folder is None:
@@ -629,7 +628,7 @@ def part_of(name: str) -> str:
     return name.removeprefix("model.").split(".")[0]
 
 
-def freeze(objective: Objective, stage: Stage, bf16: bool) -> dict[str, nn.Parameter]:
+def freeze(objective: Objective, stage: Stage, bf16: bool):
     """Freeze every part that the stage does not train; returns what trains, by name.
 
     Trained weights are float32. Frozen ones are kept in the dtype they are computed with, except in stage 0, where the
@@ -674,7 +673,7 @@ def make_loader(run: Run, stage: Stage, model: Exo2Ego, tokenizer: Tokenizer, va
         video_tokens=connectors * model.cfg.visual_tokens)
 
 
-def hash_with_skip_lists(manifests: list) -> str:
+def hash_with_skip_lists(manifests) -> str:
     """Known by their bytes, and by those of the lists of bad rows that data.py check left beside them."""
     hashes = []
     for manifest in map(Path, manifests):
@@ -688,15 +687,11 @@ def shuffle_pairs(rows: list[dict], seed: int) -> list[dict]:
     """The control: every ego clip gets the exo clips of another row (a cyclic shift in random order)."""
     order = np.random.default_rng(seed).permutation(len(rows))
     partner = dict(zip(order, np.roll(order, 1)))
-    shuffled = []
-    for i, row in enumerate(rows):
-        wrong = rows[partner[i]]
-        shuffled.append(row | {"exo": wrong["exo"]})
-    return shuffled
+    return [row | {"exo": rows[partner[i]]["exo"]} for i, row in enumerate(rows)]
 
 
 # ---------------------------------------------------------------------------------------------------- 7 ranks, wrapping
-def start_process() -> tuple[int, int]:
+def start_process():
     """Rank and world size, as torchrun tells. The process takes its share of the cores, and its GPU."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
@@ -725,7 +720,7 @@ def join_ranks(backend: str, seconds: float):
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
 
 
-def first_problem_of_any_rank(check: Callable[[], str | None]) -> str | None:
+def first_problem_of_any_rank(check):
     """Call a check first on local rank 0, which fills the cache of compiled kernels, then on the others."""
     if not dist.is_initialized():
         return check()
@@ -741,7 +736,7 @@ def first_problem_of_any_rank(check: Callable[[], str | None]) -> str | None:
 
 
 @contextlib.contextmanager
-def stop_gracefully_on_signals(run: Run) -> Iterator[None]:
+def stop_gracefully_on_signals(run: Run):
     """SIGTERM or Ctrl-C: the step under way ends, at most one more is taken, then the run saves and exits.
 
     A second signal, more than a second later (launchers pass theirs on at once), ends it on the spot. torchrun kills
@@ -763,9 +758,8 @@ def tune_malloc():
     """Let glibc keep the memory that a step frees: the kernel would clear every page again for the next step."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-        libc.mallopt(M_MMAP_MAX, 0)                             # no tensor is a mapping of its own
-        libc.mallopt(M_TRIM_THRESHOLD, -1)                      # the heap never shrinks
+        libc.mallopt(-4, 0)                                     # M_MMAP_MAX: no tensor is a mapping of its own
+        libc.mallopt(-1, -1)                                    # M_TRIM_THRESHOLD: the heap never shrinks
 
 
 # Operators whose results are stored during a block's forward: products and fused attention. Backward computes the rest
@@ -807,7 +801,7 @@ def wrap(run: Run, objective: Objective) -> nn.Module:
     return objective
 
 
-def compiled(block: nn.Module) -> Callable:
+def compiled(block: nn.Module):
     """torch.compile of a block where gradients pass; scoring has other shapes and runs as it is. Attention is left out:
     its kernels are fused already, and the lengths in `seg` differ in every batch."""
     if hasattr(block, "attention"):
@@ -834,7 +828,7 @@ def gather_full_tensor(tensor: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------ 8 saving and resuming
-def save_checkpoint(run: Run, objective: Objective, optimizers: list, step: int, trained: dict, skipped: int):
+def save_checkpoint(run: Run, objective: Objective, optimizers, step: int, trained, skipped: int):
     """What differs from the base (in stage 0 everything), and what resuming exactly needs, in step_000200/.
 
     It is written under a temporary name, synced, and renamed: a killed save never looks finished.
@@ -892,7 +886,7 @@ def save_checkpoint(run: Run, objective: Objective, optimizers: list, step: int,
         shutil.rmtree(old)
 
 
-def optimizer_state(optimizers: list) -> dict[str, Tensor]:
+def optimizer_state(optimizers):
     """The optimisers' moments by name: number of the optimiser, of the parameter, key. Every rank must call it."""
     tensors = {}
     for i, optimizer in enumerate(optimizers):
@@ -903,7 +897,7 @@ def optimizer_state(optimizers: list) -> dict[str, Tensor]:
     return tensors
 
 
-def load_optimizers(folder: Path, optimizers: list, rank: int, device: torch.device):
+def load_optimizers(folder: Path, optimizers, rank: int, device: torch.device):
     """Moments and this rank's random state, exactly as saved."""
     saved = load_delta(folder, "optim.safetensors")
     for i, optimizer in enumerate(optimizers):
@@ -937,7 +931,7 @@ def set_random_state(state: Tensor, device: torch.device):
         torch.cuda.set_rng_state(state[size:], device)
 
 
-def resume_checkpoint(cfg: TrainConfig, provenance: dict) -> Path | None:
+def resume_checkpoint(cfg: TrainConfig, provenance):
     """The newest finished checkpoint of this very run, or None. The folder of another run is refused by field."""
     folder = newest_checkpoint(cfg.out)
     if folder is None:
@@ -960,9 +954,11 @@ def resume_checkpoint(cfg: TrainConfig, provenance: dict) -> Path | None:
 
 def restore_weights(objective: Objective, folder: Path, device: torch.device):
     """Put a checkpoint's own tensors into the objective; they are assigned, since the base may be half precision."""
-    own = {name: tensor.to(device, copy=True) for name, tensor in load_delta(folder).items()}
-    under_model = {f"model.{name}": tensor for name, tensor in own.items()}
-    objective.load_state_dict(own | under_model, strict=False, assign=True)
+    tensors = {}
+    for name, tensor in load_delta(folder).items():
+        owner = "" if name.startswith("loss.") else "model."
+        tensors[owner + name] = tensor.to(device, copy=True)
+    objective.load_state_dict(tensors, strict=False, assign=True)
 
 
 def model_card(state: dict, tensors: int) -> str:
@@ -986,7 +982,7 @@ agreement; the micro-world: none). Not tested for safety, bias or accuracy beyon
 # --------------------------------------------------------------------------------------------------- 9 log, what is shown
 class Log:
     """log.jsonl, one object a step, cut back to the step that a run resumes from; and the progress line."""
-    def __init__(self, path: Path | None, step: int, skipped: int = 0):
+    def __init__(self, path, step: int, skipped: int = 0):
         """`path` None: a rank that keeps no log."""
         self.file, self.skipped = None, skipped
         if path is None:
@@ -1004,14 +1000,14 @@ class Log:
         path.write_text("".join(kept))
         self.file = open(path, "a", buffering=1)
 
-    def write(self, row: dict, text: str = ""):
+    def write(self, row, text: str = ""):
         """One object to the file, one line to the screen."""
         if self.file:
             self.file.write(json.dumps(row) + "\n")
             if text:
                 print(text, flush=True)
 
-    def skip(self, micro_batches: list, number: int, seen: int, max_bad: float):
+    def skip(self, micro_batches, number: int, seen: int, max_bad: float):
         """Name this rank's unreadable samples, and count those of all ranks, `number`. Too many of `seen` end the run."""
         for batch in micro_batches:
             for reason in batch.skipped:
@@ -1029,7 +1025,7 @@ class Log:
         self.began = self.clock = time.monotonic()
         self.first = done
 
-    def step(self, done: int, length: int, samples: int, tokens: int, losses: dict, row: dict):
+    def step(self, done: int, length: int, samples: int, tokens: int, losses, row):
         """Step number `done` of `length` is over."""
         now = time.monotonic()
         took, self.clock = now - self.clock, now
@@ -1123,17 +1119,15 @@ class StepCounts(NamedTuple):
     stop: float                                                 # ranks that a signal asked to stop
 
     @classmethod
-    def of(cls, micro_batches: list, run: Run) -> StepCounts:
-        own = []
-        for batch in micro_batches:
-            asked = run.stop > 0
-            own.append([batch.weights.sum(), batch.samples, len(batch.skipped), len(batch.ids), asked])
+    def of(cls, micro_batches, run: Run) -> StepCounts:
+        own = [[batch.weights.sum(), batch.samples, len(batch.skipped), len(batch.ids), run.stop > 0]
+               for batch in micro_batches]
         total = torch.tensor(own).sum(0)
         return cls(*run.sum(total.to(run.device)))
 
 
 def run_stage(run: Run, model: Exo2Ego, tokenizer: Tokenizer, stage: Stage, loader: Loader, first: int, length: int,
-              folder: Path | None, log: Log):
+              folder, log: Log):
     """Steps `first` to `first + length` of the run, or what the checkpoint `folder` has left of them."""
     cfg = run.cfg
     objective, trained, done = prepare_objective(run, model, tokenizer, stage, loader, first, folder)
@@ -1150,8 +1144,9 @@ def run_stage(run: Run, model: Exo2Ego, tokenizer: Tokenizer, stage: Stage, load
     for step, micro_batches in enumerate(batches, start=done):
         # 1) learning rate: linear warm-up, then a cosine down to the stage's floor
         lr_scale = schedule(step, length, stage)
-        for group in param_groups(optimizers):
-            group["lr"] = group["peak_lr"] * lr_scale
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * lr_scale
 
         # 2) every loss is divided by what the whole step holds, over micro batches and ranks: count that first
         micro_batches = [batch.to(run.device) for batch in micro_batches]
@@ -1193,7 +1188,7 @@ def run_stage(run: Run, model: Exo2Ego, tokenizer: Tokenizer, stage: Stage, load
 
 
 def prepare_objective(run: Run, model: Exo2Ego, tokenizer: Tokenizer, stage: Stage, loader: Loader, first: int,
-                      folder: Path | None) -> tuple[Objective, dict[str, nn.Parameter], int]:
+                      folder):
     """-> the objective on its device, what trains, and how many steps of the stage are done."""
     torch.manual_seed(hash((run.cfg.seed, first, run.rank)) % 2 ** 31)
     objective = Objective(model, tokenizer, stage, run.cfg, run.world).to(run.device)
@@ -1211,7 +1206,7 @@ def prepare_objective(run: Run, model: Exo2Ego, tokenizer: Tokenizer, stage: Sta
     return objective, trained, done
 
 
-def prepare_training(run: Run, objective: Objective, trained: dict) -> tuple[nn.Module, dict, list]:
+def prepare_training(run: Run, objective: Objective, trained):
     """-> the objective as the ranks share it, what trains, and its optimisers."""
     wrapped = wrap(run, objective)
     # FSDP has replaced the parameters by their shards.
@@ -1220,12 +1215,7 @@ def prepare_training(run: Run, objective: Objective, trained: dict) -> tuple[nn.
     return wrapped, trained, make_optimizers(trained, rates, run.cfg.optimizer)
 
 
-def param_groups(optimizers: list) -> Iterator[dict]:
-    for optimizer in optimizers:
-        yield from optimizer.param_groups
-
-
-def refuse_nan(value: float, step: int, micro_batches: list):
+def refuse_nan(value: float, step: int, micro_batches):
     """End the run before an update spoils the weights; the samples of the step may show why."""
     if not math.isfinite(value):
         names = [batch.names for batch in micro_batches]
@@ -1318,7 +1308,7 @@ def explain(error: Exception, out: str, world: int) -> str:
     raise error
 
 
-def main(argv: list[str] | None = None):
+def main(argv=None):
     cfg = parse(argv)
     rank, world = start_process()
     # At 7b, holes in such a heap would cost gigabytes.

@@ -289,6 +289,6 @@ def test_check_attention_on_a_gpu_up_to_the_gpu(monkeypatch, capsys):
     """The branch that only a GPU takes, with the GPU's part replaced: which backends, and counting."""
     monkeypatch.setattr(model, "pick_device", lambda: torch.device("cuda"))
     monkeypatch.setattr(model, "attention_error", lambda backend, *_: 0.5 if backend != "tiled" else 3.0)
-    assert model.check_attention() == 6
+    assert model.check_attention() == 9
     out = capsys.readouterr().out
-    assert out.count("ok   triton") == out.count("ok   sdpa") == out.count("FAIL tiled") == 6
+    assert out.count("ok   triton") == out.count("ok   sdpa") == out.count("FAIL tiled") == 9

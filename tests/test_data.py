@@ -325,7 +325,7 @@ def test_another_world_in_the_same_folder_is_refused(toy):
 def test_a_folder_of_other_things_is_no_micro_world(tmp_path):
     (tmp_path / "own.mp4").write_bytes(b"")
     with pytest.raises(DataError, match="own.mp4 is there and no micro-world"):
-        data.manifest_of(tmp_path, "pairs")
+        data.toy_split(tmp_path, "pairs", data.toy_world(tmp_path))
     assert [f.name for f in tmp_path.iterdir() if f.name[0] != "."] == ["own.mp4"]
 
 

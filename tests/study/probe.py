@@ -15,7 +15,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import eval
 import train
-from data import Tokenizer, manifest_of, read_manifest
+from data import Tokenizer, read_manifest, toy_split, toy_world
 from model import feature_kl, load_checkpoint, newest_checkpoint
 from run import pack
 
@@ -91,10 +91,10 @@ def main():
     parser.add_argument("--only-features", action="store_true", help="of stage 2: for rows other than full")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    val = read_manifest(manifest_of(args.world, "val"))
+    val = read_manifest(toy_split(args.world, "val", toy_world(args.world)))
     if args.only_features:
         return print(json.dumps({"features": features(args.stage2, val)}))
-    test = read_manifest(manifest_of(args.world, "test"))
+    test = read_manifest(toy_split(args.world, "test", toy_world(args.world)))
     found = {"exo encoder, after Init": narrations(args.stage0, test, "exo encoder"), "learner, after Init": narrations(args.stage0, test),
              "exo encoder, after stage 1": narrations(args.stage1, test, "exo encoder"), "blind, after stage 3": narrations(args.stage3, test, "blind")}
     norms = {at: gradients(args.stage2, args.world, args.stage1, args.stage0, at) for at in ("start", "end")}
