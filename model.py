@@ -1624,8 +1624,11 @@ TILES_90 = {
     32: TILES[32],
     64: dict(forward=(64, 64, 4, 3), dq=(128, 64, 8, 3), dkdv=(32, 128, 4, 3)),
     128: dict(forward=(64, 64, 4, 3), dq=(64, 64, 4, 2), dkdv=(32, 64, 4, 2))}
-# Float32 has no use for tensor cores here: all three kernels have one tile.
-FLOAT32_TILES = {32: (32, 32, 8, 1), 64: (16, 16, 4, 1), 128: (16, 16, 8, 1)}
+# Float32 has no use for tensor cores here.
+FLOAT32_TILES = {
+    32: dict(forward=(16, 16, 4, 1), dq=(16, 16, 4, 1), dkdv=(16, 16, 4, 1)),
+    64: dict(forward=(16, 16, 8, 1), dq=(16, 16, 8, 1), dkdv=(16, 16, 8, 1)),
+    128: dict(forward=(16, 16, 8, 1), dq=(16, 16, 8, 1), dkdv=(16, 64, 8, 1))}
 
 
 @cache
@@ -1863,8 +1866,9 @@ def launch(kernel, q, k, cu_q, cu_k, longest_q, longest_k, causal, window, scale
     kv_heads = k.shape[1]
     hopper = q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0)
     table = TILES_90 if hopper else TILES
-    tile = FLOAT32_TILES[head_dim] if q.dtype == torch.float32 else table[head_dim][kernel]
-    rows, keys, warps, stages = tile
+    if q.dtype == torch.float32:
+        table = FLOAT32_TILES
+    rows, keys, warps, stages = table[head_dim][kernel]
     if kernel == "dkdv":                                        # its programs own a tile of keys
         tiles, owners = math.ceil(longest_k / keys), kv_heads
     else:

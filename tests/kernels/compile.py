@@ -33,8 +33,8 @@ def compile_one(arch, kernel, head_dim, dtype, mask, tile=None):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     function = model.triton_kernels()[kernel]
-    table = model.TILES_90 if arch == 90 else model.TILES
-    rows, keys, warps, stages = tile or (model.FLOAT32_TILES[head_dim] if dtype == torch.float32 else table[head_dim][kernel])
+    table = model.FLOAT32_TILES if dtype == torch.float32 else model.TILES_90 if arch == 90 else model.TILES
+    rows, keys, warps, stages = tile or table[head_dim][kernel]
     constants = dict(zip(("D", "CAUSAL", "WINDOW", "BM", "BN"), (head_dim, *MASKS[mask], rows, keys)))
     types = dict(lse="*fp32", delta="*fp32", cu_q="*i32", cu_k="*i32", scale="fp32", total="i32", heads="i32",
                  kv_heads="i32", window="i32") | dict.fromkeys(constants, "constexpr")

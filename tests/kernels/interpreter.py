@@ -28,7 +28,7 @@ def tiles(request, monkeypatch):
     if request.param == "small tiles":
         small = dict.fromkeys(("forward", "dq", "dkdv"), (32, 32, 4, 1))
         monkeypatch.setattr(model, "TILES", dict.fromkeys(model.TILES, small))
-        monkeypatch.setattr(model, "FLOAT32_TILES", dict.fromkeys(model.FLOAT32_TILES, (32, 32, 4, 1)))
+        monkeypatch.setattr(model, "FLOAT32_TILES", dict.fromkeys(model.FLOAT32_TILES, small))
     return request.param
 
 
@@ -64,7 +64,8 @@ def test_one_query_and_no_keys(monkeypatch):
 @pytest.mark.parametrize("window", [None, 1, 31, 32, 33, 200])
 def test_tile_edges(window, monkeypatch):
     """Diagonal and window cross tiles of 32 in all phases: keys ahead of the queries by 0, 1, 31 and 61."""
-    monkeypatch.setattr(model, "FLOAT32_TILES", dict.fromkeys(model.FLOAT32_TILES, (32, 32, 4, 1)))
+    small = dict.fromkeys(("forward", "dq", "dkdv"), (32, 32, 4, 1))
+    monkeypatch.setattr(model, "FLOAT32_TILES", dict.fromkeys(model.FLOAT32_TILES, small))
     monkeypatch.setitem(cases.CASES, "edges", ((70, 66, 33, 40), (70, 67, 64, 101), 2, 1, True, window))
     found = errors("edges", torch.float32, 32)
     assert all(error <= 1e-5 for error in found.values()), found
