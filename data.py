@@ -482,7 +482,7 @@ class Tokenizer:
         return self.sp.decode([int(i) for i in ids if i >= 0])
 
     def chat(self, turns: Sequence, video_tokens: int):
-        """Turns {"user", "assistant"} -> ids and labels.
+        """Turns {"user", "assistant"[, "system"]} -> ids and labels.
 
         `<video>` (put first if no turn has it) becomes `video_tokens` VIDEO ids. Supervised are the
         assistant's tokens and their closing </s>, nothing else. A last turn without "assistant" is a prompt
@@ -497,6 +497,9 @@ class Tokenizer:
             user = turn["user"]
             if number == 0 and marks == 0 and video_tokens:
                 user = "<video>\n" + user
+            # Mistral has no system role: such a text leads the user's.
+            if "system" in turn:
+                user = f"{turn['system']}\n\n{user}"
             # The model reads the prompt; nothing of it is supervised.
             before, *after = f"[INST] {user} [/INST]".split("<video>")
             prompt = self.encode(before)

@@ -1166,7 +1166,7 @@ def run_stage(run: Run, model: Exo2Ego, tokenizer: Tokenizer, stage: Stage, load
         # 4) clip, refuse NaN by the names of the samples, update
         norm = nn.utils.clip_grad_norm_(trained.values(), 1.0)
         norm = float(gather_full_tensor(norm))
-        refuse_nan(losses["loss"] + norm, first + step + 1, micro_batches)
+        refuse_nan(losses["loss"], norm, first + step + 1, micro_batches)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -1215,11 +1215,11 @@ def prepare_training(run: Run, objective: Objective, trained):
     return wrapped, trained, make_optimizers(trained, rates, run.cfg.optimizer)
 
 
-def refuse_nan(value: float, step: int, micro_batches):
+def refuse_nan(loss: float, norm: float, step: int, micro_batches):
     """End the run before an update spoils the weights; the samples of the step may show why."""
-    if not math.isfinite(value):
+    if not math.isfinite(loss + norm):
         names = [batch.names for batch in micro_batches]
-        raise DataError(f"step {step}: loss or gradient norm is {value}, in {names}")
+        raise DataError(f"step {step}: loss {loss}, norm {norm} in {names}")
 
 
 # ------------------------------------------------------------------------------------------------------------- 11 main

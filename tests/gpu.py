@@ -402,8 +402,8 @@ def differing(a, b):
 
 def self_check(out):
     """How long start-up's check of the kernels takes, with nothing compiled before and with all."""
-    code = ("import time, torch, eval\nfrom model import PRESETS\nbegan = time.time()\n"
-            f"print(network.choose_attention(torch.device('{DEVICE}'), torch.bfloat16, PRESETS['7b']), time.time() - began)")
+    code = ("import time, torch, model\nfrom model import PRESETS\nbegan = time.time()\n"
+            f"print(model.choose_attention(torch.device('{DEVICE}'), torch.bfloat16, PRESETS['7b']), time.time() - began)")
     with tempfile.TemporaryDirectory() as cache:
         for name in ("nothing compiled before", "compiled before"):
             done = subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, env=os.environ | {"TRITON_CACHE_DIR": cache}, capture_output=True, text=True)
