@@ -778,6 +778,8 @@ def wrap(run: Run, objective: Objective) -> nn.Module:
     cfg = run.cfg
     blocks = [module for module in objective.modules() if isinstance(module, BLOCKS)]
     keep_products = partial(create_selective_checkpoint_contexts, KEPT_FOR_BACKWARD)
+    # All blocks of a class share their compiled code: one version for each width, and whether it is frozen or trained.
+    torch._dynamo.config.recompile_limit = 64
     for block in blocks:
         # Undo what an earlier row of stage 0 has set.
         block.__dict__.pop("forward", None)

@@ -387,9 +387,10 @@ def part_compile(out):
     if DRY:
         ours_and_theirs(out, 1, "toy", (2,), dtype, (kept,))
         return
-    ours_and_theirs(out, 1, "7b", (4,), dtype, (saved, kept))
-    for stage in (1, 2, 3):
+    ours_and_theirs(out, 1, "7b", (3, 2), dtype, (kept,))       # 4 do not fit
+    for stage in (2, 1, 3):
         ours_and_theirs(out, stage, "small", (32,), dtype, (kept,))
+    ours_and_theirs(out, 1, "7b", (4,), dtype, (saved,))
 
 
 # ---------------------------------------------------------------------------------------------------------- 6 run
