@@ -25,6 +25,7 @@ import multiprocessing
 import os
 import re
 import signal
+import struct
 import sys
 import textwrap
 import threading
@@ -242,9 +243,36 @@ MAX_PIXELS = 64 << 20
 OPEN_OPTIONS = {
     "protocol_whitelist": "file",
     "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"}
-IMAGES = {".png": "png_pipe", ".jpg": "jpeg_pipe", ".jpeg": "jpeg_pipe"}
+# The first bytes of a picture, and FFmpeg's name for its format.
+IMAGES = {b"\x89PNG": "png_pipe", b"\xff\xd8\xff": "jpeg_pipe"}
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+# A title need not be UTF-8. PyAV 19 reads it as it is; earlier versions have to be told.
+AS_IT_IS = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
+# How a stored picture is to be shown, by EXIF's number: (a, b, c, d) moves pixel (x, y) to the place
+# (a x + c y, b x + d y). Even numbers but 6 and 8 are mirrored, and so are 5 and 7.
+UPRIGHT = (1, 0, 0, 1)
+ORIENTATIONS = {
+    1: UPRIGHT,
+    2: (-1, 0, 0, 1),
+    3: (-1, 0, 0, -1),
+    4: (1, 0, 0, -1),
+    5: (0, 1, 1, 0),
+    6: (0, 1, -1, 0),
+    7: (0, -1, -1, 0),
+    8: (0, -1, 1, 0)}
 CLIP_MEAN_COLOUR = np.array([122, 116, 104], np.uint8)
 _reformatter = VideoReformatter()   # one for the process: its tables are expensive to make
+
+
+@dataclass
+class Video:
+    """An open video: a file, or a folder of images."""
+    seconds: float                  # of its picture; its sound may last longer
+    rate: float                     # frames a second, on average
+    pixel_shape: float              # width of a pixel over its height
+    # From ascending moments, in seconds from the first frame, to the frames on display then, and how to turn
+    # them (as in ORIENTATIONS).
+    frames_at: Callable
 
 
 def read_clip(
@@ -263,16 +291,19 @@ def read_clip(
     times fps; a clip with fewer frames repeats real ones. `fit` "pad" is VideoLLaMA2's square with CLIP's
     mean colour, "crop" the centre. DataError if the clip cannot be read.
     """
-    with open_video(video, fps) as (length, frames_at):
+    with open_video(video, fps) as opened:
         # One moment in each of T equal spans.
-        begin, stop = clip_span(video, start, end, length)
+        begin, stop = clip_span(video, start, end, opened.seconds)
         offsets = 0.5 if rng is None else rng.random(num_frames)
         moments = begin + (stop - begin) * ((np.arange(num_frames) + offsets) / num_frames)
         # A frame that is on display at two moments is converted once.
         out = np.empty((num_frames, 3, size, size), np.uint8)
         last = None
-        for i, frame in enumerate(frames_at(moments)):
-            out[i] = out[i - 1] if frame is last else _pixels(frame, size, fit)
+        for i, (frame, orientation) in enumerate(opened.frames_at(moments)):
+            if frame is last:
+                out[i] = out[i - 1]
+            else:
+                out[i] = _pixels(frame, size, fit, orientation, opened.pixel_shape)
             last = frame
         return out
 
@@ -295,21 +326,24 @@ def read_row_clip(clip: dict, num_frames: int, size: int, rng=None, fit: str = "
 
 
 @contextmanager
-def open_video(video: FilePath, fps=None):
-    """-> its length in seconds, and a function from ascending moments to the frames on display then.
+def open_video(video: FilePath, fps=None) -> Iterator[Video]:
+    """The one way to a video, a file or a folder of images at `fps` (default: VideoLLaMA2's 3).
 
-    Moments are seconds from the first frame. A folder of images is a video too, at `fps` (default:
-    VideoLLaMA2's 3). One decoding thread: slice threads deadlock in loader workers.
+    One decoding thread: slice threads deadlock in loader workers.
     """
     try:
         # A folder of images needs no decoder that stays open.
         if os.path.isdir(video):
             files, rate = image_files(video), fps or 3.0
-            yield len(files) / rate, partial(_images_at, files, rate)
+            yield Video(len(files) / rate, rate, 1.0, partial(_images_at, files, rate))
             return
-        with av.open(str(video), options=OPEN_OPTIONS, metadata_errors="replace") as container:
+        with _open_container(video) as container:
             stream = _video_stream(container, video)
-            yield _seconds(container, stream), partial(_frames_at, container, stream)
+            yield Video(
+                seconds=_seconds(container, stream, video),
+                rate=float(stream.average_rate or 30),
+                pixel_shape=float(stream.sample_aspect_ratio or 1),
+                frames_at=partial(_frames_at, container, stream, video))
     except (av.FFmpegError, OSError, OverflowError, MemoryError) as error:
         # FFmpeg's errors do not always name the file.
         reason = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
@@ -317,112 +351,231 @@ def open_video(video: FilePath, fps=None):
         raise DataError(f"{video} cannot be read: {why}", reason) from None
 
 
+def _open_container(video):
+    """A file of a container that we read. "file:" keeps a name like `12:30 walk.mp4` from being a URL."""
+    try:
+        return av.open(f"file:{video}", options=OPEN_OPTIONS, **AS_IT_IS)
+    except av.FFmpegError as error:
+        # A file that is missing, or not ours to read, needs no advice about containers.
+        if not os.access(video, os.R_OK):
+            raise
+        raise DataError(
+            f"{video} is damaged, or no .mp4, .mov, .mkv, .webm or .avi ({error.strerror}). Most others are "
+            f"copied into one by  ffmpeg -i {Path(video).name} -c copy {Path(video).stem}.mp4  (or encoded "
+            f"again, without -c copy)") from None
+
+
 def _video_stream(container, video):
-    """The first video stream, ready to decode; one without a known codec or of absurd size is refused."""
-    stream = next(iter(container.streams.video), None)
+    """The video stream that a player shows, ready to decode; one without a known codec, or whose header
+    claims an absurd shape, is refused."""
+    stream = container.streams.best("video")
     context = stream and stream.codec_context
     if context is None:
         raise DataError(f"{video} has no video stream that can be decoded")
+    if stream.disposition & av.stream.Disposition.attached_pic:
+        raise DataError(f"{video} is sound with a cover picture: it has no video")
     # Check the size that the header claims, before memory is reserved for a frame.
     width, height = context.width, context.height
     if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
         raise DataError(f"{video} claims {width} x {height} pixels: refused")
+    if not 0.1 <= (stream.sample_aspect_ratio or 1) <= 10:
+        raise DataError(f"{video} claims pixels {stream.sample_aspect_ratio} times as wide as high: refused")
     context.thread_type = "NONE"
     context.thread_count = 1
     context.options = {"max_pixels": str(MAX_PIXELS)}   # the size may change inside a stream
     return stream
 
 
-def _seconds(container, stream):
-    """Length of the video, as its header says."""
+def _seconds(container, stream, video):
+    """Length of the picture: as the header says, else up to the end of its last packet."""
     if stream.duration:
         return float(stream.duration * stream.time_base)
-    # Matroska has the moment of the end instead: in a tag of the stream, or for the whole file.
+    begin = float((stream.start_time or 0) * stream.time_base)
+    # Matroska has the moment of the end instead, in a tag of the stream.
     tag = re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", ""))
     if tag:
-        end = 3600 * int(tag[1]) + 60 * int(tag[2]) + float(tag[3])
-    elif container.duration:
-        end = container.duration / av.time_base
-    else:
-        raise DataError(f"{container.name} has no duration: re-encode it")
-    return end - float((stream.start_time or 0) * stream.time_base)
+        return 3600 * int(tag[1]) + 60 * int(tag[2]) + float(tag[3]) - begin
+    if not container.duration:
+        raise DataError(f"{video} does not say how long it is; a copy does:  ffmpeg -i {Path(video).name} "
+                        f"-c copy new.mp4")
+    # Or there is a length for the whole file alone, and the sound may be longer than the picture.
+    whole = container.duration / av.time_base
+    container.seek(max(int(whole / stream.time_base), 0), stream=stream)
+    ends = {stream: 0.0}
+    for packet in container.demux():
+        if packet.pts is not None:
+            end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
+            ends[packet.stream] = max(end, ends.get(packet.stream, 0.0))
+    # Where no stream gets there, the file has been cut off: reading its end will be refused.
+    cut_off = max(ends.values()) < whole - 1
+    return (whole if cut_off else ends[stream]) - begin
 
 
-def _frames_at(container, stream, moments):
-    """The frame on display at each of these ascending moments."""
+def _frames_at(container, stream, video, moments):
+    """The frame on display at each of these ascending moments, and how to turn it."""
     slack = 1e-4                                                # timestamps are rounded to the time base
-    first = stream.start_time or 0
-    zero = float(first * stream.time_base)
-
-    # Seek to the key frame before the first moment. The first frames of an open group of pictures need the
-    # group before it: then go back further, until a frame is decoded that is not too late.
-    back = 0.0
-    while True:
-        target = max(int((zero + moments[0] - back) / stream.time_base), first)
-        container.seek(target, stream=stream)
-        frames = (frame for frame in container.decode(stream) if frame.pts is not None)
-        shown = next(frames, None)
-        found = shown is not None and shown.time <= zero + moments[0] + slack
-        if found or target == first:
-            break
-        back = 2 * back + 1
-    if shown is None:
-        raise DataError(f"{container.name} holds no frame at {moments[0]:.2f} s: truncated?", "truncated")
-
-    # Decode one frame ahead of the one on display: it says until when that one stays.
-    ahead = next(frames, None)
+    zero = float((stream.start_time or 0) * stream.time_base)
     step = 0.1                                                  # seconds between frames, at least this
+    frames, shown, ahead = None, None, None
     for moment in moments:
-        while ahead is not None and ahead.time <= zero + moment + slack:
-            step = max(0.1, ahead.time - shown.time)
+        # Begin at the key frame before the moment: at first, and wherever that saves half a second of frames.
+        if frames is None or ahead and _key_frame_before(stream, zero + moment) > ahead[0].time + 0.5:
+            frames, shown = _seek(container, stream, zero + moment + slack)
+            if shown is None:
+                raise DataError(f"{video} holds no frame at {moment:.2f} s: truncated?", "truncated")
+            ahead = next(frames, None)
+        # Decode one frame ahead of the one on display: it says until when that one stays.
+        while ahead and ahead[0].time <= zero + moment + slack:
+            step = max(0.1, ahead[0].time - shown[0].time)
             shown = ahead
             ahead = next(frames, None)
-        stays = max(2 * step, float((shown.duration or 0) * stream.time_base))
-        if ahead is None and shown.time + stays < zero + moment:
-            raise DataError(f"{container.name} ends at {shown.time - zero:.2f} s, {moment:.2f} s was asked "
-                            f"for: truncated?", "truncated")
-        if shown.is_corrupt:
-            raise DataError(f"{container.name} is damaged at {shown.time - zero:.2f} s")
-        yield shown
+        frame, damaged = shown
+        stays = max(2 * step, float((frame.duration or 0) * stream.time_base))
+        if ahead is None and frame.time + stays < zero + moment:
+            raise DataError(f"{video} ends at {frame.time - zero:.2f} s, {moment:.2f} s was asked for: "
+                            f"truncated?", "truncated")
+        if damaged:
+            raise DataError(f"{video} is damaged at {frame.time - zero:.2f} s")
+        yield frame, _display_matrix(frame)
+
+
+def _key_frame_before(stream, seconds):
+    """When the last key frame up to this time is decoded, as the file's index says; -inf without an index."""
+    entries = stream.index_entries
+    place = entries.search_timestamp(int(seconds / stream.time_base), backward=True)
+    return float(entries[place].timestamp * stream.time_base) if place >= 0 else -math.inf
+
+
+def _seek(container, stream, until):
+    """-> the frames from the key frame before a time on, and the first of them (None if there is none).
+
+    The first frames of an open group of pictures need the group before it: then go back further, until a
+    frame is decoded that is not too late.
+    """
+    first = stream.start_time or 0
+    back = 0.0
+    while True:
+        target = max(int((until - back) / stream.time_base), first)
+        container.seek(target, stream=stream)
+        frames = _decoded(container, stream)
+        shown = next(frames, None)
+        found = shown is not None and shown[0].time <= until
+        if found or target == first:
+            return frames, shown
+        back = 2 * back + 1
+
+
+def _decoded(container, stream):
+    """Each frame, and whether it is damaged: what is predicted from a damaged frame is, too."""
+    damaged = False
+    for frame in container.decode(stream):
+        damaged = frame.is_corrupt or damaged and not frame.key_frame
+        if frame.pts is not None:
+            yield frame, damaged
+
+
+def _display_matrix(frame):
+    """How a player turns or mirrors this frame of a file; phones store portrait video on its side."""
+    turned = {-180: 3, 180: 3, -90: 6, 90: 8}.get(frame.rotation, 1)
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:
+        # PyAV before 19 lists nothing where FFmpeg knows a kind of data that it does not. The turn it knows.
+        return ORIENTATIONS[turned]
+    if matrix is None:
+        return UPRIGHT
+    a, b, _, c, d, *_ = struct.unpack("9i", bytes(matrix))
+    return a, b, c, d
 
 
 def image_files(folder: FilePath) -> list:
-    """The images of a folder in order of their names: `*-rgb.png` if there are any, else every image."""
-    folder = Path(folder)
+    """The images of a folder in natural order (2.jpg before 10.jpg): `*-rgb.png` if there are any, else every
+    picture; hidden files, and those that hold no picture, are none."""
+    return _images_of(Path(folder), os.stat(folder).st_mtime_ns)
+
+
+@cache
+def _images_of(folder, changed):
+    """image_files of a folder that was changed last at this time: every file in it has to be opened."""
+    files = []
+    for file in folder.iterdir():
+        if file.suffix.lower() in IMAGE_SUFFIXES and file.name[0] != ".":
+            # A link could show files that the manifest must not read.
+            if file.is_symlink() and file.resolve().parent != folder.resolve():
+                raise DataError(f"{file} is a link out of its folder: refused")
+            files.append(file)
     # Where depth pictures lie beside the colour pictures (OpenEQA), only the latter count.
-    files = sorted(folder.glob("*-rgb.png"))
-    files = files or sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGES)
+    files = [file for file in files if file.name.endswith("-rgb.png")] or files
+    files = [file for file in sorted(files, key=_natural_order) if _image_format(file)]
     if not files:
         raise DataError(f"{folder} has no images (.png or .jpg)", "missing")
-    # A link could show files that the manifest must not read.
-    for file in files:
-        if file.is_symlink() and file.resolve().parent != folder.resolve():
-            raise DataError(f"{file} is a link out of its folder: refused")
     return files
 
 
+def _natural_order(file):
+    """A sorting key: the numbers in a name count as numbers."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file.name)]
+
+
+def _image_format(file):
+    """FFmpeg's name for the format of a picture, by its content; None if it is no picture."""
+    with open(file, "rb") as opened:
+        head = opened.read(4)
+    return next((name for start, name in IMAGES.items() if head.startswith(start)), None)
+
+
 def _images_at(files, rate, moments):
-    """The image on display at each of these moments, `rate` images a second."""
+    """The image on display at each of these moments, `rate` images a second, and how to turn it."""
     for moment in moments:
         path = files[min(int(moment * rate + 1e-3), len(files) - 1)]
-        form = IMAGES[path.suffix.lower()]
-        with av.open(str(path), format=form, options={"protocol_whitelist": "file"}) as container:
+        options = {"protocol_whitelist": "file"}
+        with av.open(f"file:{path}", format=_image_format(path), options=options) as container:
             frame = next(container.decode(_video_stream(container, path)), None)
         if frame is None:
             raise DataError(f"{path} holds no image")
-        yield frame
+        yield frame, ORIENTATIONS[_exif_orientation(path.read_bytes())]
 
 
-def _pixels(frame, size, fit="pad"):
-    """One frame as RGB (3, S, S), upright: scaled to fit inside the square, or to cover it (crop)."""
+def _exif_orientation(jpeg):
+    """The orientation that a camera wrote into a JPEG, 1 to 8; 1 if there is none. (PyAV before 19 tells
+    turns from mirrors in no other way.)"""
+    exif = jpeg[jpeg.find(b"Exif\0\0") + 6:]
+    if len(exif) == len(jpeg) - 5:
+        return 1
+    # A table of entries of twelve bytes: tag, type, count, value.
+    order = "<" if exif[:2] == b"II" else ">"
+    try:
+        table, = struct.unpack_from(f"{order}I", exif, 4)
+        entries, = struct.unpack_from(f"{order}H", exif, table)
+        for i in range(entries):
+            tag, _, _, value = struct.unpack_from(f"{order}HHIH", exif, table + 2 + 12 * i)
+            if tag == 0x112 and value in ORIENTATIONS:
+                return value
+    except struct.error:
+        pass                                                    # cut short: players show it as it is stored
+    return 1
+
+
+def _pixels(frame, size, fit="pad", orientation=UPRIGHT, pixel_shape=1.0):
+    """One frame as RGB (3, S, S), as a player shows it: scaled to fit inside the square, or to cover it."""
     # One side becomes S; the other one is shorter (pad) or longer (crop).
+    width = frame.width * pixel_shape
     choose = min if fit == "crop" else max
-    scale = size / choose(frame.width, frame.height)
-    width = max(1, round(frame.width * scale))
+    scale = size / choose(width, frame.height)
+    width = max(1, round(width * scale))
     height = max(1, round(frame.height * scale))
     scaled = _reformatter.reformat(frame, width, height, "rgb24", interpolation="BICUBIC", threads=1)
-    # A phone's portrait video lies on its side; the rotation is counter-clockwise.
-    rgb = np.rot90(scaled.to_ndarray(), frame.rotation // 90)
+    rgb = scaled.to_ndarray()                                   # (height, width, 3)
+    # Turn and mirror: x goes to a x + c y, y to b x + d y, where two of the four are about zero.
+    a, b, c, d = orientation
+    right, down = a, d
+    if abs(b) > abs(a):
+        rgb = rgb.transpose(1, 0, 2)
+        right, down = c, b
+    if right < 0:
+        rgb = rgb[:, ::-1]
+    if down < 0:
+        rgb = rgb[::-1]
     # The middle of the picture goes to the middle of the square.
     height, width = rgb.shape[:2]
     top = abs(size - height) // 2
@@ -1802,12 +1955,9 @@ def _stream_file(files, take, stream, options):
 
 
 def frame_rate(video: FilePath) -> float:
-    """Mean frames a second of a file, as its header says."""
-    try:
-        with av.open(str(video), options=OPEN_OPTIONS) as container:
-            return float(container.streams.video[0].average_rate or 30)
-    except (av.FFmpegError, OSError, IndexError) as error:
-        raise DataError(f"{video} cannot be read: {error}") from None
+    """Mean frames a second of a video, as its header says."""
+    with open_video(video) as opened:
+        return opened.rate
 
 
 # --------------------------------------------------------------------------------------- appendix: EgoIT
@@ -1932,8 +2082,8 @@ def egoexolearn(files, options):
 def _length_of(video):
     """Seconds; infinite for a video that is not there or cannot be read: `data.py check` will name it."""
     try:
-        with open_video(video) as (length, _):
-            return length
+        with open_video(video) as opened:
+            return opened.seconds
     except DataError:
         return math.inf
 
@@ -2050,7 +2200,7 @@ def conversations(files, options):
     """LLaVA's and VideoLLaMA2's JSON array or lines (`--file`, below --root), with our optional "start" and
     "end" in seconds. `image` wins over `video`, as in their loader; marks of the video are put back by ours.
     Still images are left out, and counted: this model reads videos."""
-    still_images = (*IMAGES, ".gif", ".webp", ".bmp")
+    still_images = (*IMAGE_SUFFIXES, ".webp", ".bmp")
     roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
     one_a_line = options.file.endswith(".jsonl")
 
@@ -2161,7 +2311,8 @@ def _check_videos(row, limit):
     for clip in clips_of(row):
         video, start, end = clip["video"], clip.get("start"), clip.get("end")
         try:
-            with open_video(video, clip.get("fps")) as (length, _):
+            with open_video(video, clip.get("fps")) as opened:
+                length = opened.seconds
                 begin, stop = clip_span(video, start, end, length)
             frames = read_row_clip(clip, num_frames=8, size=64, fit="crop")
         except DataError as error:

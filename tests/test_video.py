@@ -2,6 +2,7 @@
 import itertools
 import os
 import resource
+import struct
 import subprocess
 import sys
 from fractions import Fraction
@@ -41,8 +42,8 @@ def encode(path, codec="libx264", times=None, width=SIDE, height=SIDE, pix_fmt="
 
 def shown(path, times, clips=((0, 6), (2.3, 3.1), (5.0, 5.9), (None, None), (4.05, 4.12))):
     """Every frame of some clips against the frame on display at its moment."""
-    with open_video(path) as (length, _):
-        pass
+    with open_video(path) as opened:
+        length = opened.seconds
     for (start, end), frames in itertools.product(clips, (4, 9)):
         begin, stop = start or 0, min(length, 99 if end is None else end)
         moments = begin + (stop - begin) * (np.arange(frames) + 0.5) / frames
@@ -213,17 +214,204 @@ def test_a_cut_file_says_so(tmp_path):
 def test_matroska_lengths_with_a_late_start_or_longer_sound(tmp_path):
     """Its header gives the end of the longest stream, in absolute time."""
     path = encode(tmp_path / "v.mkv", offset=2.5)
-    with open_video(path) as (length, _):
-        assert abs(length - 6) < 0.11
+    with open_video(path) as opened:
+        assert abs(opened.seconds - 6) < 0.11
     assert number(read_clip(path, None, None, 6, SIDE)[5]) >= 54
 
 
 def test_a_truncated_end_is_no_frozen_frame(tmp_path):
     content = encode(tmp_path / "v.mkv", "ffv1").read_bytes()
     (tmp_path / "cut.mkv").write_bytes(content[:len(content) // 2])
-    with open_video(tmp_path / "cut.mkv") as (length, frames_at):
+    with open_video(tmp_path / "cut.mkv") as opened:
         last = None
         with pytest.raises(DataError, match="truncated"):
-            for t in np.arange(0, length, 0.05):
-                last = t, next(iter(frames_at([t])))
+            for t in np.arange(0, opened.seconds, 0.05):
+                last = t, next(iter(opened.frames_at([t])))
     assert last[0] < 3.6
+
+
+# ------------------------------------------------------------------------------------------- what a viewer sees
+CORNERS = np.zeros((96, 128, 3), np.uint8)
+CORNERS[:48, :64], CORNERS[:48, 64:], CORNERS[48:, :64], CORNERS[48:, 64:] = (220, 30, 30), (30, 220, 30), (30, 30, 220), (220, 220, 30)
+NAMES = {(1, 0, 0): "red", (0, 1, 0): "green", (0, 0, 1): "blue", (1, 1, 0): "yellow"}
+# EXIF's eight orientations, as a viewer sees the picture above: top left, top right, bottom left, bottom right
+SEEN = {1: "red green blue yellow", 2: "green red yellow blue", 3: "yellow blue green red", 4: "blue yellow red green",
+        5: "red blue green yellow", 6: "blue red yellow green", 7: "yellow green blue red", 8: "green yellow red blue"}
+
+
+def corners(frame, margin=20):
+    """The colours in the four corners of a frame (3, S, S), as words."""
+    size = frame.shape[-1]
+    at = (margin, size - margin)
+    return " ".join(NAMES[tuple(int(x > 127) for x in frame[:, y, x])] for y in at for x in at)
+
+
+def coloured(path, frames=10, stream=None, **options):
+    """A video of the four coloured corners; `stream(container, stream)` may set what a header says."""
+    with av.open(str(path), "w") as out:
+        video = out.add_stream("libx264", rate=10, **options)
+        video.width, video.height, video.pix_fmt = 128, 96, "yuv420p"
+        if stream:
+            stream(video)
+        for _ in range(frames):
+            out.mux(video.encode(av.VideoFrame.from_ndarray(CORNERS, format="rgb24")))
+        out.mux(video.encode())
+    return path
+
+
+@pytest.mark.parametrize("number", SEEN)
+def test_a_film_is_turned_and_mirrored_as_its_matrix_says(tmp_path, number):
+    a, b, c, d = data.ORIENTATIONS[number]
+    one = 1 << 16
+    matrix = (a * one, b * one, 0, c * one, d * one, 0, 0, 0, 1 << 30)
+    path = coloured(tmp_path / "v.mp4", stream=lambda video: video.set_display_matrix(matrix))
+    for fit in ("pad", "crop"):
+        assert corners(read_clip(path, None, None, 1, 96, fit=fit)[0]) == SEEN[number]
+
+
+@pytest.mark.parametrize("number", SEEN)
+@pytest.mark.parametrize("order", "<>")
+def test_a_photo_is_turned_and_mirrored_as_its_camera_says(tmp_path, number, order):
+    codec = av.CodecContext.create("mjpeg", "w")
+    codec.width, codec.height, codec.pix_fmt, codec.time_base = 128, 96, "yuvj420p", 1
+    frame = av.VideoFrame.from_ndarray(CORNERS, format="rgb24").reformat(format="yuvj420p")
+    jpeg = b"".join(map(bytes, codec.encode(frame) + codec.encode()))
+    tags = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(order + "IHHHIHHI", 8, 1, 0x112, 3, 1, number, 0, 0)
+    exif = b"Exif\0\0" + tags
+    (tmp_path / "1.jpg").write_bytes(jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[2:])
+    (tmp_path / "2.jpg").write_bytes(jpeg)
+    turned, plain = read_clip(tmp_path, None, None, 2, 96)
+    assert corners(turned) == SEEN[number] and corners(plain) == SEEN[1]
+
+
+def test_pixels_that_are_not_square(tmp_path):
+    """128 x 96 pixels of shape 2:1 are shown as 256 x 96."""
+    def stream(video):
+        video.codec_context.sample_aspect_ratio = Fraction(2, 1)
+    path = coloured(tmp_path / "v.mp4", stream=stream)
+    frame = read_clip(path, None, None, 1, 256)[0].astype(int)
+    shown = np.abs(frame - data.CLIP_MEAN_COLOUR[:, None, None]).sum(0) > 60
+    assert shown.any(0).sum() == 256 and abs(shown.any(1).sum() - 96) <= 2
+
+
+def test_the_track_that_a_player_shows(tmp_path):
+    """A thumbnail comes first, without the default flag."""
+    path = tmp_path / "v.mp4"
+    with av.open(str(path), "w") as out:
+        tracks = []
+        for side, default in ((16, 0), (96, 1)):
+            video = out.add_stream("libx264", rate=10)
+            video.width, video.height, video.pix_fmt = side, side, "yuv420p"
+            video.disposition = av.stream.Disposition(default)
+            tracks.append(video)
+        for _ in range(10):
+            for video in tracks:
+                grey = np.full((video.height, video.width, 3), 2 * video.height, np.uint8)
+                out.mux(video.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
+        for video in tracks:
+            out.mux(video.encode())
+    assert abs(int(read_clip(path, None, None, 1, 48).mean()) - 192) < 4
+
+
+def with_sound(path, frames, seconds):
+    """A film of so many frames, 10 a second, and so many seconds of sound."""
+    with av.open(str(path), "w") as out:
+        video, sound = out.add_stream("libvpx", rate=10), out.add_stream("libopus", rate=48000)
+        video.width, video.height, video.pix_fmt = 48, 48, "yuv420p"
+        for i in range(frames):
+            out.mux(video.encode(av.VideoFrame.from_ndarray(picture(i), format="rgb24")))
+        for i in range(round(seconds * 50)):
+            samples = av.AudioFrame.from_ndarray(np.zeros((1, 1920), np.int16), format="s16", layout="stereo")
+            samples.sample_rate, samples.pts = 48000, 960 * i
+            out.mux(sound.encode(samples))
+        out.mux(video.encode())
+        out.mux(sound.encode())
+    return path
+
+
+def test_sound_that_outlasts_the_picture(tmp_path):
+    """As browsers write it: no length of each stream, one of the whole file alone."""
+    path = with_sound(tmp_path / "v.webm", 50, 7)
+    path.write_bytes(path.read_bytes().replace(b"DURATION", b"NOTATION"))
+    with open_video(path) as opened:
+        assert abs(opened.seconds - 5) < 0.11
+    assert [number(f) for f in read_clip(path, None, None, 5, SIDE)] == [5, 15, 25, 35, 45]
+
+
+def test_what_follows_from_a_damaged_key_frame_is_refused(tmp_path):
+    path = coloured(tmp_path / "v.mp4", frames=60, options={"x264-params": "keyint=20:scenecut=0"})
+    with av.open(str(path)) as container:
+        second = [packet for packet in container.demux(video=0) if packet.is_keyframe][1]
+    content = bytearray(path.read_bytes())
+    at = second.pos + second.size // 3
+    content[at:at + 100] = np.random.default_rng(0).integers(0, 256, 100, np.uint8).tobytes()
+    path.write_bytes(content)
+    assert read_clip(path, 0, 1.9, 4, SIDE).shape and read_clip(path, 4.05, 6, 4, SIDE).shape
+    for start in (2.0, 2.5, 3.5):
+        with pytest.raises(DataError, match=r"v\.mp4 is damaged at"):
+            read_clip(path, start, start + 0.3, 2, SIDE)
+
+
+def test_a_folder_of_images_in_natural_order_with_strangers(tmp_path):
+    for i in range(12):
+        (tmp_path / f"{i + 1}.png").write_bytes(encode_png(picture(i)))
+    (tmp_path / "._1.png").write_bytes(b"\0\5\x16\7 what a Mac leaves behind")
+    (tmp_path / "13.jpg").write_text("<html>404</html>")
+    os.rename(tmp_path / "12.png", tmp_path / "12.jpg")                     # a PNG by content
+    assert [number(f) for f in read_clip(tmp_path, None, None, 12, SIDE, fps=1)] == list(range(12))
+
+
+@pytest.mark.parametrize("name", ("12:30 walk.mp4", "50%d.mp4", "pipe:0.mp4", "n\udce9.mp4"))
+def test_names_are_names(tmp_path, monkeypatch, name):
+    os.rename(encode(tmp_path / "v.mp4"), tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    for path in (name, tmp_path / name):
+        assert number(read_clip(path, 1.0, 1.1, 1, SIDE)[0]) == 10
+        assert data.frame_rate(path) == FPS
+
+
+def test_a_title_need_not_be_utf_8(tmp_path):
+    path = encode(tmp_path / "v.mkv")
+    path.write_bytes(path.read_bytes().replace(b"Lavf", b"\xe9\xe8vf"))
+    assert number(read_clip(path, 1.0, 1.1, 1, SIDE)[0]) == 10 and data.frame_rate(path) == FPS
+
+
+@pytest.mark.parametrize("suffix, codec", (("ts", "libx264"), ("flv", "libx264"), ("mpg", "mpeg1video"), ("wmv", "wmv2"), ("gif", "gif")))
+def test_another_container_gets_the_way_out(tmp_path, suffix, codec):
+    path = encode(tmp_path / f"v.{suffix}", codec, pix_fmt="rgb8" if suffix == "gif" else "yuv420p") if suffix not in ("mpg", "wmv") else None
+    if path is None:
+        path = tmp_path / f"v.{suffix}"
+        with av.open(str(path), "w") as out:
+            video = out.add_stream(codec, rate=25)
+            video.width, video.height, video.pix_fmt = 48, 48, "yuv420p"
+            out.mux(video.encode(av.VideoFrame.from_ndarray(picture(3), format="rgb24")))
+            out.mux(video.encode())
+    with pytest.raises(DataError, match=rf"no \.mp4, \.mov, \.mkv, \.webm or \.avi .* ffmpeg -i v\.{suffix} -c copy v\.mp4"):
+        read_clip(path, None, None, 2, SIDE)
+
+
+def test_sound_with_a_cover_is_no_video(tmp_path):
+    path = tmp_path / "song.m4a"
+    with av.open(str(path), "w", format="mp4") as out:
+        sound, cover = out.add_stream("aac", rate=48000), out.add_stream("png", rate=1)
+        cover.width, cover.height, cover.pix_fmt = 48, 48, "rgb24"
+        cover.disposition = av.stream.Disposition.attached_pic
+        samples = av.AudioFrame.from_ndarray(np.zeros((2, 1024), np.float32), format="fltp", layout="stereo")
+        samples.sample_rate = 48000
+        out.mux(cover.encode(av.VideoFrame.from_ndarray(picture(3), format="rgb24")))
+        out.mux(sound.encode(samples))
+        out.mux(cover.encode())
+        out.mux(sound.encode())
+    with pytest.raises(DataError, match="song.m4a is sound with a cover picture"):
+        read_clip(path, None, None, 1, SIDE)
+
+
+def test_far_moments_are_sought_and_near_ones_decoded_on(tmp_path, monkeypatch):
+    """The same frames either way; a seek only where it saves half a second of decoding."""
+    path = encode(tmp_path / "v.mp4", options={"x264-params": "keyint=10:scenecut=0:bframes=2"})
+    seeks = []
+    sought = data._seek
+    monkeypatch.setattr(data, "_seek", lambda *words: seeks.append(words) or sought(*words))
+    assert [number(f) for f in read_clip(path, 0, 6, 3, SIDE)] == [10, 30, 50] and len(seeks) == 3
+    seeks.clear()
+    assert [number(f) for f in read_clip(path, 0.3, 1.0, 7, SIDE)] == [3, 4, 5, 6, 7, 8, 9] and len(seeks) == 1
