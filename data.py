@@ -63,7 +63,8 @@ class DataError(ValueError):
 
 # ------------------------------------------------------------------------------------------------- 1 a row
 def read_manifest(path: FilePath, root=None, allow_outside=False, skip=True) -> list:
-    """The rows of a JSON-lines manifest, checked, with an absolute path for every video.
+    """The rows of a JSON-lines manifest, checked, with an absolute path for every video, and "where" each
+    one stands.
 
     Paths start at `root` (default: the folder of the manifest). They must stay inside it after links are
     resolved, unless `allow_outside`. With `skip`, the rows on the skip list that `data.py check` left
@@ -71,22 +72,25 @@ def read_manifest(path: FilePath, root=None, allow_outside=False, skip=True) -> 
     """
     path = Path(path)
     base = os.path.realpath(root or path.parent)
-    # Lines end at "\n" alone: other separators of Unicode may stand inside a text.
-    try:
-        lines = path.read_text().removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
+    # Lines end at "\n" alone: other separators of Unicode may stand inside a text. Blank ones at the end are
+    # harmless.
+    lines = read_text(path).rstrip().split("\n")
     if lines == [""]:
         raise DataError(f"{path} is empty: it needs one JSON object a line")
-    # Every error names the line.
-    rows = []
+    # Every error names the line, and every row remembers it.
+    rows, line_of = [], {}
     for number, line in enumerate(lines, 1):
         where = f"{path} line {number}"
         try:
             row = json.loads(line)
         except ValueError as error:
             raise DataError(f"{where} is not JSON ({error}): one object a line") from None
-        rows.append(_check_row(row, where, base, allow_outside))
+        row = _check_row(row, where, base, allow_outside)
+        # A message, a skip list or an answer names a row by its id.
+        if row["id"] in line_of:
+            raise DataError(f"{where}: id {row['id']!r} stands in line {line_of[row['id']]} already: ids differ")
+        line_of[row["id"]] = number
+        rows.append(row | {"where": where})
     # Leave out what `data.py check` found to be bad.
     skip_list = path.with_suffix(".bad.jsonl")
     if skip and skip_list.is_file():
@@ -126,7 +130,7 @@ def _without_bad_clips(rows, skip_list, base):
     """Rows without the clips on a skip list: a row goes with its ego clip, or with its last exo view."""
     # The list names the bad videos of each row, from the root of the manifest.
     bad_videos = {}
-    for entry in map(json.loads, skip_list.read_text().splitlines()):
+    for entry in map(json.loads, read_text(skip_list).splitlines()):
         bad_videos[entry["id"]] = {_real_path(base, video) for video in entry["videos"]}
     # A row needs its ego clip, and one of its exo views if it had any.
     kept = []
@@ -167,15 +171,27 @@ def _check_row(row, where, base, allow_outside):
         if not allow_outside and not path.startswith(os.path.join(base, "")):
             raise DataError(f"{where}: {clip['video']} is outside {base}: pass --root or --allow-outside")
         clip["video"] = path
-    # A conversation has a question and an answer in every turn.
+    # A conversation has a question and an answer in every turn, and one video.
     turns = row.get("turns", [])
     if not isinstance(turns, list) or not all(map(_is_turn, turns)):
         raise DataError(f'{where}: "turns" is a list of {{"user": ..., "assistant": ...}}')
+    if sum(turn["user"].count("<video>") for turn in turns) > 1:
+        raise DataError(f"{where} has more than one <video> mark: a row shows one video")
+    # JSON can spell half of a character, which no tokenizer can read.
+    texts = [row["id"], row.get("text", ""), *(text for turn in turns for text in turn.values())]
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start:error.end])
+        raise DataError(f"{where} has half of a character ({half}): write it whole, or as plain UTF-8") from None
     return row
 
 
 def _is_turn(turn):
-    return isinstance(turn, dict) and all(isinstance(turn.get(key), str) for key in ("user", "assistant"))
+    """A turn is {"user", "assistant"}, and may have a "system" text."""
+    if not isinstance(turn, dict) or not {"user", "assistant"} <= set(turn) <= {"system", "user", "assistant"}:
+        return False
+    return all(isinstance(text, str) for text in turn.values())
 
 
 def _check_clip(clip, where):
@@ -193,6 +209,16 @@ def _check_clip(clip, where):
         raise DataError(f'{where}: "fps" is {fps!r}: images a second, more than 0')
 
 
+def read_text(path: FilePath) -> str:
+    """A text file, which is UTF-8 whatever the machine's language; a byte order mark is no part of it."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(f"{path} is not there", "missing") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+
+
 @contextmanager
 def atomic_write(path: FilePath):
     """A temporary name to write to; it becomes `path` at the end: a killed write never looks finished."""
@@ -205,7 +231,7 @@ def atomic_write(path: FilePath):
 def write_text_atomic(path: FilePath, text: str):
     """A text file that is never seen half written."""
     with atomic_write(path) as part:
-        part.write_text(text)
+        part.write_text(text, encoding="utf-8")
 
 
 def write_jsonl(path: FilePath, rows: Iterable):
@@ -418,8 +444,8 @@ def _frames_at(container, stream, video, moments):
     step = 0.1                                                  # seconds between frames, at least this
     frames, shown, ahead = None, None, None
     for moment in moments:
-        # Begin at the key frame before the moment: at first, and wherever that saves half a second of frames.
-        if frames is None or ahead and _key_frame_before(stream, zero + moment) > ahead[0].time + 0.5:
+        # Begin at the key frame before the moment: at first, and where that saves half a second of decoding.
+        if frames is None or ahead and _saves_decoding(stream, ahead[0].time + 0.5, zero + moment):
             frames, shown = _seek(container, stream, zero + moment + slack)
             if shown is None:
                 raise DataError(f"{video} holds no frame at {moment:.2f} s: truncated?", "truncated")
@@ -439,11 +465,13 @@ def _frames_at(container, stream, video, moments):
         yield frame, _display_matrix(frame)
 
 
-def _key_frame_before(stream, seconds):
-    """When the last key frame up to this time is decoded, as the file's index says; -inf without an index."""
+def _saves_decoding(stream, after, until):
+    """Whether the file's index has a key frame between these times; without an index nothing is saved."""
+    if until <= after:
+        return False
     entries = stream.index_entries
-    place = entries.search_timestamp(int(seconds / stream.time_base), backward=True)
-    return float(entries[place].timestamp * stream.time_base) if place >= 0 else -math.inf
+    place = entries.search_timestamp(int(until / stream.time_base), backward=True)
+    return place >= 0 and entries[place].timestamp * stream.time_base > after
 
 
 def _seek(container, stream, until):
@@ -772,13 +800,27 @@ class Loader:
             needed = self.clips if self._has_text(row) else [*self.clips, "text"]
             for key in needed:
                 if not row.get(key):
-                    raise DataError(f'row {row["id"]!r} lacks "{key}", which this stage needs')
+                    raise DataError(f'{_name_of(row)} lacks "{key}", which this stage needs{_strange_keys(row)}')
+        rows = self._without_long_texts(rows)
 
         # Where exo views are read, each of them is a sample.
         self.rows = rows
         self.views = np.array([len(row["exo"]) if "exo" in self.clips else 1 for row in rows])
         self.samples = int(self.views.sum())
         self._epoch = None              # the epoch whose order is kept in self._order
+
+    def _without_long_texts(self, rows):
+        """The rows without those whose text the model has no room for. Training names and counts them; a
+        benchmark must not leave out any."""
+        long = [row for row in rows if is_too_long(self.chats(row), self.tokenizer, self.video_tokens, self.cfg)]
+        if not long:
+            return rows
+        worst = f"{_name_of(long[0])} has more tokens than the {self.cfg.max_length} that fit"
+        if not self.train or len(long) == len(rows):
+            raise DataError(f"{worst}, {self.video_tokens} of them the video's: shorten its text")
+        print(f"{len(long)} of {len(rows)} rows are too long and left out: {worst}")
+        dropped = {row["id"] for row in long}
+        return [row for row in rows if row["id"] not in dropped]
 
     def _has_text(self, row):
         """Whether a row has the text that this view needs; a pair needs none."""
@@ -887,20 +929,23 @@ class Loader:
         rng = np.random.default_rng(draw) if self.train else None
         return read_row_clip(clip, self.cfg.frames, self.cfg.image_size, rng)
 
+    def chats(self, row: dict) -> list:
+        """What a row is read as: its narration, its conversation, or ("mix") one of the two in turn."""
+        narration, conversation = [], []
+        if row.get("text"):
+            narration = [[{"user": NARRATE, "assistant": row["text"]}]]
+        if row.get("turns") and self.text != "text":
+            conversation = [row["turns"]]
+        if self.text == "turns":
+            return conversation or narration
+        return narration + conversation
+
     def prompt(self, row: dict, index: int):
         """ids and labels of a row; empty for a row without text."""
-        # With "mix", samples narrate and answer in turn.
-        wants_turns = self.text == "turns" or self.text == "mix" and index % 2 == 1
-        if row.get("turns") and wants_turns:
-            turns = row["turns"]
-        elif row.get("text"):
-            turns = [{"user": NARRATE, "assistant": row["text"]}]
-        else:
+        chats = self.chats(row)
+        if not chats:
             return [], []
-        ids, labels = self.tokenizer.chat(turns, self.video_tokens)
-        if len(ids) > self.cfg.max_length:
-            raise DataError(f"row {row['id']!r} has {len(ids)} tokens, over {self.cfg.max_length}: shorten")
-        return ids, labels
+        return self.tokenizer.chat(chats[index % len(chats)], self.video_tokens)
 
     def stream(self, start: int, stop: int, workers: int = 1, repeat: bool = False,
                timeout: float = 600) -> Iterator:
@@ -923,6 +968,32 @@ class Loader:
             return self.batch(step)
         except ValueError as error:
             return error
+
+
+def is_too_long(chats: list, tokenizer: Tokenizer, video_tokens: int, cfg: ModelConfig) -> bool:
+    """Whether one of these chats has more tokens than the model reads."""
+    for turns in chats:
+        # A text has no more tokens than bytes, and a turn of the template less than 64: most chats are short.
+        most = sum(len(text.encode()) + 64 for turn in turns for text in turn.values())
+        if video_tokens + most > cfg.max_length:
+            ids, _ = tokenizer.chat(turns, video_tokens)
+            if len(ids) > cfg.max_length:
+                return True
+    return False
+
+
+ROW_KEYS = {"id", "ego", "exo", "text", "turns", "source", "where"}
+
+
+def _name_of(row):
+    """A row in a message: where it stands, and its id."""
+    return f"{row.get('where', 'row')} ({row['id']!r})"
+
+
+def _strange_keys(row):
+    """The keys of a row that training does not know, for a message: one may be a slip of the pen."""
+    strange = sorted(set(row) - ROW_KEYS)
+    return f"; it has {', '.join(map(repr, strange))}, which nothing reads" if strange else ""
 
 
 def _raise_if_error(item):
@@ -1446,7 +1517,7 @@ def _claim_world(out, world):
 def toy_world(out: FilePath) -> World:
     """The knobs of the world in this folder (the defaults if it is not made yet)."""
     file = Path(out) / "world.json"
-    return World(**json.loads(file.read_text())) if file.is_file() else World()
+    return World(**json.loads(read_text(file))) if file.is_file() else World()
 
 
 def toy_tokenizer(out: FilePath, world: World) -> Path:
@@ -1665,6 +1736,8 @@ def main(argv=None):
     show.add_argument("--out", default="sheet.png")
     show.add_argument("--n", type=int, default=8, help="rows (8)")
     check.add_argument("--max-bad", type=float, default=0.01, help="share of rows that may be bad (0.01)")
+    check.add_argument("--tokenizer", help="a tokenizer.model or a checkpoint's folder: find texts that are too long")
+    check.add_argument("--preset", choices=PRESETS, default="7b", help="the model that is to read them (7b)")
     check.add_argument("--limit", type=float, default=60, help="seconds that one row may take (60)")
 
     # The data sets of the appendix.
@@ -1723,7 +1796,7 @@ class Files:
             path = self.root / name
             if path.is_file():
                 self.where = str(path)
-                return path.read_text(encoding="utf-8-sig")
+                return read_text(path)
         raise DataError(f"{self.root / names[0]} is missing: download it, or name the folder that has it")
 
     def each(self, items: Iterable) -> Iterator:
@@ -2255,13 +2328,12 @@ BUILDERS = {    # command: the builder, and the flags of Build that it takes bes
 def command_check(args):
     """Read every clip once, in all cores; report what is wrong by kind and file, write the skip list."""
     rows = read_manifest(args.manifest, args.root, args.allow_outside, skip=False)
-    if len({row["id"] for row in rows}) < len(rows):
-        raise DataError(f"{args.manifest}: ids repeat, so a skip list could not name rows: make them differ")
     # Rows are read in all cores, in any order.
     with worker_pool() as pool:
         replies = pool.imap_unordered(partial(_check_videos, limit=args.limit), rows)
         replies = _until_silence(replies, 2 * args.limit + 5)
         problems = dict(progress(replies, len(rows), "rows"))
+    too_long = _rows_too_long(rows, args.tokenizer, PRESETS[args.preset]) if args.tokenizer else set()
 
     # Report in the order of the manifest.
     base = os.path.realpath(args.root or Path(args.manifest).parent)
@@ -2273,10 +2345,12 @@ def command_check(args):
             sentence = f"a decoder crashed or took over {args.limit} s on one of these"
             videos = [clip["video"] for clip in clips_of(row)]
             found = [("hangs or crashes", f"{sentence}, {video}", video) for video in videos]
+        if row["id"] in too_long:
+            found.append(("too long", f"its text does not fit into {PRESETS[args.preset].max_length} tokens", None))
         if found:
             kinds.update({kind for kind, _, _ in found})
             reasons = [f"{kind}: {sentence}" for kind, sentence, _ in found]
-            videos = [_path_from(base, video) for _, _, video in found]
+            videos = [_path_from(base, video) for _, _, video in found if video]
             print("\n".join(f"{row['id']}: {reason}" for reason in reasons))
             skip_list.append({"id": row["id"], "videos": videos, "reasons": reasons})
     write_jsonl(Path(args.manifest).with_suffix(".bad.jsonl"), skip_list)
@@ -2285,6 +2359,21 @@ def command_check(args):
     share = len(skip_list) / len(rows)
     if share > args.max_bad:
         raise DataError(f"{share:.1%} of the rows are bad, more than --max-bad {args.max_bad:.1%}")
+
+
+def _rows_too_long(rows, tokenizer, cfg):
+    """The ids of rows that training would leave out: read with the most video tokens of any stage, which is
+    [x ; F(x)] for an ego clip."""
+    tokenizer = Tokenizer(tokenizer)
+    found = set()
+    for row in rows:
+        chats = [row["turns"]] if row.get("turns") else []
+        if row.get("text"):
+            chats.append([{"user": NARRATE, "assistant": row["text"]}])
+        video_tokens = cfg.visual_tokens * (2 if "ego" in row else 1)
+        if is_too_long(chats, tokenizer, video_tokens, cfg):
+            found.add(row["id"])
+    return found
 
 
 def _path_from(base, video):
