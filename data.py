@@ -1787,6 +1787,7 @@ class Files:
         """`videos`: a folder of their own, in which the paths of videos start."""
         self.root = Path(root)
         self.videos = videos
+        self.file = root                                # that was opened last
         self.where = root                               # the file or record that is being read
         self.count = Counter()                          # rows and records dropped, by reason
 
@@ -1795,27 +1796,28 @@ class Files:
         for name in names:
             path = self.root / name
             if path.is_file():
-                self.where = str(path)
+                self.file = self.where = str(path)
                 return read_text(path)
         raise DataError(f"{self.root / names[0]} is missing: download it, or name the folder that has it")
 
     def each(self, items: Iterable) -> Iterator:
         """Pass on the records of the file that was read last, and count them for error messages."""
-        # `self.where` changes with every record, and with every other file that is read meanwhile.
-        file = self.where
         for number, item in enumerate(items, 1):
+            # The first record may have opened the file. Later ones may open others, for what they refer to.
+            if number == 1:
+                file = self.file
             self.where = f"{file} record {number}"
             yield item
 
     def tolerant(self, records: Iterable, rows: Callable) -> Iterator:
-        """`rows(record)` of each record; bad ones are counted.
+        """`rows(record)` of each record (which `each` numbers); bad ones are counted.
 
         If more than 1 % of them are bad, or the first one is, the file has another format: that raises the
         first error.
         """
         bad = total = 0
         first_error = None
-        for total, record in enumerate(self.each(records), 1):
+        for total, record in enumerate(records, 1):
             # All rows of a record, or none: an error may come after the first ones.
             try:
                 yield from list(rows(record))
@@ -1840,15 +1842,16 @@ class Files:
         return self.each(filter(None, words))
 
     def table(self, *names: str, delimiter: str = ",") -> Iterator:
-        """The rows of a CSV file, by the names in its first line; those with other lengths are counted."""
+        """The rows of a CSV file, by the names in its first line. Columns without a name, and cells that are
+        missing at the end, are no defect: a row lacks them. Lines with more cells are counted."""
         # Tab-separated files have no quotes: a quotation mark in them is a letter.
         quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
         rows = csv.DictReader(io.StringIO(self.text(*names)), delimiter=delimiter, quoting=quoting)
         for row in self.each(rows):
-            if None in row or None in row.values():
+            if any(row.pop(None, [])):
                 self.count["malformed line"] += 1
-            else:
-                yield row
+                continue
+            yield {name: cell for name, cell in row.items() if name and cell is not None}
 
     def video(self, name: str) -> str:
         """A video's path from the root (or from `videos`): in `videos/` if that folder is there."""
@@ -1877,8 +1880,23 @@ def convert(make: Callable, options) -> Iterator:
 
 
 def verbalise_wearer(text: str) -> str:
-    """The narrators' C is verbalised (the paper's one published example)."""
-    return re.sub(r"\bC\b", WEARER, text).strip()
+    """Narrations of Ego4D and Ego-Exo4D call the wearer C: "#C C walks" is "Camera-wearer walks" (the word is
+    the paper's one published example).
+
+    A tag says whose action it is: "#C" the wearer's, any other ("#O", "#AA") another person's. Annotators also
+    wrote #c, # C, #CC, and C in small letters; and a wearer before another subject, who is left out.
+    """
+    text = text.strip()
+    tag = re.match(r"#\s*(\w+)\s+", text)
+    rest = text[tag.end():] if tag else text
+    # The wearer's letter may stand twice, or not at all: then the tag is the subject of the verb.
+    letters = re.match(r"(?:[Cc]\s+)*", rest)
+    rest = rest[letters.end():]
+    is_wearer = letters[0] or tag and tag[1].upper() in ("C", "CC") and rest[:1].islower()
+    names_another = re.match(r"(?:an?|the|another|some)\s", rest, re.I)
+    if is_wearer and not names_another:
+        rest = f"{WEARER} {rest}"
+    return re.sub(r"\bC\b", WEARER, rest)
 
 
 # ------------------------------------------------------------------------------------ appendix: Ego-Exo4D
@@ -1934,7 +1952,7 @@ def ego_exo4d(files, options):
                     "exo": [{"video": video, **span} for video in cameras.values()],
                     "text": verbalise_wearer(narrated["text"]),
                     "source": "ego-exo4d"}
-    yield from files.tolerant(annotated, rows)
+    yield from files.tolerant(files.each(annotated), rows)
 
 
 def _alpha(annotated, options):
@@ -1980,8 +1998,8 @@ def _why_dropped(annotation, narrated, cameras, length, options):
 
 
 def _is_true(flag):
-    """Ego-Exo4D's flags are booleans from one annotator, "1" and "0" from another: bool("0") is True."""
-    if flag not in (True, False, "1", "0"):
+    """Ego-Exo4D's flags are booleans from one annotator, "1" and "0" from another, null from some: no."""
+    if flag not in (True, False, "1", "0", None):
         raise ValueError(f"a flag is {flag!r}, not true, false, 1 or 0")
     return flag in (True, "1")
 
@@ -2086,11 +2104,13 @@ def ssv2(files, options):
         raise DataError("the test split has no labels: use --split train or validation")
 
     def rows(record):
-        video = files.video(f"{record['id']}.webm")
-        yield egoit_row("ssv2", record["id"], video, record["label"], options)
+        yield egoit_row("ssv2", record["id"], f"{folder}{record['id']}.webm", record["label"], options)
+    # The archive unpacks into a folder of this name.
+    archive = "20bn-something-something-v2/"
+    folder = archive if (files.root / archive).is_dir() else files.video("")
     name = f"{options.split}.json"
     records = files.json(name, f"something-something-v2-{name}", f"labels/{name}")
-    yield from files.tolerant(records, rows)
+    yield from files.tolerant(files.each(records), rows)
 
 
 def egotimeqa(files, options):
@@ -2106,19 +2126,20 @@ def egotimeqa(files, options):
         yield egoit_row("egotimeqa", key, files.video(f"{record['video_id']}.mp4"), answer, options, question)
     name = "annotations.EgoTimeQA.json"
     records = files.json(name, f"data/unified/{name}")
-    yield from files.tolerant(records, rows)
+    yield from files.tolerant(files.each(records), rows)
 
 
 def openeqa(files, options):
     """OpenEQA (open-eqa-v0.json): episodes are folders of `*-rgb.png`, at no rate that matters (the whole
     walk is sampled evenly)."""
     frames = "frames" if (files.root / "frames").is_dir() else "data/frames"
+    records = files.json("open-eqa-v0.json", "data/open-eqa-v0.json")
 
     def rows(record):
         video = f"{frames}/{record['episode_history']}"
         yield egoit_row("openeqa", record["question_id"], video, record["answer"], options,
                         record["question"], fps=3)
-    yield from files.tolerant(files.json("open-eqa-v0.json", "data/open-eqa-v0.json"), rows)
+    yield from files.tolerant(files.each(records), rows)
 
 
 def egoexolearn(files, options):
@@ -2240,13 +2261,12 @@ EGOIT = {
 def egoclip(files, options):
     """EgoClip (EgoVLP's egoclip.csv, tab-separated, 3.8M rows): the Init stage's ego data. The released clip
     times are used, negative ones cut to 0; `--chunk` seconds a file as EgoVLP's script cuts them, a clip that
-    spans two stays in that of its middle. Dropped (our reading of its appendix): #unsure, under 3 words."""
+    spans two stays in that of its middle. Ids are row numbers from 0, as in EgoVLP. Dropped, if they are there
+    (the released file has none): #unsure, and texts under 3 words, tag included."""
     def rows(row):
-        # Narrations begin with a tag, such as "#C".
-        text = re.sub(r"^#\s*\w+\s+", "", row["clip_text"].strip())
         start = max(0.0, float(row["clip_start"]))
         end = float(row["clip_end"])
-        if "#unsure" in row["clip_text"].lower() or len(text.split()) < 3 or not start < end:
+        if "#unsure" in row["clip_text"].lower() or len(row["clip_text"].split()) < 3 or not start < end:
             files.count["unsure, short or without length"] += 1
             return
         # EgoVLP cuts videos into pieces: times count from the start of the clip's piece.
@@ -2259,8 +2279,8 @@ def egoclip(files, options):
             start = max(start - begin, 0)
             end = min(end - begin, options.chunk)
         yield {
-            "id": f"egoclip/{row['clip_idx']}",
-            "text": verbalise_wearer(text),
+            "id": f"egoclip/{int(files.where.rpartition(' ')[2]) - 1}",
+            "text": verbalise_wearer(row["clip_text"]),
             "source": "egoclip",
             "ego": {
                 "video": files.video(f"{name}.mp4"),
@@ -2271,30 +2291,38 @@ def egoclip(files, options):
 
 def conversations(files, options):
     """LLaVA's and VideoLLaMA2's JSON array or lines (`--file`, below --root), with our optional "start" and
-    "end" in seconds. `image` wins over `video`, as in their loader; marks of the video are put back by ours.
-    Still images are left out, and counted: this model reads videos."""
+    "end" in seconds, or EgoGPT's `start_frame` and `end_frame`. `image` wins over `video`, as in their
+    loader; marks of the video are put back by ours. Still images are left out, and counted: this model reads
+    videos."""
     still_images = (*IMAGE_SUFFIXES, ".webp", ".bmp")
-    roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+    roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
     one_a_line = options.file.endswith(".jsonl")
 
     def rows(record):
         if one_a_line:
             record = json.loads(record)
-        # Some write {"video": path} where others write the path.
+        # Some write {"video": path} or [path] where others write the path.
         video = record.get("image") or record.get("video")
         if isinstance(video, dict):
             video = video["video"]
+        if isinstance(video, list):
+            video, = video                                      # one video a row
         if video is None:
             files.count["text only"] += 1
             return
         if Path(video).suffix.lower() in still_images:
             files.count["still image"] += 1
             return
-        # Marks of a video or an image go: the chat template puts its own.
+        # Marks of a video, an image or its sound go: the chat template puts its own.
         speakers, texts = [], []
         for message in record["conversations"]:
             speakers.append(roles[message["from"]])
-            texts.append(re.sub(r"<(video|image)>\n?", "", message["value"]).strip())
+            texts.append(re.sub(r"<(video|image|speech)>\n?", "", message["value"]).strip())
+        # What the system says leads the first question.
+        system = {}
+        if speakers[:1] == ["system"]:
+            system = {"system": texts.pop(0)}
+            del speakers[0]
         # An assistant's greeting answers no question.
         if speakers[:1] == ["assistant"]:
             del speakers[0], texts[0]
@@ -2302,7 +2330,12 @@ def conversations(files, options):
         if not texts or speakers != ["user", "assistant"] * (len(texts) // 2):
             raise ValueError("human and gpt must take turns, human first")
         turns = [{"user": q, "assistant": a} for q, a in zip(texts[::2], texts[1::2])]
+        turns[0] = system | turns[0]
         clip = {"video": video} | {key: record[key] for key in ("start", "end", "fps") if key in record}
+        # EgoGPT counts frames instead of seconds, at the rate of the file.
+        if "start_frame" in record:
+            rate = frame_rate(files.root / video)
+            clip |= {"start": record["start_frame"] / rate, "end": record["end_frame"] / rate}
         yield {
             "id": str(record.get("id", files.where.rpartition(" ")[2])),
             "turns": turns,
@@ -2313,7 +2346,7 @@ def conversations(files, options):
         records = filter(str.strip, files.text(options.file).split("\n"))
     else:
         records = files.json(options.file)
-    yield from files.tolerant(records, rows)
+    yield from files.tolerant(files.each(records), rows)
 
 
 BUILDERS = {    # command: the builder, and the flags of Build that it takes besides --root and --out

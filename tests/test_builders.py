@@ -120,17 +120,18 @@ def test_a_narration_alone_gets_alpha_for_a_gap_and_two_frames_at_least(tmp_path
 
 
 # ----------------------------------------------------------------------------------------------------- EgoClip
-CLIPS = "\t".join(("clip_idx video_uid video_dur narration_source narration_ind narration_time clip_start clip_end clip_text tag_verb "
-                   "tag_noun").split())
+CLIPS = ("video_uid video_dur narration_source narration_ind narration_time clip_start clip_end clip_text tag_verb tag_noun ").replace(" ", "\t")
 UID = "001e3e4e-2743-47fc-8564-d5efd11f9e90"
 
 
 def egoclip(root):
+    """As released: no clip_idx, and a tab at the end of the header; a row may lack the cells at its end."""
     write(root / "egoclip.csv", "\n".join((
-        CLIPS, f'0\t{UID}\t128.033333\tnarration_pass_1\t0\t3.3445\t2.967651\t3.721266\t#C C picks a bag of clothes from the floor\t[93]\t[192, 115, 12]',
-        "1\tonly\tthree", f'2\t{UID}\t700\tnarration_pass_2\t1\t0.1\t-0.3\t0.4\t#C C walks "to" the door\t[1]\t[]',
-        f"3\t{UID}\t700\tnarration_pass_1\t2\t600.2\t599.5\t601.5\t#C C opens the red door\t[1]\t[2]",
-        f"4\t{UID}\t700\tnarration_pass_1\t3\t5\t4\t6\t#unsure\t[]\t[]", f"5\t{UID}\t700\tnarration_pass_1\t3\t5\t4\t6\t#C C talks\t[]\t[]")))
+        CLIPS, f'{UID}\t128.033333\tnarration_pass_1\t0\t3.3445\t2.967651\t3.721266\t#C C picks a bag of clothes from the floor\t[93]\t[192, 115, 12]\t',
+        f'{UID}\t700\tnarration_pass_2\t1\t0.1\t-0.3\t0.4\t#C C walks "to" the door\t[1]\t[]',
+        f"{UID}\t700\tnarration_pass_1\t2\t600.2\t599.5\t601.5\t#c c opens the red door",
+        f"{UID}\t700\tnarration_pass_1\t3\t5\t4\t6\t#C C walks #unsure\t[]\t[]", f"{UID}\t700\tnarration_pass_1\t3\t5\t4\t6\t#C talks\t[]\t[]",
+        f"{UID}\t700\tnarration_pass_1\t3\t5\t4\t6\t#C C\ttalks to the man\t[]\t[]\t\tone too many")))
     return root
 
 
@@ -141,12 +142,24 @@ def test_egoclip(tmp_path, capsys):
     assert (row["ego"]["start"] + row["ego"]["end"]) / 2 == pytest.approx(3.3445, abs=1e-3)      # EgoVLP's row 0
     assert (row["ego"]["end"] - row["ego"]["start"]) * 4.9 == pytest.approx(3.6927, abs=1e-3)    # its beta
     assert row["text"] == "Camera-wearer picks a bag of clothes from the floor"
-    assert rows["egoclip/2"]["ego"]["start"] == 0 and rows["egoclip/2"]["text"] == 'Camera-wearer walks "to" the door'
-    assert rows["egoclip/3"]["ego"] == {"video": f"{UID}/1.mp4", "start": 0, "end": 1.5}          # of two files the one of its middle
+    assert rows["egoclip/1"]["ego"]["start"] == 0 and rows["egoclip/1"]["text"] == 'Camera-wearer walks "to" the door'
+    assert rows["egoclip/2"]["ego"] == {"video": f"{UID}/1.mp4", "start": 0, "end": 1.5}          # of two files the one of its middle
+    assert rows["egoclip/2"]["text"] == "Camera-wearer opens the red door"
     assert len(rows) == 3
     out = capsys.readouterr().out
     assert "malformed line: 1" in out and "unsure, short or without length: 2" in out
-    assert build("egoclip", tmp_path, "--chunk", "0")["egoclip/3"]["ego"] == {"video": f"{UID}.mp4", "start": 599.5, "end": 601.5}
+    assert build("egoclip", tmp_path, "--chunk", "0")["egoclip/2"]["ego"] == {"video": f"{UID}.mp4", "start": 599.5, "end": 601.5}
+
+
+@pytest.mark.parametrize("narrated, text", (
+    ("#C C walks to the door", "Camera-wearer walks to the door"), ("#c c walks", "Camera-wearer walks"), ("#C c walks", "Camera-wearer walks"),
+    ("# C c walks", "Camera-wearer walks"), ("#CC stares at C's hand", "Camera-wearer stares at Camera-wearer's hand"),
+    ("#c C  walks", "Camera-wearer walks"), ("C C touches the cup", "Camera-wearer touches the cup"), ("#C walks", "Camera-wearer walks"),
+    ("C touches the cup.", "Camera-wearer touches the cup."), ("#C C a black car drives past C", "a black car drives past Camera-wearer"),
+    ("#O A man X talks to C", "A man X talks to Camera-wearer"), ("#AA a woman walks", "a woman walks"),
+    ("The Man X walks towards C.", "The Man X walks towards Camera-wearer."), ("#C C picks vitamin c", "Camera-wearer picks vitamin c")))
+def test_one_rule_names_the_wearer(narrated, text):
+    assert data.verbalise_wearer(narrated) == text
 
 
 # ------------------------------------------------------------------------------------------------------- EgoIT
@@ -276,6 +289,30 @@ def test_conversations(tmp_path, capsys):
     write(tmp_path / "broken.json", "[{]")
     with pytest.raises(SystemExit, match="broken.json is not as expected"):
         build("conversations", tmp_path, "--file", "broken.json")
+
+
+def test_conversations_of_other_tools(tmp_path):
+    """EgoGPT counts frames and marks speech; VideoLLaMA3 lists one video, and a system speaks first."""
+    said = [{"from": "human", "value": "<video>\n<speech>\nWhat?"}, {"from": "gpt", "value": "A cup."}]
+    write(tmp_path / "talk.json", [
+        {"id": 0, "video": "v.mp4", "start_frame": 10, "end_frame": 35, "conversations": said},
+        {"id": 1, "video": ["v.mp4"], "conversations": [{"from": "system", "value": "Be brief."}, *said]},
+        {"id": 2, "video": "walk.gif", "conversations": said}])
+    numbered(tmp_path / "v.mp4")                                            # 10 frames a second
+    rows = build("conversations", tmp_path, "--file", "talk.json")
+    assert rows["0"]["ego"] == {"video": "v.mp4", "start": 1.0, "end": 3.5} and rows["2"]["ego"]["video"] == "walk.gif"
+    assert rows["0"]["turns"] == [{"user": "What?", "assistant": "A cup."}]
+    assert rows["1"]["ego"] == {"video": "v.mp4"} and rows["1"]["turns"] == [{"system": "Be brief.", "user": "What?", "assistant": "A cup."}]
+    for change, words in (({"video": "gone.mp4", "start_frame": 1, "end_frame": 2}, "gone.mp4 cannot be read"),
+                          ({"video": ["a.mp4", "b.mp4"]}, "talk.json record 1")):
+        write(tmp_path / "talk.json", [{"id": 0, "conversations": said} | change])
+        with pytest.raises(SystemExit, match=words):
+            build("conversations", tmp_path, "--file", "talk.json")
+
+
+def test_something_something_in_the_folder_of_its_archive(tmp_path):
+    (ssv2(tmp_path) / "20bn-something-something-v2").mkdir()
+    assert {row["ego"]["video"].split("/")[0] for row in build("ssv2", tmp_path).values()} == {"20bn-something-something-v2"}
 
 
 def test_ten_instructions_a_source_chosen_by_the_row(tmp_path):
@@ -412,9 +449,20 @@ def test_a_folder_of_images_trains(tmp_path, toy):
 def test_one_bad_record_in_many_is_counted(tmp_path, capsys):
     lines = (egoclip(tmp_path) / "egoclip.csv").read_text().split("\n")
     good = lines[1].split("\t")
-    rows = ["\t".join([str(i), *good[1:]]) for i in range(100, 400)]
-    write(tmp_path / "egoclip.csv", "\n".join([lines[0], *rows, "\t".join(["7", *good[1:6], "", *good[7:]])]))
-    assert len(build("egoclip", tmp_path)) == 300 and "bad record: 1" in capsys.readouterr().out
+    rows = ["\t".join(good) for i in range(300)]
+    broken = ["\t".join([*good[:5], "", *good[6:]]), "only\tthree\tcells"]
+    write(tmp_path / "egoclip.csv", "\n".join([lines[0], *rows, *broken]))
+    assert len(build("egoclip", tmp_path)) == 300 and "bad record: 2" in capsys.readouterr().out
+
+
+def test_the_first_bad_record_of_a_table_is_named(tmp_path):
+    lines = (egoclip(tmp_path) / "egoclip.csv").read_text().split("\n")
+    write(tmp_path / "egoclip.csv", "\n".join([lines[0], lines[1], lines[2].replace("-0.3", "soon")]))
+    with pytest.raises(SystemExit, match="egoclip.csv record 2 is not as expected"):
+        build("egoclip", tmp_path)
+    write(tmp_path / "egoclip.csv", "\n".join([lines[0].replace("clip_end", "stop"), lines[1]]))
+    with pytest.raises(SystemExit, match="egoclip.csv record 1 lacks 'clip_end'"):
+        build("egoclip", tmp_path)
 
 
 def test_two_annotations_by_one_annotator_and_a_broken_video(tmp_path, capsys):
