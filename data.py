@@ -31,7 +31,7 @@ import textwrap
 import threading
 import time
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, replace
@@ -991,7 +991,7 @@ def _name_of(row):
 
 
 def _strange_keys(row):
-    """The keys of a row that training does not know, for a message: one may be a slip of the pen."""
+    """For a message, the keys of a row that nothing reads: one may be a slip of the pen."""
     strange = sorted(set(row) - ROW_KEYS)
     return f"; it has {', '.join(map(repr, strange))}, which nothing reads" if strange else ""
 
@@ -1040,22 +1040,38 @@ def die_with_parent():
 
 
 def worker_pool():
-    """A process for each core; none outlives its parent."""
-    return multiprocessing.get_context(START_METHOD).Pool(os.cpu_count(), initializer=die_with_parent)
+    """A process for each core; none outlives its parent, and Ctrl-C is the parent's to answer."""
+    return multiprocessing.get_context(START_METHOD).Pool(os.cpu_count(), initializer=_start_pool_worker)
+
+
+def _start_pool_worker():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent()
 
 
 def progress(items: Iterator, total: int, what: str) -> Iterator:
-    """Pass items on, with a line that says how many, how fast, and how long it will take."""
-    began = last_shown = time.monotonic()
+    """Pass items on, with a line that says how many, how fast (in the last seconds), and how long it will take.
+
+    A terminal's line is written anew twice a second; a file gets a line every tenth of the way.
+    """
+    on_terminal = sys.stdout.isatty()
+    recent = deque([(time.monotonic(), 0)], maxlen=20)          # (when, how many) of the last ten seconds
+    tenths_shown = 0
     for done, item in enumerate(items, 1):
         yield item
-        # Print at most twice a second, and once at the end.
         now = time.monotonic()
-        if now - last_shown > 0.5 or done == total:
-            last_shown = now
-            rate = done / max(now - began, 1e-9)
-            line = f"\r{done}/{total} {what}, {rate:.1f} a second, {(total - done) / rate:.0f} s left   "
-            print(line, end="" if done < total else "\n", flush=True)
+        if now - recent[-1][0] < 0.5 and done < total:
+            continue
+        then, before = recent[0]
+        recent.append((now, done))
+        # Say how it goes.
+        rate = (done - before) / max(now - then, 1e-9)
+        line = f"{done}/{total} {what}, {rate:.1f} a second, {(total - done) / rate:.0f} s left"
+        if on_terminal:
+            print(f"\r{line}   ", end="" if done < total else "\n", flush=True)
+        elif 10 * done // total > tenths_shown:
+            tenths_shown = 10 * done // total
+            print(line, flush=True)
 
 
 # -------------------------------------------------------------------------------------- 5 the micro-world
@@ -1101,6 +1117,9 @@ SLEEVE = (70, 86, 122)
 SHADOW = (60, 52, 48)
 WOOD = (196, 164, 128)
 SIGN = {"left": -1, "right": 1}                             # of x, from the middle of the table
+
+
+TOY_FOLDER = "out/toy"
 
 
 @dataclass(frozen=True)
@@ -1515,9 +1534,15 @@ def _claim_world(out, world):
 
 
 def toy_world(out: FilePath) -> World:
-    """The knobs of the world in this folder (the defaults if it is not made yet)."""
+    """The knobs of the world in this folder. The default folder is made when it is first needed; any other
+    name that is not a world may be a slip of the pen."""
     file = Path(out) / "world.json"
-    return World(**json.loads(read_text(file))) if file.is_file() else World()
+    if file.is_file():
+        return World(**json.loads(read_text(file)))
+    if Path(out) != Path(TOY_FOLDER):
+        raise DataError(f"{out} is no micro-world (a folder that  data.py toy --out {out}  makes), and no "
+                        f"manifest (a .jsonl file)", "missing")
+    return World()
 
 
 def toy_tokenizer(out: FilePath, world: World) -> Path:
@@ -1723,7 +1748,7 @@ def main(argv=None):
     # The micro-world.
     toy = _add_command(commands, "toy", command_toy, command_toy)
     toy.add_argument("splits", nargs="*", help=f"of {', '.join(SPLITS)} (all)")
-    toy.add_argument("--out", default="out/toy")
+    toy.add_argument("--out", default=TOY_FOLDER)
     add_flags(toy, World)
 
     # Any manifest.
@@ -1749,6 +1774,8 @@ def main(argv=None):
         args.run(args)
     except DataError as error:
         sys.exit(f"data.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("data.py: stopped; the same command goes on or begins anew")
 
 
 # --------------------------------------------------------------------------- appendix: real data, converted
@@ -2387,11 +2414,26 @@ def command_check(args):
             print("\n".join(f"{row['id']}: {reason}" for reason in reasons))
             skip_list.append({"id": row["id"], "videos": videos, "reasons": reasons})
     write_jsonl(Path(args.manifest).with_suffix(".bad.jsonl"), skip_list)
+    _say_what_is_not_read(rows)
     counts = ", ".join(f"{kind}: {number}" for kind, number in kinds.most_common())
     print(f"{len(rows) - len(skip_list)} of {len(rows)} rows are good; {counts or 'nothing is wrong'}")
     share = len(skip_list) / len(rows)
     if share > args.max_bad:
         raise DataError(f"{share:.1%} of the rows are bad, more than --max-bad {args.max_bad:.1%}")
+
+
+def _say_what_is_not_read(rows):
+    """What is allowed, and may be a slip of the pen: unknown keys, and rows without a word of text."""
+    strange = {}
+    for row in rows:
+        for key in set(row) - ROW_KEYS:
+            strange.setdefault(key, row["where"])
+    for key, where in strange.items():
+        print(f"nothing reads {key!r} (first in {where}); a row has {', '.join(sorted(ROW_KEYS - {'where'}))}")
+    silent = [row for row in rows if not row.get("text") and not row.get("turns")]
+    if silent:
+        print(f"{len(silent)} of {len(rows)} rows have neither text nor turns (first {silent[0]['where']}): only "
+              f"stage 2 uses them")
 
 
 def _rows_too_long(rows, tokenizer, cfg):

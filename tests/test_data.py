@@ -2,8 +2,10 @@
 import atexit
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from fractions import Fraction
 
 import numpy as np
@@ -400,3 +402,33 @@ def test_decoding_uses_one_thread(tmp_path, monkeypatch):
         plain(container, stream, *rest))[1])
     read_clip(video, 0, 1, 4, 48)
     assert seen[0][0] == 1 and "NONE" in seen[0][1]
+
+
+def test_check_says_what_nothing_reads(tmp_path):
+    numbered(tmp_path / "v.mp4")
+    write_jsonl(tmp_path / "m.jsonl", [{"id": "a", "ego": {"video": "v.mp4"}, "turn": []}, {"id": "b", "ego": {"video": "v.mp4"}, "text": "x"}])
+    said = run("data.py", "check", tmp_path / "m.jsonl")[1]
+    assert "nothing reads 'turn' (first in" in said and "m.jsonl line 1); a row has ego, exo, id, source, text, turns" in said
+    assert "1 of 2 rows have neither text nor turns (first" in said and "2 of 2 rows are good; nothing is wrong" in said
+
+
+def test_progress_in_a_file_is_a_line_a_tenth(capsys):
+    assert list(data.progress(iter(range(40)), 40, "things")) == list(range(40))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 10 and lines[-1].startswith("40/40 things, ") and "\r" not in "".join(lines)
+
+
+def test_a_misspelt_folder_is_no_world(tmp_path):
+    with pytest.raises(DataError, match="tyo is no micro-world"):
+        data.toy_world(tmp_path / "tyo")
+    assert not (tmp_path / "tyo").exists()
+
+
+def test_ctrl_c_while_rendering_is_one_line(tmp_path):
+    words = [sys.executable, "data.py", "toy", "corpus", "--out", tmp_path / "toy"]
+    process = subprocess.Popen(words, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not list(tmp_path.glob("toy/corpus/*/*.mp4")):
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert said == "data.py: stopped; the same command goes on or begins anew\n" and process.returncode == 1
