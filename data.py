@@ -308,14 +308,13 @@ def read_clip(
         num_frames: int,
         size: int,                              # pixels a side
         rng=None,                               # a numpy Generator
-        fps=None,                               # of a folder of images
-        fit: str = "pad"):
+        fps=None):                              # of a folder of images
     """`num_frames` RGB frames of [start, end) seconds -> uint8 (T, 3, S, S).
 
     The clip is cut into T equal spans; a frame is what a viewer would see at one moment of each span: its
     centre, or with `rng` (training) a random moment. Frames are found by their timestamps, never by index
-    times fps; a clip with fewer frames repeats real ones. `fit` "pad" is VideoLLaMA2's square with CLIP's
-    mean colour, "crop" the centre. DataError if the clip cannot be read.
+    times fps; a clip with fewer frames repeats real ones. Pictures are padded to a square with CLIP's mean
+    colour, as in VideoLLaMA2. DataError if the clip cannot be read.
     """
     with open_video(video, fps) as opened:
         # One moment in each of T equal spans.
@@ -329,7 +328,7 @@ def read_clip(
             if frame is last:
                 out[i] = out[i - 1]
             else:
-                out[i] = _pixels(frame, size, fit, orientation, opened.pixel_shape)
+                out[i] = _pixels(frame, size, orientation, opened.pixel_shape)
             last = frame
         return out
 
@@ -345,10 +344,10 @@ def clip_span(video: FilePath, start, end, length: float):
     return begin, stop
 
 
-def read_row_clip(clip: dict, num_frames: int, size: int, rng=None, fit: str = "pad"):
+def read_row_clip(clip: dict, num_frames: int, size: int, rng=None):
     """read_clip of a clip as a row has it: {"video"[, "start"][, "end"][, "fps"]}."""
-    return read_clip(clip["video"], clip.get("start"), clip.get("end"), num_frames, size, rng,
-                     clip.get("fps"), fit)
+    return read_clip(
+        clip["video"], clip.get("start"), clip.get("end"), num_frames, size, rng, clip.get("fps"))
 
 
 @contextmanager
@@ -567,29 +566,16 @@ def _images_at(files, rate, moments):
 def _exif_orientation(jpeg):
     """The orientation that a camera wrote into a JPEG, 1 to 8; 1 if there is none. (PyAV before 19 tells
     turns from mirrors in no other way.)"""
-    exif = jpeg[jpeg.find(b"Exif\0\0") + 6:]
-    if len(exif) == len(jpeg) - 5:
-        return 1
-    # A table of entries of twelve bytes: tag, type, count, value.
-    order = "<" if exif[:2] == b"II" else ">"
-    try:
-        table, = struct.unpack_from(f"{order}I", exif, 4)
-        entries, = struct.unpack_from(f"{order}H", exif, table)
-        for i in range(entries):
-            tag, _, _, value = struct.unpack_from(f"{order}HHIH", exif, table + 2 + 12 * i)
-            if tag == 0x112 and value in ORIENTATIONS:
-                return value
-    except struct.error:
-        pass                                                    # cut short: players show it as it is stored
-    return 1
+    # An entry of EXIF's first table: tag 0x112, type 3, one value; big-endian (MM) or little-endian (II).
+    entry = re.search(rb"Exif\0\0(?:MM.*?\x01\x12\0\x03\0{3}\x01\0(.)|II.*?\x12\x01\x03\0\x01\0{3}(.)\0)", jpeg, re.S)
+    value = entry[entry.lastindex][0] if entry else 1
+    return value if value in ORIENTATIONS else 1
 
 
-def _pixels(frame, size, fit="pad", orientation=UPRIGHT, pixel_shape=1.0):
-    """One frame as RGB (3, S, S), as a player shows it: scaled to fit inside the square, or to cover it."""
-    # One side becomes S; the other one is shorter (pad) or longer (crop).
+def _pixels(frame, size, orientation=UPRIGHT, pixel_shape=1.0):
+    """One frame as RGB (3, S, S), as a player shows it: scaled to fit inside the square, in its middle."""
     width = frame.width * pixel_shape
-    choose = min if fit == "crop" else max
-    scale = size / choose(width, frame.height)
+    scale = size / max(width, frame.height)
     width = max(1, round(width * scale))
     height = max(1, round(frame.height * scale))
     scaled = _reformatter.reformat(frame, width, height, "rgb24", interpolation="BICUBIC", threads=1)
@@ -604,16 +590,13 @@ def _pixels(frame, size, fit="pad", orientation=UPRIGHT, pixel_shape=1.0):
         rgb = rgb[:, ::-1]
     if down < 0:
         rgb = rgb[::-1]
-    # The middle of the picture goes to the middle of the square.
+    # The longer side fills the square; the other one has a margin at both ends.
     height, width = rgb.shape[:2]
-    top = abs(size - height) // 2
-    left = abs(size - width) // 2
-    rgb = rgb.transpose(2, 0, 1)                                # (3, height, width)
-    if fit == "crop":
-        return rgb[:, top:top + size, left:left + size]
+    top = (size - height) // 2
+    left = (size - width) // 2
     out = np.empty((3, size, size), np.uint8)
     out[:] = CLIP_MEAN_COLOUR[:, None, None]
-    out[:, top:top + height, left:left + width] = rgb
+    out[:, top:top + height, left:left + width] = rgb.transpose(2, 0, 1)
     return out
 
 
@@ -812,7 +795,7 @@ class Loader:
     def _without_long_texts(self, rows):
         """The rows without those whose text the model has no room for. Training names and counts them; a
         benchmark must not leave out any."""
-        long = [row for row in rows if is_too_long(self.chats(row), self.tokenizer, self.video_tokens, self.cfg)]
+        long = [row for row in rows if is_too_long(row, self.text, self.tokenizer, self.video_tokens, self.cfg)]
         if not long:
             return rows
         worst = f"{_name_of(long[0])} has more tokens than the {self.cfg.max_length} that fit"
@@ -929,20 +912,9 @@ class Loader:
         rng = np.random.default_rng(draw) if self.train else None
         return read_row_clip(clip, self.cfg.frames, self.cfg.image_size, rng)
 
-    def chats(self, row: dict) -> list:
-        """What a row is read as: its narration, its conversation, or ("mix") one of the two in turn."""
-        narration, conversation = [], []
-        if row.get("text"):
-            narration = [[{"user": NARRATE, "assistant": row["text"]}]]
-        if row.get("turns") and self.text != "text":
-            conversation = [row["turns"]]
-        if self.text == "turns":
-            return conversation or narration
-        return narration + conversation
-
     def prompt(self, row: dict, index: int):
         """ids and labels of a row; empty for a row without text."""
-        chats = self.chats(row)
+        chats = chats_of(row, self.text)
         if not chats:
             return [], []
         return self.tokenizer.chat(chats[index % len(chats)], self.video_tokens)
@@ -970,11 +942,23 @@ class Loader:
             return error
 
 
-def is_too_long(chats: list, tokenizer: Tokenizer, video_tokens: int, cfg: ModelConfig) -> bool:
-    """Whether one of these chats has more tokens than the model reads."""
-    for turns in chats:
+def chats_of(row: dict, text: str) -> list:
+    """What a row is read as: its narration, its conversation, or ("mix") one of the two in turn."""
+    narration, conversation = [], []
+    if row.get("text"):
+        narration = [[{"user": NARRATE, "assistant": row["text"]}]]
+    if row.get("turns") and text != "text":
+        conversation = [row["turns"]]
+    if text == "turns":
+        return conversation or narration
+    return narration + conversation
+
+
+def is_too_long(row: dict, text: str, tokenizer: Tokenizer, video_tokens: int, cfg: ModelConfig) -> bool:
+    """Whether a chat of this row has more tokens than the model reads."""
+    for turns in chats_of(row, text):
         # A text has no more tokens than bytes, and a turn of the template less than 64: most chats are short.
-        most = sum(len(text.encode()) + 64 for turn in turns for text in turn.values())
+        most = sum(len(said.encode()) + 64 for turn in turns for said in turn.values())
         if video_tokens + most > cfg.max_length:
             ids, _ = tokenizer.chat(turns, video_tokens)
             if len(ids) > cfg.max_length:
@@ -1573,25 +1557,31 @@ def toy_tokenizer(out: FilePath, world: World) -> Path:
 
 
 # ---------------------------------------------------------------------------------------------- 6 looking
-GLYPHS = "abcdefghijklmnopqrstuvwxyz0123456789.,:?!'-()/ "  # 5 x 8 dots each, a byte a column, low bit on top
-FONT = np.unpackbits(np.frombuffer(bytes.fromhex(
+GLYPHS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:?!'-()/ "
+FONT = np.unpackbits(np.frombuffer(bytes.fromhex(      # 5 x 8 dots a letter, a byte a column, low bit on top
     "2054547840" "7f28444438" "3844444428" "384444287f" "3854545418" "00087e0902" "18a4a49c78"
     "7f08040478" "00447d4000" "2040403d00" "7f10284400" "00417f4000" "7c04780478" "7c08040478" "3844444438"
     "fc18242418" "18242418fc" "7c08040408" "4854545424" "04043f4424" "3c4040207c" "1c2040201c" "3c4030403c"
-    "4428102844" "4c9090907c" "4464544c44" "3e5149453e" "00427f4000" "7249494946" "2141494d33" "1814127f10"
+    "4428102844" "4c9090907c" "4464544c44"
+    "7e1111117e" "7f49494936" "3e41414122" "7f4141221c" "7f49494941" "7f09090901" "3e4149497a" "7f0808087f"
+    "00417f4100" "2040413f01" "7f08142241" "7f40404040" "7f020c027f" "7f0408107f" "3e4141413e" "7f09090906"
+    "3e4151215e" "7f09192946" "4649494931" "01017f0101" "3f4040403f" "1f2040201f" "3f4038403f" "6314081463"
+    "0708700807" "6151494543"
+    "3e5149453e" "00427f4000" "7249494946" "2141494d33" "1814127f10"
     "2745454539" "3c4a494931" "4121110907" "3649494936" "464949291e" "0000606000" "0080703000" "0000140000"
     "0201590906" "00005f0000" "0008070300" "0808080808" "001c224100" "0041221c00" "2010080402" "0000000000"),
     np.uint8).reshape(-1, 5, 1), axis=2, bitorder="little").astype(bool)
+LETTER = 12                     # pixels a letter is wide; its dots are two pixels each
 
 
 def written(text: str, width: int, colour):
-    """Lower-case text as a strip of pixels (12, width, 3): a letter is six pixels wide."""
-    strip = np.full((12, width, 3), 255, np.uint8)
+    """Text as a strip of pixels (26, width, 3)."""
+    dots = np.full((13, width // 2, 3), 255, np.uint8)
     for i, char in enumerate(text):
         # A character without a glyph is found at -1, which is the blank.
         glyph = FONT[GLYPHS.find(char)].T                                   # (8, 5)
-        strip[4:, 6 * i + 2:6 * i + 7][glyph] = colour
-    return strip
+        dots[4:12, 6 * i + 2:6 * i + 7][glyph] = colour
+    return repeat(dots, "h w c -> (h up) (w across) c", up=2, across=2)
 
 
 def contact_sheet(path: FilePath, items: list):
@@ -1613,12 +1603,18 @@ def _tile(clips, lines):
     zoom = max(1, 96 // clips[0].shape[-1])
     strips = repeat(clips, "n t c h w -> (n h up) (t w across) c", up=zoom, across=zoom)
     width = strips.shape[1]
-    # Break the lines at the width of the pictures.
     parts = [strips]
     for line, colour in lines:
-        for text in textwrap.wrap(line.lower(), width // 6 - 1):
-            parts.append(written(text, width, colour))
+        parts += [written(text, width, colour) for text in _wrapped(line, width // LETTER - 1)]
     return np.pad(np.concatenate(parts), ((0, 16), (0, 8), (0, 0)), constant_values=255)
+
+
+def _wrapped(text, most):
+    """Lines of at most so many letters, about equally long: none is a lone word where that can be helped."""
+    count = len(textwrap.wrap(text, most))
+    while most > 1 and len(textwrap.wrap(text, most - 1)) == count:
+        most -= 1
+    return textwrap.wrap(text, most)
 
 
 def encode_png(image) -> bytes:
@@ -1641,7 +1637,8 @@ def command_show(args):
         clips = [read_row_clip(clip, num_frames=4, size=96) for clip in clips_of(row)]
         lines = [(row.get("text", ""), (0, 0, 0))]
         for turn in row.get("turns", [])[:2]:
-            lines.append((f"q: {turn['user']}  a: {turn['assistant']}", (90, 90, 90)))
+            lines.append((f"Q: {turn['user']}", (0, 70, 160)))
+            lines.append((f"A: {turn['assistant']}", (90, 90, 90)))
         items.append((clips, lines))
     contact_sheet(args.out, items)
     print(f"{args.out}: {len(items)} rows of {args.manifest}")
@@ -2393,7 +2390,8 @@ def command_check(args):
         replies = pool.imap_unordered(partial(_check_videos, limit=args.limit), rows)
         replies = _until_silence(replies, 2 * args.limit + 5)
         problems = dict(progress(replies, len(rows), "rows"))
-    too_long = _rows_too_long(rows, args.tokenizer, PRESETS[args.preset]) if args.tokenizer else set()
+    tokenizer = args.tokenizer and Tokenizer(args.tokenizer)
+    cfg = PRESETS[args.preset]
 
     # Report in the order of the manifest.
     base = os.path.realpath(args.root or Path(args.manifest).parent)
@@ -2405,8 +2403,10 @@ def command_check(args):
             sentence = f"a decoder crashed or took over {args.limit} s on one of these"
             videos = [clip["video"] for clip in clips_of(row)]
             found = [("hangs or crashes", f"{sentence}, {video}", video) for video in videos]
-        if row["id"] in too_long:
-            found.append(("too long", f"its text does not fit into {PRESETS[args.preset].max_length} tokens", None))
+        # An ego clip is read as [x ; F(x)], which is the most that any stage shows.
+        video_tokens = cfg.visual_tokens * (2 if "ego" in row else 1)
+        if tokenizer and is_too_long(row, "mix", tokenizer, video_tokens, cfg):
+            found.append(("too long", f"its text does not fit into {cfg.max_length} tokens", None))
         if found:
             kinds.update({kind for kind, _, _ in found})
             reasons = [f"{kind}: {sentence}" for kind, sentence, _ in found]
@@ -2414,41 +2414,18 @@ def command_check(args):
             print("\n".join(f"{row['id']}: {reason}" for reason in reasons))
             skip_list.append({"id": row["id"], "videos": videos, "reasons": reasons})
     write_jsonl(Path(args.manifest).with_suffix(".bad.jsonl"), skip_list)
-    _say_what_is_not_read(rows)
+    # These are allowed, and may be slips of the pen.
+    odd = [row for row in rows if set(row) - ROW_KEYS]
+    silent = [row for row in rows if not row.get("text") and not row.get("turns")]
+    if odd:
+        print(f"{len(odd)} rows are odd: {_name_of(odd[0])} is the first{_strange_keys(odd[0])}")
+    if silent:
+        print(f"{len(silent)} rows without text or turns, which only stage 2 uses: {_name_of(silent[0])} is the first")
     counts = ", ".join(f"{kind}: {number}" for kind, number in kinds.most_common())
     print(f"{len(rows) - len(skip_list)} of {len(rows)} rows are good; {counts or 'nothing is wrong'}")
     share = len(skip_list) / len(rows)
     if share > args.max_bad:
         raise DataError(f"{share:.1%} of the rows are bad, more than --max-bad {args.max_bad:.1%}")
-
-
-def _say_what_is_not_read(rows):
-    """What is allowed, and may be a slip of the pen: unknown keys, and rows without a word of text."""
-    strange = {}
-    for row in rows:
-        for key in set(row) - ROW_KEYS:
-            strange.setdefault(key, row["where"])
-    for key, where in strange.items():
-        print(f"nothing reads {key!r} (first in {where}); a row has {', '.join(sorted(ROW_KEYS - {'where'}))}")
-    silent = [row for row in rows if not row.get("text") and not row.get("turns")]
-    if silent:
-        print(f"{len(silent)} of {len(rows)} rows have neither text nor turns (first {silent[0]['where']}): only "
-              f"stage 2 uses them")
-
-
-def _rows_too_long(rows, tokenizer, cfg):
-    """The ids of rows that training would leave out: read with the most video tokens of any stage, which is
-    [x ; F(x)] for an ego clip."""
-    tokenizer = Tokenizer(tokenizer)
-    found = set()
-    for row in rows:
-        chats = [row["turns"]] if row.get("turns") else []
-        if row.get("text"):
-            chats.append([{"user": NARRATE, "assistant": row["text"]}])
-        video_tokens = cfg.visual_tokens * (2 if "ego" in row else 1)
-        if is_too_long(chats, tokenizer, video_tokens, cfg):
-            found.add(row["id"])
-    return found
 
 
 def _path_from(base, video):
@@ -2478,15 +2455,16 @@ def _check_videos(row, limit):
             with open_video(video, clip.get("fps")) as opened:
                 length = opened.seconds
                 begin, stop = clip_span(video, start, end, length)
-            frames = read_row_clip(clip, num_frames=8, size=64, fit="crop")
+            frames = read_row_clip(clip, num_frames=8, size=64)
         except DataError as error:
             found.append((error.reason, str(error), video))
             continue
         if stop < (end or 0) - 0.1:
             found.append(("too short", f"{video} ends at {length:.2f} s, the clip at {end} s", video))
         # A covered lens or a failed recording shows one colour all the time; a dark moment is no error.
-        contrast = frames.reshape(8, 3, -1).std(2)              # of each frame and colour
-        if contrast.max() < 1:
+        picture = (frames != CLIP_MEAN_COLOUR[:, None, None]).any((0, 1))       # without the margins
+        contrast = frames[:, :, picture].std(2)                 # of each frame and colour
+        if not contrast.max() >= 1:
             found.append(("blank", f"{video} shows one colour at {begin:.2f} - {stop:.2f} s", video))
         lengths.append(length)
         spans.add((start, end))

@@ -430,6 +430,8 @@ def part_run(out):
             tiny = [word for split in ("corpus", "ego", "pairs", "val", "test", "exo-test", "instruct") for word in (f"--{split}", "24")]
             command("data.py", "toy", "--out", toy, *tiny).communicate()
             command("train.py", "--stage", "0", "--data", toy, "--out", base, *few).communicate()
+        else:
+            command("data.py", "toy", "val", "--out", toy).communicate()
         began = time.time()
         first = command("-m", "torch.distributed.run", "train.py", "--stage", "1", "--data", toy, "--out", folder / "stage1", *few)
         said, _ = first.communicate()

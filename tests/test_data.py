@@ -134,8 +134,7 @@ def test_a_row_too_long_is_left_out_before_the_first_step(toy, tmp_path, capsys)
     for more, fits in ((0, True), (1, False)):
         text = " block" * (room + more - 1)
         assert len(tokenizer.encode(text)) == room + more
-        chats = [[{"user": data.NARRATE, "assistant": text}]]
-        assert data.is_too_long(chats, tokenizer, cfg.visual_tokens, cfg) is not fits
+        assert data.is_too_long({"text": text}, "text", tokenizer, cfg.visual_tokens, cfg) is not fits
     for row in rows:
         del row["where"]
     write_jsonl(tmp_path / "m.jsonl", rows)
@@ -382,7 +381,9 @@ def test_another_world_in_the_same_folder_is_refused(toy):
 def test_a_folder_of_other_things_is_no_micro_world(tmp_path):
     (tmp_path / "own.mp4").write_bytes(b"")
     with pytest.raises(DataError, match="own.mp4 is there and no micro-world"):
-        data.toy_split(tmp_path, "pairs", data.toy_world(tmp_path))
+        data.toy_split(tmp_path, "pairs", World())
+    with pytest.raises(DataError, match="is no micro-world"):
+        data.toy_world(tmp_path)
     assert [f.name for f in tmp_path.iterdir() if f.name[0] != "."] == ["own.mp4"]
 
 
@@ -408,8 +409,8 @@ def test_check_says_what_nothing_reads(tmp_path):
     numbered(tmp_path / "v.mp4")
     write_jsonl(tmp_path / "m.jsonl", [{"id": "a", "ego": {"video": "v.mp4"}, "turn": []}, {"id": "b", "ego": {"video": "v.mp4"}, "text": "x"}])
     said = run("data.py", "check", tmp_path / "m.jsonl")[1]
-    assert "nothing reads 'turn' (first in" in said and "m.jsonl line 1); a row has ego, exo, id, source, text, turns" in said
-    assert "1 of 2 rows have neither text nor turns (first" in said and "2 of 2 rows are good; nothing is wrong" in said
+    assert "1 rows are odd: " in said and "m.jsonl line 1 ('a') is the first; it has 'turn', which nothing reads" in said
+    assert "1 rows without text or turns, which only stage 2 uses: " in said and "2 of 2 rows are good; nothing is wrong" in said
 
 
 def test_progress_in_a_file_is_a_line_a_tenth(capsys):

@@ -102,15 +102,6 @@ def test_rotation_is_applied(tmp_path):
         assert halves[red].mean() > 200 and min(h.mean() for h in halves.values()) < 120, red
 
 
-def test_crop_fills_the_square(tmp_path):
-    frames = np.zeros((10, SIDE, 3 * SIDE, 3), np.uint8)
-    frames[:, :, SIDE:2 * SIDE] = 200
-    data.write_video(tmp_path / "v.mp4", frames, FPS)
-    clip = read_clip(tmp_path / "v.mp4", 0, 1, 2, 32, fit="crop")
-    assert clip[..., 2:-2].mean() > 190
-    assert read_clip(tmp_path / "v.mp4", 0, 1, 2, 32, fit="pad")[:, 0, 0].max() == 122
-
-
 def test_a_folder_of_images_is_a_video(tmp_path):
     folder = tmp_path / "walk"
     folder.mkdir()
@@ -265,8 +256,7 @@ def test_a_film_is_turned_and_mirrored_as_its_matrix_says(tmp_path, number):
     one = 1 << 16
     matrix = (a * one, b * one, 0, c * one, d * one, 0, 0, 0, 1 << 30)
     path = coloured(tmp_path / "v.mp4", stream=lambda video: video.set_display_matrix(matrix))
-    for fit in ("pad", "crop"):
-        assert corners(read_clip(path, None, None, 1, 96, fit=fit)[0]) == SEEN[number]
+    assert corners(read_clip(path, None, None, 1, 96)[0]) == SEEN[number]
 
 
 @pytest.mark.parametrize("number", SEEN)
