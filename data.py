@@ -16,7 +16,7 @@ import argparse
 import atexit
 import copy
 import csv
-import fcntl
+import errno
 import inspect
 import io
 import json
@@ -48,7 +48,12 @@ from av.video.reformatter import VideoReformatter
 from einops import rearrange, repeat
 from torch import Tensor
 
-from model import IGNORE, PRESETS, VIDEO, ModelConfig
+from model import IGNORE, PRESETS, VIDEO
+
+try:
+    import fcntl
+except ModuleNotFoundError:
+    sys.exit("Exo2Ego runs on Linux and macOS; on Windows, in WSL")
 
 FilePath = str | os.PathLike
 
@@ -120,7 +125,7 @@ def read_manifests(paths: Sequence, root=None, allow_outside=False) -> list:
     return rows
 
 
-def clips_of(row: dict) -> list:
+def clips_of(row) -> list:
     """A row's clips, ego before exo."""
     ego = [row["ego"]] if "ego" in row else []
     return ego + row.get("exo", [])
@@ -228,7 +233,7 @@ def atomic_write(path: FilePath):
     os.replace(part, path)
 
 
-def write_text_atomic(path: FilePath, text: str):
+def write_text_atomic(path: FilePath, text):
     """A text file that is never seen half written."""
     with atomic_write(path) as part:
         part.write_text(text, encoding="utf-8")
@@ -252,10 +257,12 @@ def file_lock(path: FilePath, wait: bool):
         # The file holds the process id of the first holder, which the second one reads.
         try:
             fcntl.lockf(file, mode)
-        except OSError:
-            file.seek(0)
-            raise DataError(f"{path.parent} is in use by process {file.read().strip() or '?'}: wait for it, "
-                            f"or choose another --out") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                file.seek(0)
+                raise DataError(f"{path.parent} is in use by process {file.read().strip() or '?'}: wait for "
+                                f"it, or choose another --out") from None
+            print(f"{path.parent} is on a file system without locks: see to it that one run at a time uses it")
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
@@ -333,7 +340,7 @@ def read_clip(
         return out
 
 
-def clip_span(video: FilePath, start, end, length: float):
+def clip_span(video: FilePath, start, end, length):
     """Start and end of the clip in seconds, cut at the ends of the video; one without length is refused."""
     begin = max(start or 0.0, 0.0)
     stop = length if end is None else min(end, length)
@@ -600,7 +607,7 @@ def _pixels(frame, size, orientation=UPRIGHT, pixel_shape=1.0):
     return out
 
 
-def write_video(path: FilePath, frames, fps: int, gop: int = 12):
+def write_video(path: FilePath, frames, fps, gop=12):
     """uint8 (N, H, W, 3) -> mp4 (mpeg4, 400 kbit/s)."""
     with atomic_write(path) as part, av.open(str(part), "w", format="mp4") as container:
         # One thread, so that the file is the same on every machine.
@@ -636,8 +643,12 @@ class Tokenizer:
         self.bos = self.sp.bos_id()
         self.eos = self.sp.eos_id()
         self.size = self.sp.get_piece_size()
+        # Mistral 7B v0.3 has a token for each mark of its template; the template here is that of v0.1 and v0.2.
+        if self.sp.piece_to_id("[INST]") != self.sp.unk_id():
+            raise DataError(f"{self.path} is the tokenizer of Mistral v0.3 or later, which knows [INST] as one "
+                            f"token: use that of Mistral-7B-Instruct-v0.2 and its weights")
 
-    def encode(self, text: str) -> list:
+    def encode(self, text) -> list:
         """Text to ids, without <s> or </s>; control tokens written out in the text stay plain text."""
         return self.sp.encode(text)
 
@@ -744,17 +755,17 @@ class Loader:
 
     def __init__(
             self,
-            rows: list,
-            cfg: ModelConfig,
-            tokenizer: Tokenizer,
+            rows,
+            cfg,
+            tokenizer,
             *,
             view: str,                          # exo | ego | pair | text
-            text: str = "text",                 # text | turns | mix
+            text="text",                        # text | turns | mix
             batch: int,                         # samples of a step, over all ranks
             micro: int = 0,                     # samples of a micro batch; 0: a rank's share of a step
-            seed: int = 0,
-            rank: int = 0,
-            world: int = 1,                     # number of ranks
+            seed=0,
+            rank=0,
+            world=1,                            # number of ranks
             train: bool = True,                 # random order and random moments, without end
             video_tokens=None):                 # None: as many as the model's connector gives
         self.cfg = cfg
@@ -811,7 +822,7 @@ class Loader:
             return True
         return self.text == "turns" and row.get("turns")
 
-    def sample(self, index: int):
+    def sample(self, index):
         """Global sample number -> (row, view)."""
         # The order of an epoch is made once, and kept until another epoch is asked for.
         epoch, place = divmod(index, self.samples)
@@ -830,7 +841,7 @@ class Loader:
         first = np.repeat(np.cumsum(views) - views, views)      # the sample with view 0 of the same row
         return np.stack([row_of, np.arange(self.samples) - first], 1)
 
-    def batch(self, step: int) -> list:
+    def batch(self, step) -> list:
         """The micro batches of this rank at this step. In evaluation the last batch may be short."""
         first = step * self.batch_size
         end = first + self.batch_size
@@ -912,7 +923,7 @@ class Loader:
         rng = np.random.default_rng(draw) if self.train else None
         return read_row_clip(clip, self.cfg.frames, self.cfg.image_size, rng)
 
-    def prompt(self, row: dict, index: int):
+    def prompt(self, row, index):
         """ids and labels of a row; empty for a row without text."""
         chats = chats_of(row, self.text)
         if not chats:
@@ -927,6 +938,7 @@ class Loader:
         # Without workers, this process reads each batch when it is asked for.
         options = {}
         if workers:
+            self._check_shared_memory()
             options = {"timeout": timeout, "multiprocessing_context": START_METHOD}
             _end_workers_at_exit()
         batches = torch.utils.data.DataLoader(
@@ -934,7 +946,18 @@ class Loader:
             pin_memory=torch.cuda.is_available(), **options)
         return map(_raise_if_error, iter(batches))
 
-    def __getitem__(self, step: int):
+    def _check_shared_memory(self):
+        """Workers hand frames over in /dev/shm, which is 64 MB in a docker container: are three steps' free?"""
+        if os.path.isdir("/dev/shm"):
+            clips = len(self.clips) * self.batch_size // self.world
+            needed = 3 * clips * self.cfg.frames * 3 * self.cfg.image_size ** 2
+            disk = os.statvfs("/dev/shm")
+            free = disk.f_bavail * disk.f_frsize
+            if free < needed:
+                raise DataError(f"/dev/shm has {free >> 20} MB free, the loader's workers need {needed >> 20}: pass "
+                                f"--workers 0, or enlarge it (docker run --shm-size 8g)")
+
+    def __getitem__(self, step):
         """What torch's DataLoader asks for. A worker returns its error: raised, it would be a traceback."""
         try:
             return self.batch(step)
@@ -942,7 +965,7 @@ class Loader:
             return error
 
 
-def chats_of(row: dict, text: str) -> list:
+def chats_of(row, text) -> list:
     """What a row is read as: its narration, its conversation, or ("mix") one of the two in turn."""
     narration, conversation = [], []
     if row.get("text"):
@@ -954,7 +977,7 @@ def chats_of(row: dict, text: str) -> list:
     return narration + conversation
 
 
-def is_too_long(row: dict, text: str, tokenizer: Tokenizer, video_tokens: int, cfg: ModelConfig) -> bool:
+def is_too_long(row, text, tokenizer, video_tokens, cfg) -> bool:
     """Whether a chat of this row has more tokens than the model reads."""
     for turns in chats_of(row, text):
         # A text has no more tokens than bytes, and a turn of the template less than 64: most chats are short.
@@ -1201,7 +1224,7 @@ def exo_camera(azimuth, zoom) -> Camera:
     return Camera(centre, full * (np.pi + azimuth), full * zoom, tilt=0.8)
 
 
-def ego_camera(hand, world: World, rng) -> Camera:
+def ego_camera(hand, world, rng) -> Camera:
     """Rides on the head: the gaze follows the acting hand late, and the head walks, rolls and zooms."""
     noise = world.noise
     # One draw a clip: where the head is, how it is rolled, how near it is.
@@ -1342,7 +1365,7 @@ def act(plan: dict, rng):
     return SimpleNamespace(hands=hands, lift=lift, blocks=blocks, height=height, gap=gap, actions=actions)
 
 
-def render(plan, motion, camera, ego: bool, wall, gain=1.0):
+def render(plan, motion, camera, ego, wall, gain=1.0):
     """The scene through one camera, painter's order -> uint8 (40, 48, 48, 3)."""
     canvas = Canvas(camera, wall)
 
@@ -1421,7 +1444,7 @@ def _draw_tool(canvas, verb, hand, lift, f, beat, block):
             canvas.stamp(drop, f, disc(0.055), (170, 226, 255), fall)
 
 
-def film_scene(plan, motion, world: World, split: str, rng) -> dict:
+def film_scene(plan, motion, world, split, rng) -> dict:
     """The scene through every camera of the split: "cam0", ... and "ego" -> frames."""
     films = {}
     wall = rng.uniform(150, 235, 3)
@@ -1448,7 +1471,7 @@ def film_scene(plan, motion, world: World, split: str, rng) -> dict:
     return films
 
 
-def make_scene(world: World, split: str, scene: int, out: Path) -> list:
+def make_scene(world, split, scene, out) -> list:
     """Render one scene's videos and return its rows. A pure function of (seed, split, scene)."""
     # All draws come from one generator: their order is part of the seed.
     rng = np.random.default_rng([world.seed, list(SPLITS).index(split), scene])
@@ -1479,7 +1502,7 @@ def make_scene(world: World, split: str, scene: int, out: Path) -> list:
     return rows
 
 
-def toy_split(out: FilePath, split: str, world: World = World()) -> Path:
+def toy_split(out: FilePath, split, world=World()) -> Path:
     """The manifest of one split of the micro-world, rendered when first needed (under a lock)."""
     out = Path(out)
     manifest = out / f"{split}.jsonl"
@@ -1529,7 +1552,7 @@ def toy_world(out: FilePath) -> World:
     return World()
 
 
-def toy_tokenizer(out: FilePath, world: World) -> Path:
+def toy_tokenizer(out: FilePath, world) -> Path:
     """A sentencepiece BPE model with byte fallback (as Mistral's), trained on the text of the exo corpus."""
     path = Path(out) / "tokenizer.model"
     with file_lock(path.with_name(".tokenizer.lock"), wait=True):
@@ -1574,7 +1597,7 @@ FONT = np.unpackbits(np.frombuffer(bytes.fromhex(      # 5 x 8 dots a letter, a 
 LETTER = 12                     # pixels a letter is wide; its dots are two pixels each
 
 
-def written(text: str, width: int, colour):
+def written(text, width, colour):
     """Text as a strip of pixels (26, width, 3)."""
     dots = np.full((13, width // 2, 3), 255, np.uint8)
     for i, char in enumerate(text):
@@ -1785,7 +1808,7 @@ class Build:
     root: str                                       # where the data set was downloaded to; paths start here
     out: str                                        # the manifest to write
     split: str = "train"                            # of the data set's own
-    alpha: str = "4.9"                              # EgoClip's scale in seconds, or "mean": of these takes
+    alpha: float = 4.9                              # EgoClip's scale in seconds
     allow_outside: bool = False                     # links may lead out of the root
     beta: Literal["annotator", "take"] = "annotator"        # whose narrations set the mean gap
     views: Literal["all", "best"] = "all"           # every exo camera, or the annotator's choice
@@ -1807,7 +1830,7 @@ MISSHAPEN = (LookupError, TypeError, ValueError, AttributeError, SyntaxError, cs
 class Files:
     """The files of a data set, which always know the record they are at: errors name it."""
 
-    def __init__(self, root: str, videos=None):
+    def __init__(self, root, videos=None):
         """`videos`: a folder of their own, in which the paths of videos start."""
         self.root = Path(root)
         self.videos = videos
@@ -1877,7 +1900,7 @@ class Files:
                 continue
             yield {name: cell for name, cell in row.items() if name and cell is not None}
 
-    def video(self, name: str) -> str:
+    def video(self, name) -> str:
         """A video's path from the root (or from `videos`): in `videos/` if that folder is there."""
         if not self.videos and (self.root / "videos").is_dir():
             return f"videos/{name}"
@@ -1903,7 +1926,7 @@ def convert(make: Callable, options) -> Iterator:
                 print(f"   {reason}: {number:,}")
 
 
-def verbalise_wearer(text: str) -> str:
+def verbalise_wearer(text) -> str:
     """Narrations of Ego4D and Ego-Exo4D call the wearer C: "#C C walks" is "Camera-wearer walks" (the word is
     the paper's one published example).
 
@@ -1939,7 +1962,8 @@ def ego_exo4d(files, options):
     annotated = []                                              # (take uid, its annotations)
     for split in splits:
         annotated += files.json(f"annotations/atomic_descriptions_{split}.json")["annotations"].items()
-    alpha = _alpha(annotated, options)
+    if not 0 < options.alpha < math.inf:
+        raise DataError(f"--alpha {options.alpha}: seconds above 0 are needed")
 
     def rows(record):
         uid, annotations = record
@@ -1958,7 +1982,7 @@ def ego_exo4d(files, options):
         files.count["takes"] += 1
         # Clips are as long as an annotator's pace says (or that of all annotators of the take).
         for annotation in annotations:
-            gap = _mean_gap([annotation] if options.beta == "annotator" else annotations, alpha)
+            gap = _mean_gap([annotation] if options.beta == "annotator" else annotations, options.alpha)
             for i, narrated in enumerate(annotation["descriptions"]):
                 cameras = exo
                 if options.views == "best":
@@ -1969,7 +1993,7 @@ def ego_exo4d(files, options):
                 if reason:
                     files.count[reason] += 1
                     continue
-                span = _clip_of(float(narrated["timestamp"]), gap / (2 * alpha), length)
+                span = _clip_of(float(narrated["timestamp"]), gap / (2 * options.alpha), length)
                 yield {
                     "id": f"{take['take_name']}/{annotation['annotator_id']}/{i}",
                     "ego": {"video": ego, **span},
@@ -1977,23 +2001,6 @@ def ego_exo4d(files, options):
                     "text": verbalise_wearer(narrated["text"]),
                     "source": "ego-exo4d"}
     yield from files.tolerant(files.each(annotated), rows)
-
-
-def _alpha(annotated, options):
-    """EgoClip's scale in seconds: as given, or the mean gap of all takes (of all annotators of takes)."""
-    # The mean is over the same groups of narrations from which the clips get their gaps.
-    if options.alpha == "mean":
-        gaps = []
-        for _, of_take in annotated:
-            groups = [[one] for one in of_take] if options.beta == "annotator" else [of_take]
-            gaps += [_mean_gap(group, 4.9) for group in groups]
-        alpha = float(np.mean(gaps))
-        print(f"alpha: the mean gap is {alpha:.3f} s")
-        return alpha
-    alpha = float(options.alpha)
-    if not 0 < alpha < math.inf:
-        raise DataError(f"--alpha {options.alpha}: seconds above 0, or mean")
-    return alpha
 
 
 def _mean_gap(annotations, otherwise):
@@ -2096,7 +2103,7 @@ def instruction(source: str, key: str, prompt: str, question: str = "") -> str:
     return "\n".join([*first, ten[zlib.crc32(key.encode()) % 10].format(question)])
 
 
-def egoit_row(source: str, key: str, video: str, answer: str, options: Build, question="", **clip) -> dict:
+def egoit_row(source, key, video, answer, options, question="", **clip) -> dict:
     """A row of EgoIT; `clip` is what else its ego clip has."""
     turn = {"user": instruction(source, key, options.prompt, question), "assistant": answer}
     return {
@@ -2161,19 +2168,14 @@ def openeqa(files, options):
 
     def rows(record):
         video = f"{frames}/{record['episode_history']}"
-        yield egoit_row("openeqa", record["question_id"], video, record["answer"], options,
-                        record["question"], fps=3)
+        yield egoit_row("openeqa", record["question_id"], video, record["answer"].strip(), options,
+                        record["question"].strip(), fps=3)
     yield from files.tolerant(files.each(records), rows)
 
 
 def egoexolearn(files, options):
     """EgoExoLearn (annotations/fine_annotation_trainval_en.csv): ego rows of the split, columns by name; the
     second person becomes the first. Segments beyond the video's end are cut or dropped where it is there."""
-    person = {"your": "my", "you": "I", "yourself": "myself"}
-
-    def in_first_person(match):
-        return person[match[0].lower()]
-
     def rows(row):
         if row["view"] != "ego" or row["subset"] != options.split:
             files.count["exo or another split"] += 1
@@ -2189,11 +2191,26 @@ def egoexolearn(files, options):
         if end > length:
             files.count["cut at the video's end"] += 1
         # The narrator speaks to the learner; EgoIT's answers are the learner's own.
-        text = re.sub(r"(?i)\b(your|you|yourself)\b", in_first_person, row["narration_en"].strip())
+        text = in_first_person(row["narration_en"].strip())
         key = row.get("annotation_id") or row["annotation_uid"]
         yield egoit_row("egoexolearn", key, video, text, options, start=start, end=min(end, length))
     name = "fine_annotation_trainval_en.csv"
     yield from files.tolerant(files.table(f"annotations/{name}", name), rows)
+
+
+def in_first_person(text) -> str:
+    """What a narrator tells the wearer, as the wearer would say it: "you" is "me" after a preposition, and
+    before what can follow an object alone; else it is "I", before its verb."""
+    changes = {
+        r"your": "my",
+        r"yourself": "myself",
+        r"you are": "I am",
+        r"(?<=\bof )you|(?<=\bto )you|(?<=\bfor )you|(?<=\bwith )you|(?<=\bfrom )you|(?<=\bbehind )you|(?<=\bat )you": "me",
+        r"you(?=\s*(?:[.,;:!?)]|$)|\s+(?:an?|the|your|my|and|or|to|in|on|at|with|from|of|for)\b)": "me",
+        r"you": "I"}
+    for theirs, ours in changes.items():
+        text = re.sub(rf"(?i)\b(?:{theirs})\b" if theirs[-1] != ")" else rf"(?i)\b{theirs}", ours, text)
+    return text
 
 
 @cache

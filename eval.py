@@ -9,6 +9,12 @@ decoded greedily and count as right when they match the truth exactly.
 """
 from __future__ import annotations
 
+import os
+
+if __name__ == "__main__":
+    # OpenMP's threads spin while they wait; see train.py.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import argparse
 import ast
 import base64
@@ -16,7 +22,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import re
 import sys
 import zlib
@@ -35,8 +40,8 @@ from torch import Tensor
 
 from data import (COLOURS, NARRATE, PATTERNS, VERBS, DataError, Loader, Tokenizer,
                   clips_of, contact_sheet, convert, encode_png, file_lock, frame_rate, progress,
-                  read_manifest, read_row_clip, toy_split, toy_world, verbalise_wearer, write_jsonl,
-                  write_text_atomic)
+                  read_manifest, read_manifests, read_row_clip, read_text, toy_split, toy_world,
+                  verbalise_wearer, write_jsonl, write_text_atomic)
 from model import (IGNORE, VIDEO, Exo2Ego, KVCache, Segments, SharedPrefix, autocast,
                    choose_attention, feature_kl, fingerprint, git_revision, load_checkpoint,
                    newest_checkpoint, pick_device, to_device_and_dtype)
@@ -75,22 +80,36 @@ def choice_score(scores: np.ndarray, right) -> float:
     return best[right].sum() / best.sum()
 
 
+# What a score of the toy benchmark is about, in words.
+IN_WORDS = {
+    "exo_em": "exo narrations exact",
+    "ego_em": "ego narrations exact",
+    "mcq_inter": "which clip of five scenes",
+    "mcq_intra": "which of a scene's five moments",
+    "qa": "questions exact"}
+
+
 def print_figures(figures: dict):
-    """One line `key: value` a figure."""
-    for key, value in figures.items():
-        text = f"{value:.4f}" if isinstance(value, float) else value
-        print(f"{key}: {text}")
+    """A sentence for each score, with its interval, its number of items and its chance; other figures in one
+    line each."""
+    for name, value in figures.items():
+        if f"{name}_chance" in figures:
+            low, high, chance = (100 * (figures[f"{name}_{part}"] or 0) for part in ("lo", "hi", "chance"))
+            print(f"{IN_WORDS.get(name, name)}: {100 * value:.1f} % [{low:.1f}, {high:.1f}] of "
+                  f"{figures[f'{name}_n']:,}, chance {chance:.1f} %")
+        elif not name.endswith(("_chance", "_lo", "_hi", "_n")):
+            print(f"   {name}: {value:.4f}" if isinstance(value, float) else f"   {name}: {value}")
 
 
 def spread(rows, count):
-    """At most `count` of the rows, evenly spaced: the samples that are shown."""
-    step = max(1, len(rows) // count)
-    return rows[::step][:count]
+    """At most `count` of the rows, evenly spread."""
+    count = min(count, len(rows))
+    return [rows[i * len(rows) // count] for i in range(count)]
 
 
 # -------------------------------------------------------------------------------------------- 2 answering
-def iterate_batches(model: Exo2Ego, tokenizer: Tokenizer, rows, view: str,
-                    batch: int = 100):
+def iterate_batches(model, tokenizer, rows, view,
+                    batch=100):
     """The clips of all rows, in order, in batches on the model's device.
 
     `view` is ego, exo or pair; a row has at most one exo clip. DataError: a clip cannot be read.
@@ -105,7 +124,7 @@ def iterate_batches(model: Exo2Ego, tokenizer: Tokenizer, rows, view: str,
 
 
 @torch.no_grad()
-def encode_clips(model, tokenizer, rows, view: str) -> Tensor:
+def encode_clips(model, tokenizer, rows, view) -> Tensor:
     """Visual tokens (rows, tokens, W) of every row's clip; `view` is ego or exo."""
     # All clips of a split fit into memory as tokens, and several tasks read them.
     encode = model.encode_ego if view == "ego" else model.encode_exo
@@ -113,7 +132,7 @@ def encode_clips(model, tokenizer, rows, view: str) -> Tensor:
     return torch.cat([encode(getattr(batch, view)) for batch in batches])
 
 
-def generate_answers(model, tokenizer, visual: Tensor, questions, batch: int = 125, max_new: int = 32):
+def generate_answers(model, tokenizer, visual, questions, batch=125, max_new=32):
     """Greedy answers to one question about each row of `visual` (questions, tokens, W)."""
     answers = []
     for first in range(0, len(questions), batch):
@@ -128,7 +147,7 @@ def generate_answers(model, tokenizer, visual: Tensor, questions, batch: int = 1
     return answers
 
 
-def narration_log_likelihood(model, tokenizer, visual: Tensor, pairs, batch: int = 250):
+def narration_log_likelihood(model, tokenizer, visual, pairs, batch=250):
     """log p(narration | clip) in nats, summed over its tokens, of each (row of visual, narration) -> (n,)."""
     scores = []
     for first in range(0, len(pairs), batch):
@@ -162,6 +181,14 @@ NARRATION_CHANCE = 1 / (len(VERBS) * len(COLOURS) * len(PATTERNS) * 2)      # tw
 GREEN = (20, 130, 50)
 RED = (190, 40, 40)
 GREY = (110, 110, 110)
+
+
+# What one would do after a stage.
+NEXT = {
+    0: "torchrun train.py --stage 1",
+    1: "torchrun train.py --stage 2",
+    2: "torchrun train.py --stage 3",
+    3: "python eval.py --video out/toy/test/ego/0.mp4 --start 0 --end 1 --ask 'What am I doing?'"}
 
 
 def toy_benchmark(model: Exo2Ego, tokenizer: Tokenizer, data: str, stage: int, out, init=None) -> dict:
@@ -207,15 +234,16 @@ def toy_benchmark(model: Exo2Ego, tokenizer: Tokenizer, data: str, stage: int, o
     # Stage 1 also says how good the model was that it set out from.
     earlier = Path(init or "") / "eval.json"
     if stage == 1 and init and earlier.is_file():
-        before = json.loads(earlier.read_text())["exo_em"]
-        print(f"exo narration exact match: {before:.3f} before, {figures['exo_em']:.3f} after")
+        before = json.loads(read_text(earlier))["exo_em"]
+        print(f"exo narrations exact: {100 * before:.1f} % before this stage")
     print_figures(figures)
-    print(f"pictures: {out}/samples.png", flush=True)
+    print(f"pictures: {out}/samples.png, figures: {out}/eval.json")
+    print(f"next: {NEXT[stage]}", flush=True)
     (out / "eval.json").write_text(json.dumps(figures, indent=1))
     return figures
 
 
-def evaluate_narrations(model, tokenizer, rows, visual, view: str):
+def evaluate_narrations(model, tokenizer, rows, visual, view):
     """Exact match of whole narrations and of each of their four facts -> figures, {"said": narrations}."""
     narrations = generate_answers(model, tokenizer, visual, [NARRATE] * len(rows))
     truths = [row["text"] for row in rows]
@@ -336,6 +364,28 @@ def show_samples(path, rows, predictions):
     contact_sheet(path, items)
 
 
+def show_own_samples(model, tokenizer, rows, view, out):
+    """Five clips of one's own data, exo or ego: what the model says of them beside what the row says."""
+    shown, truths, questions = [], [], []
+    for row in spread([row for row in rows if row.get("text") or row.get("turns")], 5):
+        turn = {"user": NARRATE, "assistant": row.get("text")}
+        if not row.get("text"):
+            turn = row["turns"][0]
+        questions.append(turn["user"].replace("<video>", ""))
+        truths.append(turn["assistant"])
+        # One clip a row, and a text in every row, is what a batch of clips needs.
+        shown.append(row | {"exo": row.get("exo", [])[:1], "text": truths[-1]})
+    visual = encode_clips(model.eval(), tokenizer, shown, view)
+    items = []
+    for row, truth, said in zip(shown, truths, generate_answers(model, tokenizer, visual, questions)):
+        print(f"  said: {said}\n  true: {truth}")
+        clip = row["ego"] if view == "ego" else row["exo"][0]
+        frames = read_row_clip(clip, num_frames=4, size=96)
+        items.append(([frames], [(f"said: {said}", RED), (f"true: {truth}", GREY)]))
+    contact_sheet(Path(out) / "samples.png", items)
+    print(f"pictures: {out}/samples.png\nnext: python eval.py --ckpt {out} --video FILE --ask 'What am I doing?'")
+
+
 # ------------------------------------------------------------------------------------- 4 one video, a chat
 class VideoContext:
     """What the decoder has read before a question: a video's tokens, or none at all (`visual` None).
@@ -344,7 +394,7 @@ class VideoContext:
     questions do not see each other; `stream` appends to them, so a conversation goes on.
     """
     @torch.no_grad()
-    def __init__(self, model: Exo2Ego, tokenizer: Tokenizer, visual):
+    def __init__(self, model, tokenizer, visual):
         """`visual` has shape (1, tokens, W)."""
         self.model = model
         self.tokenizer = tokenizer
@@ -379,7 +429,7 @@ class VideoContext:
         return ids[self.start:], labels[self.start:]
 
     @torch.no_grad()
-    def score(self, pairs, batch: int = 64):
+    def score(self, pairs, batch=64):
         """log p(answer, </s> | video, question) of each (question, answer) -> (pairs, 2).
 
         The columns are the sum over the answer's tokens, and the mean as `mean_of_nonzero` takes it. At
@@ -417,7 +467,12 @@ class VideoContext:
         replies = self.model.generate(None, prompts, eos=self.tokenizer.eos, max_new=max_new, cache=shared)
         return [self.tokenizer.decode(reply).strip() for reply in replies]
 
-    def stream(self, question, max_new: int = 256):
+    def is_outgrown_by(self, question):
+        """Whether a conversation and one more question are longer than what the model reads."""
+        said = self.cache.lens[0]
+        return said > self.start and said + len(self.prompt(question)[0]) > self.model.cfg.max_length
+
+    def stream(self, question, max_new=256):
         """Pieces of an answer as they come; the next question goes on from here."""
         ids, _ = self.prompt(question)
         eos = self.tokenizer.eos
@@ -460,8 +515,13 @@ def prefill(model, tokenizer, clip) -> VideoContext:
 def chat(model, tokenizer, clip, question):
     """Print the answer to one question about a clip, or without one chat until an empty line or Ctrl-D."""
     context = prefill(model, tokenizer, clip)
+    if question is None:
+        print("Ask about the video. An empty line ends the chat.")
     with contextlib.suppress(EOFError):
         while asked := question or input("? ").strip():
+            if context.is_outgrown_by(asked):
+                print(f"(more than the {model.cfg.max_length} tokens that the model reads: the chat begins again)")
+                context = prefill(model, tokenizer, clip)
             for piece in context.stream(asked):
                 print(piece, end="", flush=True)
             print(flush=True)
@@ -499,12 +559,14 @@ def parse(argv):
         help="how options are chosen; open questions are always generated")
     add("--length", choices=("mean", "sum"), default="mean", help="of token log-likelihoods")
     add("--blind", action="store_true", help="without the video: the floor of text alone")
-    add("--limit", type=int, help="the first items only")
+    add("--limit", type=int, help="so many items only, evenly spread over the file")
     add("--allow-outside", action="store_true", help="video paths may leave their folder")
     add("--report", action="store_true", help="OUT/report.html from what is in OUT")
     args = parser.parse_args(argv)
     if args.ask and not args.video:
         parser.error("--ask needs --video FILE")
+    if args.ask is not None and not args.ask.strip():
+        parser.error("--ask needs a question; without --ask there is a chat")
     if args.bench and not args.data:
         parser.error("--bench needs --data DIR")
     return args
@@ -520,6 +582,8 @@ def main(argv=None):
             print(write_report(Path(args.out)))
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"eval.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\neval.py: stopped")
 
 
 def use_checkpoint(args):
@@ -540,23 +604,31 @@ def use_checkpoint(args):
         if args.bench:
             run_benches(ckpt, args)
         elif args.video:
+            if state["stage"] < 2:
+                print(f"{folder} is of stage {state['stage']}: ego video is for the learner of stages 2 and 3")
             clip = {"video": args.video, "start": args.start, "end": args.end}
             chat(model, ckpt.tokenizer, clip, args.ask)
         else:
             score_toy(ckpt, args.data)
 
 
-def score_toy(ckpt: Checkpoint, data):
+def score_toy(ckpt, data):
     """The toy benchmark of a checkpoint, on the micro-world in `data` or the one it was trained on."""
     state = ckpt.state
     print(f"{ckpt.folder}: stage {state['stage']}, step {state['step']} of {state['steps']}")
     # Published weights were trained on no world.
+    config = state.get("config", {})
+    own = config.get("data", ["out/toy"])
+    if data is None and own[0].endswith(".jsonl"):
+        rows = read_manifests(own, config["root"], config["allow_outside"])
+        view = "exo" if state["stage"] == 1 else "ego"
+        return show_own_samples(ckpt.model, ckpt.tokenizer, rows, view, ckpt.folder.parent)
     if data is None:
-        data = state.get("config", {}).get("data", ["out/toy"])[0]
+        data = own[0]
     toy_benchmark(ckpt.model, ckpt.tokenizer, data, state["stage"], out=ckpt.folder.parent)
 
 
-def run_benches(ckpt: Checkpoint, args):
+def run_benches(ckpt, args):
     """One benchmark, or all whose folder is there, by this process or as one of torchrun's ranks."""
     names = [args.bench]
     if args.bench == "all":
@@ -709,11 +781,12 @@ def qaego4d(files, args):
     """QAEgo4D, where `video_id` is an Ego4D clip that is shown whole.
 
     qaego4d-closed: annotations.QaEgo4D_test_close.json (GroundVQA: 500 items, three wrong answers each),
-    in an order that the item's id decides. qaego4d-open: annotations.test.json.
+    in an order that the item's id decides. qaego4d-open: annotations.test.json or ...QaEgo4D_test.json.
+    GroundVQA's archive has its files in data/unified/.
     """
     closed = args.bench == "qaego4d-closed"
-    file = "annotations.QaEgo4D_test_close.json" if closed else "annotations.test.json"
-    for q in files.each(files.json(file)):
+    names = ["annotations.QaEgo4D_test_close.json"] if closed else ["annotations.test.json", "annotations.QaEgo4D_test.json"]
+    for q in files.each(files.json(*names, *[f"data/unified/{name}" for name in names])):
         item = Item(
             id=q["sample_id"],
             clips=whole_video(files, q["video_id"]),
@@ -732,8 +805,20 @@ def egotaskqa(files, args):
     """EgoTaskQA, direct or indirect: test_qas.json or formatted_test_qas_encode.json, and answer_set.txt.
 
     The official test is open-vocabulary: classification over answer_set.txt by likelihood, or exact match of
-    what is generated. EgoThinker's 5-way form is another test.
+    what is generated. Where egotaskqa.json is there, EgoThinker's choice among five is taken instead: a later
+    paper that follows Exo2Ego has multiple choice, so the paper probably had, too.
     """
+    if args.answer != "generate" and (files.root / "egotaskqa.json").is_file():
+        for i, q in enumerate(files.each(files.json("egotaskqa.json"))):
+            letters = sorted(q["option"])
+            yield Item(
+                id=str(i),
+                clips=[{"video": files.video(q["video_path"])}],
+                question=q["q"],
+                options=[q["option"][letter] for letter in letters],
+                answer=letters.index(q["a"]),
+                kind="5-way")
+        return
     known = []
     if args.answer != "generate":
         answers = [" ".join(words) for words in files.lines("answer_set.txt")]
@@ -741,7 +826,9 @@ def egotaskqa(files, args):
     for q in files.each(files.json("formatted_test_qas_encode.json", "test_qas.json")):
         truth = q["answer"].lower()
         kind = "binary" if truth in ("yes", "no") else "open"
-        # An answer outside the vocabulary is -1: no option is right.
+        # An answer outside the vocabulary is -1: no option is right. The encoded one is what official code sees.
+        if known and "answer_encode" in q:
+            truth = answers[int(q["answer_encode"])]
         if known:
             truth = known.index(truth) if truth in known else -1
         yield Item(
@@ -774,7 +861,9 @@ def charades(files, args):
 def egoplan(files, args):
     """EgoPlan-Bench: EgoPlan_validation.json; the candidates are answer texts.
 
-    The clip runs from the first progress to the current frame. Frames count at the file's own rate.
+    The clip runs from the first progress to the current frame. Ego4D's frames count at the file's own rate;
+    those of EPIC count from 1, whatever the file's rate: 60 a second for P01_13, 50 for P01_103 (the
+    extension has three digits).
     """
     for q in files.each(files.json("EgoPlan_validation.json")):
         # Without any progress so far the clip is the current frame and the one before.
@@ -782,11 +871,16 @@ def egoplan(files, args):
         starts = [step["start_frame"] for step in q["task_progress_metadata"]]
         first = min(starts, default=now - 1)
         goal = q["task_goal"].strip().rstrip(".").lower()
-        video = files.video(f"{q['video_id']}.mp4")
+        # "I want to clean the sink", but "I am cleaning the sink".
+        wish = "I am" if goal.split()[0].endswith("ing") else "I want to"
+        clip = {"video": files.video(f"{q['video_id']}.mp4"), "frames": [first, now]}
+        if q["video_source"] == "EpicKitchens":
+            number = q["video_id"].rpartition("_")[2]
+            clip = {**clip, "frames": [first - 1, now - 1], "rate": 60 if len(number) == 2 else 50}
         yield Item(
             id=str(q["sample_id"]),
-            clips=[{"video": video, "frames": [first, now]}],
-            question=f"I want to {goal}. The video shows what I have done so far. What do I do next?",
+            clips=[clip],
+            question=f"{wish} {goal}. The video shows what I have done so far. What do I do next?",
             options=[q[f"choice_{name}"] for name in "abcd"],
             answer="ABCD".index(q["golden_choice_idx"]),
             kind=q["video_source"])
@@ -818,9 +912,9 @@ def egomcq(files, args):
                 "video": files.video(f"{choice['video_uid']}.mp4"),
                 "start": max(0.0, float(choice["clip_start"])),
                 "end": float(choice["clip_end"])})
-        narration = re.sub(r"^#\w+\s+", "", q["query"]["clip_text"])
+        narration = verbalise_wearer(q["query"]["clip_text"])
         kind = {1: "inter", 2: "intra"}[q["types"]]
-        yield Item(id=key, clips=clips, question=verbalise_wearer(narration), answer=q["answer"], kind=kind)
+        yield Item(id=key, clips=clips, question=narration, answer=q["answer"], kind=kind)
 
 
 def ek100(files, args):
@@ -901,7 +995,7 @@ BENCHES = {
 
 
 # ------------------------------------------------------------------------------------------- EgoBench: a run
-def egobench(ckpt: Checkpoint, args):
+def egobench(ckpt, args):
     """Score the benchmark `args.bench`, whose official files are in `args.root`.
 
     torchrun's ranks share the items. Predictions are written as they come, so the same command goes on where
@@ -910,7 +1004,9 @@ def egobench(ckpt: Checkpoint, args):
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     bench = BENCHES[args.bench]
-    items = list(convert(bench.reader, args))[:args.limit]
+    items = list(convert(bench.reader, args))
+    if args.limit:
+        items = spread(items, args.limit)
     ids = {item.id for item in items}
     if not items or len(ids) < len(items):
         raise DataError(f"{args.root}: ids repeat, or there are no items")
@@ -948,7 +1044,7 @@ def egobench(ckpt: Checkpoint, args):
     print(f"{stem}.json", flush=True)
 
 
-def answer_mode(bench: Bench, items, args):
+def answer_mode(bench, items, args):
     """--answer, or what this benchmark allows instead of it, which is then said.
 
     Open questions are generated, letters need a choice among at most 26, all others go by likelihood.
@@ -965,7 +1061,7 @@ def answer_mode(bench: Bench, items, args):
     return mode
 
 
-def protocol_of(ckpt: Checkpoint, items, args):
+def protocol_of(ckpt, items, args):
     """What predictions depend on: the weights, the questions and the way of answering."""
     # A file that the publishers change makes another test.
     questions = json.dumps([asdict(item) for item in items])
@@ -999,9 +1095,11 @@ def place_clips(items, root: Path, allow_outside, blind):
             videos.add(video)
             if "frames" in clip:
                 # A file that cannot be read will be the error of its items.
-                rate = 30
-                with contextlib.suppress(DataError):
-                    rate = frame_rate(video)
+                rate = clip.pop("rate", None)
+                if rate is None:
+                    rate = 30
+                    with contextlib.suppress(DataError):
+                        rate = frame_rate(video)
                 # The last frame is shown too.
                 first, last = clip.pop("frames")
                 clip["start"] = first / rate
@@ -1027,7 +1125,7 @@ class PredictionFiles:
     A file's first line is the protocol, then comes one prediction a line. A process appends to its own file
     and reads all, also those that another number of ranks left. It holds the lock of its rank meanwhile.
     """
-    def __init__(self, out: Path, name, protocol, rank=0, world=1):
+    def __init__(self, out, name, protocol, rank=0, world=1):
         self.out = out
         self.name = name
         self.protocol = protocol
@@ -1044,9 +1142,9 @@ class PredictionFiles:
         """NAME.jsonl, and the files of ranks, of this run or an earlier one."""
         return sorted(self.out.glob(f"{self.name}.*jsonl"))
 
-    def rows(self, path: Path):
+    def rows(self, path):
         """The predictions in one file."""
-        lines = path.read_text().splitlines() if path.is_file() else []
+        lines = read_text(path).splitlines() if path.is_file() else []
         for number, line in enumerate(lines):
             try:
                 row = json.loads(line)
@@ -1118,7 +1216,7 @@ class PredictionFiles:
         return ordered
 
 
-def run_items(ckpt: Checkpoint, items, texts, bench: Bench, args):
+def run_items(ckpt, items, texts, bench, args):
     """The predictions of items, one by one; a clip that several questions in a row are about is read once.
 
     A prediction holds its item and "scores", "reply" or both "reply" and "choice". What cannot be read is an
@@ -1156,7 +1254,7 @@ def run_items(ckpt: Checkpoint, items, texts, bench: Bench, args):
         yield prediction
 
 
-def score_item(context: VideoContext, item: Item, bench: Bench, args, sides):
+def score_item(context: VideoContext, item: Item, bench, args, sides):
     """What a model says of one item.
 
     likelihood: log p(option | video, question), as a sum or a mean over tokens. letter: a generated letter,
@@ -1253,7 +1351,7 @@ def plain_words(text):
     return " ".join(str(text).lower().strip(" .").split())
 
 
-def summarise(bench: Bench, items, predictions, args):
+def summarise(bench, items, predictions, args):
     """The score with n, chance and a 95 % interval, and whatever else the benchmark reports."""
     counts = {"unreadable": sum("error" in p for p in predictions)}
     if bench.task in ("retrieval", "classes"):
@@ -1294,7 +1392,7 @@ def write_submission(path, items, predictions):
     write_text_atomic(path, json.dumps(choices))
 
 
-def ranking_figures(bench: Bench, items, predictions):
+def ranking_figures(bench, items, predictions):
     """mAP (and nDCG), with chance as random scores on the same labels get it.
 
     The interval is the normal one of a mean, over queries or classes.
@@ -1364,7 +1462,7 @@ ROW = ('<tr><td>{name}<td>{percent[score]:.1f} [{percent[score_lo]:.1f}, {percen
 ITEM = "<div class=item>{frames}<p>{question}</p><ol>{options}</ol>{said}<p>true: {truth}</p></div>"
 
 
-def write_report(out: Path):
+def write_report(out):
     """results/ -> one page, without scripts, that loads nothing from elsewhere; foreign text is escaped.
 
     It shows every score with its interval, its chance level and its blind floor beside the paper's, and a
@@ -1394,10 +1492,10 @@ def write_report(out: Path):
     return path
 
 
-def read_figures(out: Path, name):
+def read_figures(out, name):
     """The figures of a benchmark that has been scored, or nothing."""
     path = out / f"{name}.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return json.loads(read_text(path)) if path.is_file() else {}
 
 
 def toy_note(results):

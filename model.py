@@ -59,6 +59,7 @@ class ModelConfig:
     vit_width: int                  # D
     vit_layers: int                 # as CLIP counts them; the last one is never run, so it is not built
     vit_heads: int
+    vit_mlp_dim: int
     # the connector (STC)
     stc_depth: int                  # RegNet blocks before and after the Conv3d
     stc_padding: int                # of the Conv3d: VideoLLaMA2 pads by 1 (24 x 24 -> 13 x 13)
@@ -107,7 +108,7 @@ PRESETS = {
     # The micro-world on a laptop CPU: the architecture is the paper's, every size is our choice.
     "toy": ModelConfig(
         frames=4, image_size=48, patch=12,
-        vit_width=96, vit_layers=3, vit_heads=3,
+        vit_width=96, vit_layers=3, vit_heads=3, vit_mlp_dim=384,
         stc_depth=1, stc_padding=0,
         map_blocks=4, map_downs=1, map_width=64,
         width=96, layers=2, heads=3, kv_heads=1, mlp_dim=256, vocab=512, rope_theta=1e4, max_length=256,
@@ -115,7 +116,7 @@ PRESETS = {
     # Benchmarks and first tries on a GPU: our choice.
     "small": ModelConfig(
         frames=8, image_size=112, patch=14,
-        vit_width=384, vit_layers=7, vit_heads=6,
+        vit_width=384, vit_layers=7, vit_heads=6, vit_mlp_dim=1536,
         stc_depth=4, stc_padding=1,
         map_blocks=9, map_downs=1, map_width=128,
         width=512, layers=8, heads=8, kv_heads=2, mlp_dim=1536, vocab=32000, rope_theta=1e6, max_length=2048,
@@ -123,7 +124,7 @@ PRESETS = {
     # The paper: two CLIP-L/14-336, VideoLLaMA2's STC, Mistral-7B-Instruct-v0.2.
     "7b": ModelConfig(
         frames=16, image_size=336, patch=14,
-        vit_width=1024, vit_layers=24, vit_heads=16,
+        vit_width=1024, vit_layers=24, vit_heads=16, vit_mlp_dim=4096,
         stc_depth=4, stc_padding=1,
         map_blocks=9, map_downs=2, map_width=512,
         width=4096, layers=32, heads=32, kv_heads=8, mlp_dim=14336, vocab=32000, rope_theta=1e6, max_length=4096,
@@ -138,12 +139,12 @@ def pick_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def autocast(device: torch.device, bf16: bool):
+def autocast(device, bf16):
     """The context of a forward pass: products in bfloat16 if asked for, norms and losses in float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
-def to_device_and_dtype(model: Exo2Ego, device: torch.device, bf16: bool) -> Exo2Ego:
+def to_device_and_dtype(model, device, bf16) -> Exo2Ego:
     """Move a model to a device. Half-precision weights become bfloat16, or float32 without `bf16`."""
     for p in model.parameters():
         kept = torch.bfloat16 if p.dtype == torch.float16 else p.dtype
@@ -480,7 +481,7 @@ def _tiled(q, k, v, causal, window, scale):
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1.5e-3, torch.float32: 1e-5}
 
 
-def attention_error(backend: str, device, dtype: torch.dtype, head_dim: int) -> float:
+def attention_error(backend, device, dtype, head_dim) -> float:
     """Largest deviation from the formula in float64, of the output and the three gradients, as a share of TOLERANCE: at
     most 1 passes, nan does not. On a ragged batch with grouped heads, causal and not; tests/gpu.py has all other kinds."""
     lens, heads, kv_heads = (400, 5, 64), 6, 2
@@ -505,7 +506,7 @@ def attention_error(backend: str, device, dtype: torch.dtype, head_dim: int) -> 
     return float(torch.stack(worst).max() / TOLERANCE[dtype])
 
 
-def problem_with_triton(device: torch.device, dtype: torch.dtype, cfg: ModelConfig):
+def problem_with_triton(device, dtype, cfg):
     """Why our kernels cannot be used on this GPU, or None."""
     try:
         if torch.cuda.get_device_capability(device) < (8, 0):
@@ -521,8 +522,8 @@ def problem_with_triton(device: torch.device, dtype: torch.dtype, cfg: ModelConf
         return f"{type(error).__name__}: {str(error)[:90]}"
 
 
-def choose_attention(device: torch.device, dtype: torch.dtype, cfg: ModelConfig,
-                     on_every_rank: Callable | None =None) -> str:
+def choose_attention(device, dtype, cfg,
+                     on_every_rank: Callable | None = None) -> str:
     """Decide what "auto" means, once, at start-up; returns the line to print.
 
     In half precision on a GPU our kernels are taken if they pass a check there. `on_every_rank` runs that check on all
@@ -570,7 +571,7 @@ class ViTBlock(nn.Module):
     # An attribute, so that train.py can leave it out of torch.compile.
     attention = staticmethod(attention)
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width, heads, mlp_dim):
         super().__init__()
         self.heads = heads
         self.norm1 = nn.LayerNorm(width)
@@ -579,8 +580,8 @@ class ViTBlock(nn.Module):
         self.v = nn.Linear(width, width)
         self.out = nn.Linear(width, width)
         self.norm2 = nn.LayerNorm(width)
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
+        self.fc1 = nn.Linear(width, mlp_dim)
+        self.fc2 = nn.Linear(mlp_dim, width)
 
     def forward(self, x, seg):                                              # (N * 577, 1024)
         # attention among the patches of a frame
@@ -612,10 +613,10 @@ class VisionEncoder(nn.Module):
         self.class_token = nn.Parameter(torch.randn(width) * width ** -0.5)
         self.position = nn.Parameter(torch.randn(tokens, width) * width ** -0.5)
         self.pre_norm = nn.LayerNorm(width)
-        blocks = (ViTBlock(width, cfg.vit_heads) for _ in range(cfg.vit_layers - 1))
+        blocks = (ViTBlock(width, cfg.vit_heads, cfg.vit_mlp_dim) for _ in range(cfg.vit_layers - 1))
         self.blocks = nn.ModuleList(blocks)
 
-    def forward(self, pixels: Tensor) -> Tensor:                            # (N, 3, 336, 336)
+    def forward(self, pixels) -> Tensor:                                    # (N, 3, 336, 336)
         n = len(pixels)
         side = self.cfg.patches_per_side
         # The convolution's stride is its kernel, so it is one product with every patch.
@@ -637,7 +638,7 @@ class VisionEncoder(nn.Module):
         return rearrange(x, "n (h w) d -> n h w d", h=side)                 # (N, 24, 24, 1024)
 
     @classmethod
-    def from_hf(cls, path, dtype: torch.dtype | None =None) -> VisionEncoder:
+    def from_hf(cls, path, dtype: torch.dtype | None = None) -> VisionEncoder:
         """A CLIPVisionModel or CLIPModel directory of Hugging Face; dtype None keeps the file's."""
         return vision_encoder_from_hf(HFCheckpoint(path), dtype, alone=True)
 
@@ -660,7 +661,7 @@ class ConvNorm(nn.Module):
 
 class SqueezeExcite(nn.Module):
     """Scales each channel by what the whole frame shows."""
-    def __init__(self, width: int, hidden: int):
+    def __init__(self, width, hidden):
         super().__init__()
         self.fc1 = nn.Conv2d(width, hidden, 1)
         self.fc2 = nn.Conv2d(hidden, width, 1)
@@ -719,7 +720,7 @@ class Connector(nn.Module):
             nn.GELU(),
             nn.Linear(width, width))
 
-    def forward(self, features: Tensor) -> Tensor:                          # (B, 16, 24, 24, 1024)
+    def forward(self, features) -> Tensor:                                  # (B, 16, 24, 24, 1024)
         b = len(features)
         # 1) each frame alone: widen to the decoder's width
         x = self.s1(rearrange(features, "b t h w d -> (b t) h w d"))        # (B*16, 24, 24, 4096)
@@ -750,7 +751,7 @@ class ChannelNorm(nn.LayerNorm):
 
 class ResBlock(nn.Module):
     """conv-norm-relu-conv-norm plus identity (N, 512, 6, 6): CycleGAN's generator, F and G, stacks nine of these."""
-    def __init__(self, width: int):
+    def __init__(self, width):
         super().__init__()
         self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.norm1 = ChannelNorm(width)
@@ -765,7 +766,7 @@ class ResBlock(nn.Module):
 
 class FCBlock(nn.Module):
     """The paper's ablation "FC layers instead of ResNet blocks": each patch alone, without its neighbours."""
-    def __init__(self, width: int):
+    def __init__(self, width):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.fc1 = nn.Linear(width, 2 * width)
@@ -783,7 +784,7 @@ class Mapping(nn.Module):
     convolution; widths and norms are our choice. "mlp" has as many FC blocks, on each patch alone. There is no skip
     connection around it all: F must not start as a copy (measured).
     """
-    def __init__(self, cfg: ModelConfig, kind: str = "resnet"):
+    def __init__(self, cfg: ModelConfig, kind="resnet"):
         super().__init__()
         if kind not in ("resnet", "mlp"):
             raise ValueError(f"mapping is {kind!r}: choose resnet or mlp")
@@ -795,13 +796,13 @@ class Mapping(nn.Module):
         self.norm = nn.LayerNorm(cfg.vit_width)
 
     @staticmethod
-    def fc_layers(cfg: ModelConfig) -> nn.Sequential:
+    def fc_layers(cfg) -> nn.Sequential:
         outer, inner = cfg.vit_width, cfg.map_width
         blocks = [FCBlock(inner) for _ in range(cfg.map_blocks)]
         return nn.Sequential(nn.Linear(outer, inner), *blocks, nn.Linear(inner, outer))
 
     @staticmethod
-    def resnet_layers(cfg: ModelConfig) -> nn.Sequential:
+    def resnet_layers(cfg) -> nn.Sequential:
         outer, inner = cfg.vit_width, cfg.map_width
         layers = [nn.Conv2d(outer, inner, 1)]
         for _ in range(cfg.map_downs):
@@ -814,7 +815,7 @@ class Mapping(nn.Module):
             layers += [up, ChannelNorm(inner), nn.ReLU()]
         return nn.Sequential(*layers, nn.Conv2d(inner, outer, 1))
 
-    def forward(self, features: Tensor) -> Tensor:                          # (B, 16, 24, 24, 1024)
+    def forward(self, features) -> Tensor:                                  # (B, 16, 24, 24, 1024)
         if self.kind == "mlp":
             return self.norm(self.net(features))
         x = rearrange(features, "b t h w d -> (b t) d h w")
@@ -845,7 +846,7 @@ class LoRALinear(nn.Linear):
         self.register_parameter("lora_a", None)
         self.register_parameter("lora_b", None)
 
-    def add_lora(self, rank: int, alpha: float, dropout: float):
+    def add_lora(self, rank, alpha, dropout):
         self.lora_scale = alpha / rank
         self.lora_dropout = dropout
         device = self.weight.device
@@ -872,7 +873,7 @@ class KVCache:
         self.lens = (0,) * sequences
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def extend(self, layer: int, k: Tensor, v: Tensor, seg: Segments):
+    def extend(self, layer, k, v, seg):
         """Append each sequence's new keys and values to its old ones; returns all of them, in packed order."""
         if layer in self.layers:
             past_k, past_v = self.layers[layer]
@@ -895,7 +896,7 @@ class SharedPrefix(KVCache):
         self.keep = keep
         self.lens = prefix.lens * sequences
 
-    def extend(self, layer: int, k: Tensor, v: Tensor, seg: Segments) -> tuple[Tensor, Tensor]:
+    def extend(self, layer, k, v, seg) -> tuple[Tensor, Tensor]:
         if layer in self.layers:
             return super().extend(layer, k, v, seg)
         prefix_k, prefix_v = self.prefix.layers[layer]
@@ -915,7 +916,7 @@ def interleave(past, new) -> Tensor:
     return torch.cat(pieces)
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rope(x, cos, sin) -> Tensor:
     """Channels i and i + D/2 turn by the angle position * theta^(-2i/D). x (tokens, H, D), in its dtype."""
     a, b = x.chunk(2, dim=-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
@@ -929,7 +930,7 @@ class DecoderBlock(nn.Module):
     # The number of tokens changes at every step: train.py compiles these blocks for any shape.
     tokens_vary = True
 
-    def __init__(self, cfg: ModelConfig, index: int):
+    def __init__(self, cfg: ModelConfig, index):
         super().__init__()
         self.index = index
         self.window = cfg.window
@@ -980,12 +981,12 @@ class Decoder(nn.Module):
                 shrink = math.sqrt(2 * cfg.layers) if adds else 1
                 nn.init.normal_(weight, std=cfg.width ** -0.5 / shrink)
 
-    def embed(self, ids: Tensor) -> Tensor:
+    def embed(self, ids) -> Tensor:
         """(tokens,) -> (tokens, W)."""
         return self.embedding(ids)
 
-    def forward(self, embeddings: Tensor, seg: Segments, positions: Tensor,
-                cache =None) -> Tensor:
+    def forward(self, embeddings, seg, positions,
+                cache=None) -> Tensor:
         """(tokens, W), each token's position in its own sequence (tokens,) -> hidden states (tokens, W)."""
         # RoPE's angles, the same for all blocks.
         half = self.cfg.decoder_head_dim // 2
@@ -1009,7 +1010,7 @@ class Decoder(nn.Module):
         """All linear layers of the blocks: our choice, as in VideoLLaMA2; the paper names no targets."""
         return [module for module in self.blocks.modules() if isinstance(module, LoRALinear)]
 
-    def add_lora(self, rank: int, alpha: float, dropout: float):
+    def add_lora(self, rank, alpha, dropout):
         """Give every linear layer of the blocks a low-rank update that starts at zero."""
         for module in self.lora_modules():
             module.add_lora(rank, alpha, dropout)
@@ -1023,7 +1024,7 @@ class Decoder(nn.Module):
                 module.lora_a = module.lora_b = None
 
     @classmethod
-    def from_hf(cls, path, dtype: torch.dtype | None =None) -> Decoder:
+    def from_hf(cls, path, dtype: torch.dtype | None = None) -> Decoder:
         """A MistralForCausalLM directory of Hugging Face; dtype None keeps the file's."""
         return decoder_from_hf(HFCheckpoint(path), dtype, alone=True)
 
@@ -1065,7 +1066,7 @@ class Exo2Ego(nn.Module):
             self.cfg = replace(self.cfg, lora=True)
             self.decoder.add_lora(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout)
 
-    def patch_features(self, vit: VisionEncoder, frames: Tensor) -> Tensor:
+    def patch_features(self, vit, frames) -> Tensor:
         """uint8 frames (B, T, 3, S, S) -> the ViT's patch features (B, T, h, w, D)."""
         if frames.dtype != torch.uint8:
             raise ValueError(f"frames are uint8, 0 to 255, and are normalised here; these are {frames.dtype}")
@@ -1076,7 +1077,7 @@ class Exo2Ego(nn.Module):
         features = vit((x - mean) / std)                                    # (B*16, 24, 24, 1024)
         return rearrange(features, "(b t) h w d -> b t h w d", b=len(frames))
 
-    def ego_tokens(self, x: Tensor) -> Tensor:
+    def ego_tokens(self, x) -> Tensor:
         """[con_ego(x) ; con_exo(F(x))], along tokens. F(x) lives in exo space, so the exo connector reads it."""
         tokens = self.ego_connector(x)                                      # (B, 1521, 4096)
         if self.F is None:
@@ -1091,16 +1092,20 @@ class Exo2Ego(nn.Module):
         """uint8 exo frames (B, T, 3, S, S) -> visual tokens (B, 1521, W)."""
         return self.exo_connector(self.patch_features(self.exo_vit, frames))
 
-    def insert_visual_tokens(self, visual, ids: Tensor) -> Tensor:
+    def insert_visual_tokens(self, visual, ids) -> Tensor:
         """Embeddings of packed ids (tokens,), in which each VIDEO id stands for one visual token, in order."""
         device = self.decoder.embedding.weight.device
         embeddings = self.decoder.embed(ids.clamp(min=0).to(device))
         if visual is None:
             return embeddings
         slots = (ids == VIDEO).nonzero().squeeze(1).to(embeddings.device)
-        return embeddings.index_copy(0, slots, visual.flatten(0, 1).to(embeddings.dtype))
+        visual = visual.flatten(0, 1).to(embeddings.dtype)                  # (B * n, W)
+        if len(visual) != len(slots):
+            raise ValueError(f"{len(visual)} visual tokens for {len(slots)} places in the text: a connector gives other "
+                             f"than ModelConfig.visual_tokens, or a view is not counted where the Loader is made")
+        return embeddings.index_copy(0, slots, visual)
 
-    def text_logits(self, visual, ids: Tensor, labels: Tensor,
+    def text_logits(self, visual, ids, labels,
                     lens):
         """Logits where a label is (supervised, vocab), and their targets: position t predicts t + 1.
 
@@ -1117,7 +1122,7 @@ class Exo2Ego(nn.Module):
 
     # --------------------------------------------------------------------------------------------- 9 generate and score
     @torch.no_grad()
-    def log_likelihood(self, visual: Tensor, ids: Tensor, labels: Tensor, lens) -> Tensor:
+    def log_likelihood(self, visual, ids, labels, lens) -> Tensor:
         """log p of each sequence's supervised tokens given what stands before them, summed, in nats (B,)."""
         logits, targets = self.text_logits(visual, ids, labels, lens)
         log_p = logits.float().log_softmax(-1)
@@ -1132,7 +1137,7 @@ class Exo2Ego(nn.Module):
 
     @torch.no_grad()
     def stream(self, visual: Tensor | None, prompts: Sequence[Tensor], *, eos: int, max_new: int = 64,
-               cache: KVCache | None =None) -> Iterator[list[int | None]]:
+               cache: KVCache | None = None) -> Iterator[list[int | None]]:
         """Greedy answers as they come: for each step a token id of each sequence, None once it has ended.
 
         Prompts hold VIDEO ids for visual (B, n, W) and go on where `cache` stands.
@@ -1172,10 +1177,11 @@ class Exo2Ego(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------- 10 checkpoints
 # The number of the format of state.json and of the names of tensors. Another one is refused by name.
-FORMAT = 2
+FORMAT = 3
+FOUR_FILES = ("model.py", "data.py", "train.py", "eval.py")
 
 
-def read_json(path: Path) -> dict:
+def read_json(path) -> dict:
     """A JSON file that holds an object, or ValueError with its name."""
     try:
         return dict(json.loads(path.read_text()))
@@ -1192,7 +1198,7 @@ def newest_checkpoint(run: AnyPath):
     return max(run.glob("step_[0-9]*"), default=None, key=lambda path: path.name)
 
 
-def read_state(path: Path) -> dict:
+def read_state(path) -> dict:
     """state.json of a checkpoint; published weights count as a finished stage 0."""
     if (path / "config.json").is_file():
         return dict(stage=0, step=0, steps=0, base=None)
@@ -1205,16 +1211,18 @@ def read_state(path: Path) -> dict:
 
 
 def git_revision():
-    """Commit of this code, with + when its files differ from it; None outside a checkout."""
-    command = ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+    """The last commit that changed the four files, with + where they differ from it; None outside a checkout."""
+    def git(*words):
+        return subprocess.run(["git", *words, "--", *FOUR_FILES], cwd=Path(__file__).parent, capture_output=True, text=True)
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        commit = git("log", "-1", "--format=%h", "--abbrev=12").stdout.strip()
+        changed = git("diff", "--quiet", "HEAD").returncode
     except OSError:
         return None
-    return done.stdout.strip() or None
+    return commit + "+" * changed if commit else None
 
 
-def file_hash(file: Path) -> str:
+def file_hash(file) -> str:
     """sha256 of a whole file."""
     with open(file, "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
@@ -1231,7 +1239,7 @@ def fingerprint(path: AnyPath) -> str:
     return digest.hexdigest()[:16]
 
 
-def base_checkpoint_of(path: Path, base =None):
+def base_checkpoint_of(path, base=None):
     """The folder that a checkpoint builds on: `base`, or the one it recorded, known by its hash. None: it is whole."""
     state = read_state(path)
     if state["base"] is None:
@@ -1244,7 +1252,7 @@ def base_checkpoint_of(path: Path, base =None):
     return root
 
 
-def load_delta(path: Path, name: str = "model.safetensors"):
+def load_delta(path, name="model.safetensors"):
     """The tensors of a checkpoint's own file: those that differ from its base. A flipped bit is noticed."""
     try:
         recorded = read_state(path).get("sha256", {})
@@ -1322,7 +1330,7 @@ MISTRAL_NAMES = (
     (r"^embedding", "model.embed_tokens"))
 
 
-def rename(name: str, table) -> str:
+def rename(name, table) -> str:
     """Our name of a tensor -> its published one."""
     for ours, theirs in table:
         name = re.sub(ours, theirs, name)
@@ -1343,11 +1351,11 @@ class HFCheckpoint:
             for name in handle.keys():
                 self.where[name] = handle
 
-    def open_shard(self, shard: str, index: Path):
+    def open_shard(self, shard, index):
         file = self.path / shard
         if file.parent != self.path or shard == "..":
             raise ValueError(f"{index} names {shard!r}: a shard is a plain file name in that directory")
-        pickles = sorted(self.path.glob("*.bin"))
+        pickles = sorted(self.path.glob("pytorch_model*.bin"))
         if pickles and not file.is_file():
             raise ValueError(f"{file} is missing, and {pickles[0].name} is a pickle, which can run code: "
                              f"convert it once, as README shows")
@@ -1357,26 +1365,26 @@ class HFCheckpoint:
             what = "cannot be read" if file.is_file() else "is missing"
             raise ValueError(f"{file} {what} ({error}): download it again") from None
 
-    def require(self, config: dict, **wanted):
+    def require(self, config, **wanted):
         """Refuse by name what the network here cannot represent. Absent and null are as wanted."""
         for key, value in wanted.items():
             found = config.get(key)
             if found not in (None, value):
                 raise ValueError(f"{self.path}/config.json: {key} is {found!r}, {value!r} fits here")
 
-    def shape(self, name: str):
+    def shape(self, name):
         """Of a tensor that must be there, read from its file's header."""
         if name not in self.where:
             raise ValueError(f"{self.path} lacks the tensor {name}")
         return tuple(self.where[name].get_slice(name).get_shape())
 
-    def count(self, prefix: str) -> int:
+    def count(self, prefix) -> int:
         """1 + the largest number that follows this prefix in a name: how many layers there are."""
         names = "\n".join(self.where)
         numbers = re.findall(rf"^{re.escape(prefix)}(\d+)", names, re.MULTILINE)
         return 1 + max(map(int, numbers), default=-1)
 
-    def load_into(self, module: nn.Module, prefix: str, table=(), dtype =None):
+    def load_into(self, module, prefix, table=(), dtype=None):
         """Give every tensor of a module that was built on the meta device its value."""
         for name, blank in module.state_dict().items():
             theirs = prefix + rename(name, table)
@@ -1398,8 +1406,8 @@ class HFCheckpoint:
             raise ValueError(f"{self.path} has tensors that have no place here: {unused[:3]}")
 
 
-def vision_encoder_from_hf(files: HFCheckpoint, dtype=None, prefix: str = "",
-                           alone: bool = False) -> VisionEncoder:
+def vision_encoder_from_hf(files, dtype=None, prefix="",
+                           alone=False) -> VisionEncoder:
     """The CLIP ViT whose tensors start with `prefix`; sizes are the tensors'. `alone`: the directory holds CLIP only,
     so its config.json must fit and every tensor must find its place. ValueError names what does not fit."""
     config = files.config.get("vision_config", files.config) if alone else {}
@@ -1418,7 +1426,8 @@ def vision_encoder_from_hf(files: HFCheckpoint, dtype=None, prefix: str = "",
         patch=patch,
         vit_width=width,
         vit_layers=layers,
-        vit_heads=config.get("num_attention_heads", width // 64))
+        vit_heads=config.get("num_attention_heads", width // 64),
+        vit_mlp_dim=files.shape(f"{prefix}encoder.layers.0.mlp.fc1.weight")[0])
     with torch.device("meta"):
         vit = VisionEncoder(cfg)
     files.load_into(vit, prefix, CLIP_NAMES, dtype)
@@ -1437,7 +1446,7 @@ MISTRAL_DEFAULTS = {"num_attention_heads": 32, "intermediate_size": 14336, "rms_
                     "rope_theta": 1e4}
 
 
-def decoder_from_hf(files: HFCheckpoint, dtype=None, alone: bool = False) -> Decoder:
+def decoder_from_hf(files, dtype=None, alone=False) -> Decoder:
     """The Mistral of a directory; sizes are the tensors'. A head that is tied to the embedding becomes a copy of it.
     `alone`: the directory holds Mistral only. ValueError names what does not fit."""
     given = {key: value for key, value in files.config.items() if value is not None}
@@ -1477,10 +1486,10 @@ def decoder_from_hf(files: HFCheckpoint, dtype=None, alone: bool = False) -> Dec
 
 def exo2ego_from_videollama2(path, dtype=None, vision=None) -> Exo2Ego:
     """See Exo2Ego.from_videollama2."""
-    files, tower = HFCheckpoint(path), "model.vision_tower.vision_tower."
-    kind = files.config.get("model_type")
+    kind = read_json(Path(path) / "config.json").get("model_type")
     if kind not in ("videollama2_mistral", "mistral"):
         raise ValueError(f"{path}/config.json: model_type is {kind!r}, videollama2_mistral fits here")
+    files, tower = HFCheckpoint(path), "model.vision_tower.vision_tower."
     files.require(files.config, mm_projector_type="stc_connector", mm_vision_select_layer=-2,
                   mm_vision_select_feature="patch")
     if vision is None and not any(name.startswith(tower) for name in files.where):
@@ -1500,6 +1509,7 @@ def exo2ego_from_videollama2(path, dtype=None, vision=None) -> Exo2Ego:
         vit_width=vit.cfg.vit_width,
         vit_layers=vit.cfg.vit_layers,
         vit_heads=vit.cfg.vit_heads,
+        vit_mlp_dim=vit.cfg.vit_mlp_dim,
         stc_depth=depth if depth > 0 else PRESETS["7b"].stc_depth,
         frames=files.config.get("num_frames") or PRESETS["7b"].frames)
     with torch.device("meta"):
@@ -1534,7 +1544,7 @@ def export_hf(ckpt: AnyPath, out: AnyPath, base=None, vision=None):
     write_hf(Path(out) / "ego_vision", clip_tensors(model.ego_vit), clip_config(model.cfg))
 
 
-def write_hf(folder: Path, tensors, config: dict):
+def write_hf(folder, tensors, config):
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -1542,7 +1552,7 @@ def write_hf(folder: Path, tensors, config: dict):
     print(f"{folder}: {len(tensors)} tensors")
 
 
-def clip_tensors(vit: VisionEncoder):
+def clip_tensors(vit):
     """CLIP's names. Its last layer, which is never run here, is written as zeros: a block of zeros passes its input on,
     so hidden state -2 and the last one are both our features."""
     state = vit.state_dict()
@@ -1557,12 +1567,12 @@ def clip_tensors(vit: VisionEncoder):
     return tensors
 
 
-def clip_config(cfg: ModelConfig) -> dict:
+def clip_config(cfg) -> dict:
     return dict(
         architectures=["CLIPVisionModel"],
         model_type="clip_vision_model",
         hidden_size=cfg.vit_width,
-        intermediate_size=4 * cfg.vit_width,
+        intermediate_size=cfg.vit_mlp_dim,
         num_hidden_layers=cfg.vit_layers,
         num_attention_heads=cfg.vit_heads,
         num_channels=3,
@@ -1573,7 +1583,7 @@ def clip_config(cfg: ModelConfig) -> dict:
         projection_dim=cfg.vit_width)
 
 
-def mistral_config(cfg: ModelConfig) -> dict:
+def mistral_config(cfg) -> dict:
     return dict(
         architectures=["MistralForCausalLM"],
         model_type="mistral",

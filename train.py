@@ -7,12 +7,17 @@ The same command again resumes, bit for bit. Every step is one object in out/sta
 """
 from __future__ import annotations
 
+import os
+
+if __name__ == "__main__":
+    # OpenMP's threads spin while they wait. Where several programs share the cores, that takes time from all of them.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import argparse
 import contextlib
 import ctypes
 import json
 import math
-import os
 import re
 import resource
 import shutil
@@ -41,7 +46,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from data import (DataError, Loader, Tokenizer, add_flags, die_with_parent, file_lock, read_manifests, toy_split,
                   toy_tokenizer, toy_world)
-from eval import toy_benchmark
+from eval import show_own_samples, toy_benchmark
 from model import (BLOCKS, FORMAT, IGNORE, PRESETS, VIDEO, Exo2Ego, choose_attention, feature_kl, file_hash, fingerprint,
                    git_revision, load_checkpoint, load_delta, newest_checkpoint, pick_device, read_state)
 
@@ -149,7 +154,8 @@ class TrainConfig:
     optimizer: Literal["muon", "adamw"] | None = None       # of matrices (muon; adamw for 7b)
     save_every: int | None = None                   # steps; the last step is always saved
     keep: int = 2                                   # checkpoints kept
-    val_every: int | None = None                    # steps between validation losses
+    val_data: str | None = None                     # a manifest for the validation loss (the micro-world has its own)
+    val_every: int | None = None                    # steps between validation losses (at the end, with --val-data)
     workers: int = 1                                # loader processes a rank
     fsdp: bool = False                              # FSDP2 instead of DDP: a rank holds its share of it all
     checkpoint_activations: bool = False            # backward computes whole blocks again: less memory, more work
@@ -180,8 +186,8 @@ class TrainConfig:
 
 # Flags that may differ when a run resumes: they do not change what it computes (micro_batch does with --contrastive,
 # whose negatives are the micro batch). base and init are known by their hashes.
-MAY_CHANGE = {"out", "save_every", "keep", "val_every", "workers", "timeout", "micro_batch", "no_eval", "max_bad", "fsdp",
-              "checkpoint_activations", "base", "init"}
+MAY_CHANGE = {"out", "save_every", "keep", "val_data", "val_every", "workers", "timeout", "micro_batch", "no_eval", "max_bad",
+              "fsdp", "checkpoint_activations", "base", "init", "steps"}
 MAY_BE_ZERO = {"stage", "seed", "workers", "max_bad", "contrastive", "kl_weight", "ccl_weight"}
 STAGE_2_ONLY = {"no_kl", "no_cycle", "forward_cycle_only", "no_mapping", "mapping", "contrastive", "shuffle_pairs",
                 "kl_space", "kl_weight", "ccl_weight", "kl_temperature"}
@@ -200,10 +206,15 @@ def parse(argv: list[str] | None = None) -> TrainConfig:
             parser.error(f"{flag} {value}: a number above 0 is needed")
         if name in STAGE_2_ONLY and cfg.stage != 2 and value != getattr(TrainConfig, name):
             parser.error(f"{flag} is of stage 2, whose F and G stage 3 goes on with")
+    if cfg.steps and cfg.epochs:
+        parser.error("--steps and --epochs both say how long: give one of them")
+    if cfg.no_mapping and cfg.contrastive:
+        parser.error("--contrastive compares F(x) with y, and --no-mapping has no F")
     for path in cfg.data:
         is_manifest = path.endswith(".jsonl")
-        one_of_many = len(cfg.data) > 1
-        if is_manifest != Path(path).is_file() or one_of_many and not is_manifest:
+        if is_manifest and not Path(path).is_file():
+            parser.error(f"--data {path} is not there")
+        if not is_manifest and (len(cfg.data) > 1 or Path(path).is_file()):
             parser.error(f"--data {path}: a manifest is a file that ends in .jsonl, a micro-world one folder")
 
     # What is not given lies beside --out.
@@ -219,7 +230,7 @@ def parse(argv: list[str] | None = None) -> TrainConfig:
         optimizer=cfg.optimizer or optimizer)
 
 
-def stages_of(cfg: TrainConfig) -> tuple[Stage, ...]:
+def stages_of(cfg) -> tuple[Stage, ...]:
     """The rows of this run: the table's, changed by the flags. Stage 0 has four, every other stage one."""
     table = PAPER if cfg.preset == "7b" else TOY
     if cfg.stage not in table:
@@ -227,7 +238,7 @@ def stages_of(cfg: TrainConfig) -> tuple[Stage, ...]:
     return tuple(changed_by_flags(stage, cfg) for stage in table[cfg.stage])
 
 
-def changed_by_flags(stage: Stage, cfg: TrainConfig) -> Stage:
+def changed_by_flags(stage, cfg) -> Stage:
     losses = dict(stage.losses)
     trains = dict(stage.trains)
     if cfg.stage == 2:
@@ -237,7 +248,7 @@ def changed_by_flags(stage: Stage, cfg: TrainConfig) -> Stage:
     # The ablations take away parts and losses.
     gone = set()
     if cfg.no_mapping:
-        gone |= {"F", "G", "kl", "ccl"}
+        gone |= {"F", "G", *losses} - {"vtg"}                   # every other loss compares what F or G has mapped
     if cfg.no_cycle:
         gone |= {"G", "ccl"}
     if cfg.no_kl:
@@ -267,7 +278,7 @@ class Objective(nn.Module):
     To add a loss: give it a weight in the stage table and return its term from `views`, a vector whose sum counts: one
     number a sample.
     """
-    def __init__(self, model: Exo2Ego, tokenizer, stage: Stage, cfg: TrainConfig, world: int):
+    def __init__(self, model, tokenizer, stage, cfg, world):
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
         self.stage, self.cfg, self.world = stage, cfg, world
@@ -281,7 +292,7 @@ class Objective(nn.Module):
             side = model.cfg.patches_per_side
             self.loss.register_buffer("feature_std", torch.ones(side, side, model.cfg.vit_width))
 
-    def forward(self, batch, supervised: float, samples: int):
+    def forward(self, batch, supervised, samples):
         """-> {"loss": the weighted sum, and each term} of one micro batch, as its share of the whole step, which holds
         `supervised` tokens (each counted once for every sample it serves) and `samples` samples."""
         if self.stage.loss_fn == "language":
@@ -291,10 +302,13 @@ class Objective(nn.Module):
         else:
             terms = self.views(batch)
         # Every term needs a weight, every weight a term.
-        wrong = set(terms) ^ set(self.stage.losses)
-        wrong = wrong or {name for name, term in terms.items() if term.dim() != 1}
-        if wrong:
-            raise DataError(f"{wrong}: a loss is a weight in the stage table and a term of shape (samples,)")
+        weights = self.stage.losses
+        for name in terms.keys() ^ weights.keys():
+            lacks = "weight in the stage table" if name in terms else f"term from {self.stage.loss_fn}()"
+            raise DataError(f"the loss {name!r} has no {lacks}: it needs both")
+        for name, term in terms.items():
+            if term.dim() != 1:
+                raise DataError(f"the loss {name!r} has shape {tuple(term.shape)}: one number a sample is needed")
 
         # Text is averaged over tokens, everything else over samples.
         shares = {}
@@ -335,7 +349,7 @@ class Objective(nn.Module):
             terms["contrastive"] = self.contrastive(y, fx[pair])
         return terms
 
-    def vtg(self, visual: Tensor, batch) -> Tensor:
+    def vtg(self, visual, batch) -> Tensor:
         """Vision-grounded text generation: the next-token cross-entropy of each supervised token."""
         if not batch.lens:
             # No row has text. A stand-in lets all ranks run the same blocks; its loss is a sum over no tokens, 0.
@@ -366,7 +380,7 @@ class Objective(nn.Module):
             target, estimate = (rearrange(t, "b t h w d -> b (t h w) d") for t in (y, fx))
         return feature_kl(target, estimate, self.cfg.kl_temperature)
 
-    def cycle(self, x: Tensor, y: Tensor, pair: Tensor) -> Tensor:
+    def cycle(self, x, y, pair) -> Tensor:
         """CCL(F, G) of each pair (X,): |G(F(x)) - x| + |F(G(y)) - y|, in units of the demonstrator's spread.
 
         x (of E moments) and y are data here, as in CycleGAN: only F and G learn from it.
@@ -389,7 +403,7 @@ class Objective(nn.Module):
         return F.cross_entropy(a @ b.T / tau, own, reduction="none")
 
     @torch.no_grad()
-    def measure_feature_std(self, loader: Loader, samples: int = 256):
+    def measure_feature_std(self, loader, samples=256):
         """The cycle's constant, which the checkpoint stores: the spread of exo features per patch and channel."""
         std = self.loss.feature_std
         samples = min(samples, loader.samples)
@@ -442,7 +456,7 @@ class Objective(nn.Module):
         return {"clip": (mean * len(text))[None]}
 
 
-def scatter_words(texts, slots: int, vocab: int) -> Tensor:
+def scatter_words(texts, slots, vocab) -> Tensor:
     """The weight of each word in each place of a video's tokens (B, slots, vocab): the words of a text, each spread over
     few or many places, among fainter words of another text. The toy decoder learns to read this."""
     mixture = torch.zeros(len(texts), slots, vocab)
@@ -490,7 +504,7 @@ def orthogonal(m: Tensor) -> Tensor:
     return x.T if m.shape[0] > m.shape[1] else x
 
 
-def make_optimizers(trained, rates, kind: str) -> list:
+def make_optimizers(trained, rates, kind) -> list:
     """Muon for the matrices inside the network, AdamW for the rest: both ends, norms, biases, depthwise filters. Kind
     "adamw": AdamW for all. `rates` is the peak learning rate of each name."""
     matrices, others = {}, {}                                   # rate -> parameters
@@ -510,7 +524,7 @@ def make_optimizers(trained, rates, kind: str) -> list:
     return optimizers
 
 
-def schedule(step: int, steps: int, stage: Stage) -> float:
+def schedule(step, steps, stage) -> float:
     """Share of the peak rate at a step: linear warm-up, then a cosine down to the stage's floor."""
     warm = max(1, round(stage.warmup * steps))
     if step < warm:
@@ -539,7 +553,7 @@ class Run:
         """The context of a forward pass: products in bfloat16 if asked for, norms and losses in float32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
-    def sum(self, tensor: Tensor):
+    def sum(self, tensor):
         """The sum of a tensor over all ranks, as numbers."""
         if self.world > 1:
             dist.all_reduce(tensor)
@@ -551,7 +565,7 @@ class Run:
         return {name: total / self.world for name, total in zip(totals, sums)}
 
 
-def initial_model(run: Run):
+def initial_model(run):
     """The model at the start of the stage: the previous stage's, or published weights, plus the parts it adds."""
     cfg = run.cfg
     torch.manual_seed(cfg.seed * 10 + cfg.stage)
@@ -569,7 +583,8 @@ def initial_model(run: Run):
         source, state = init_checkpoint(cfg.init, 1)
         added = {} if cfg.no_mapping else {"mapping": cfg.mapping}
     else:
-        source, state = init_checkpoint(cfg.init, 2)
+        # Instruction tuning may go on from instruction tuning, with other data.
+        source, state = init_checkpoint(cfg.init, 2, 3)
         added = {} if cfg.no_lora else {"lora": True}
     if state["base"] is None:
         base = source
@@ -587,6 +602,7 @@ def initial_model(run: Run):
     recorded_base = base if published else base.parent
     run.provenance |= dict(
         init=fingerprint(source),
+        init_stage=state["stage"],
         base_hash=fingerprint(base),
         base=os.path.relpath(recorded_base, cfg.out),
         vision=os.path.abspath(cfg.vision) if cfg.vision else state.get("vision"))
@@ -599,36 +615,39 @@ def initial_model(run: Run):
     return model, tokenizer
 
 
-def base_folder(cfg: TrainConfig):
+def base_folder(cfg):
     """The checkpoint with the untouched weights: --base, or the one that --init recorded."""
     base = newest_checkpoint(cfg.base)
+    if base is None and Path(cfg.base) != Path(cfg.out).parent / "stage0":
+        raise DataError(f"--base {cfg.base}: there are no weights")
     init = newest_checkpoint(cfg.init)
     if base is None and init is not None:
         base = newest_checkpoint(init.parent / (read_state(init)["base"] or ""))
     return base
 
 
-def init_checkpoint(init, stage: int):
-    """The last checkpoint of the finished run `init` of this stage, and its state; all else is refused."""
+def init_checkpoint(init, *stages: int):
+    """The last checkpoint of the finished run `init` of one of these stages, and its state; all else is refused."""
+    wanted = " or ".join(map(str, stages))
     folder = newest_checkpoint(init)
     if folder is None:
-        raise DataError(f"--init {init}: no checkpoint there; torchrun train.py --stage {stage} --out {init}")
+        raise DataError(f"--init {init}: no checkpoint there; torchrun train.py --stage {stages[0]} --out {init}")
     state = read_state(folder)
     step, steps = state["step"], state["steps"]
-    if state["stage"] != stage or step < steps:
+    if state["stage"] not in stages or step < steps:
         raise DataError(f"--init {init} is of stage {state['stage']} at step {step} of {steps}; "
-                        f"stage {stage + 1} starts from a finished stage {stage}")
+                        f"stage {stages[0] + 1} starts from a finished stage {wanted}")
     return folder, state
 
 
-def part_of(name: str) -> str:
+def part_of(name) -> str:
     """The part of the stage table that a parameter belongs to."""
     if ".lora_" in name:
         return "lora"
     return name.removeprefix("model.").split(".")[0]
 
 
-def freeze(objective: Objective, stage: Stage, bf16: bool):
+def freeze(objective, stage, bf16):
     """Freeze every part that the stage does not train; returns what trains, by name.
 
     Trained weights are float32. Frozen ones are kept in the dtype they are computed with, except in stage 0, where the
@@ -646,16 +665,20 @@ def freeze(objective: Objective, stage: Stage, bf16: bool):
     return trained
 
 
-def make_loader(run: Run, stage: Stage, model: Exo2Ego, tokenizer: Tokenizer, validation: bool = False) -> Loader:
+def make_loader(run, stage, model, tokenizer, validation=False) -> Loader:
     """The samples of a stage, with room for the visual tokens of [x ; F(x)] or of one view."""
     cfg = run.cfg
-    if validation and (cfg.stage == 0 or cfg.toy_folder is None):
-        raise DataError("--val-every needs stage 1, 2 or 3 on the micro-world, which has a validation split")
-    manifests = cfg.data
-    if cfg.toy_folder:
+    manifests, batch, micro = cfg.data, stage.batch, cfg.micro_batch
+    if validation and cfg.val_data:
+        manifests = [cfg.val_data]
+    elif cfg.toy_folder:
         manifests = [toy_split(cfg.toy_folder, "val" if validation else stage.split, toy_world(cfg.toy_folder))]
     rows = read_manifests(manifests, cfg.root, cfg.allow_outside)
-    if cfg.shuffle_pairs and stage.view == "pair" and not validation:
+    if validation:
+        # A small set is a batch, too: every rank has a share of each.
+        micro = min(micro or batch // run.world, max(1, len(rows) // run.world))
+        batch = micro * run.world
+    elif cfg.shuffle_pairs and stage.view == "pair":
         rows = shuffle_pairs(rows, cfg.seed)
     run.provenance.setdefault("manifest", hash_with_skip_lists(manifests))
     # The learner reads x and F(x), everybody else one view.
@@ -664,8 +687,8 @@ def make_loader(run: Run, stage: Stage, model: Exo2Ego, tokenizer: Tokenizer, va
         rows, model.cfg, tokenizer,
         view=stage.view,
         text=stage.text,
-        batch=stage.batch,
-        micro=cfg.micro_batch,
+        batch=batch,
+        micro=micro,
         seed=cfg.seed,
         rank=run.rank,
         world=run.world,
@@ -683,7 +706,7 @@ def hash_with_skip_lists(manifests) -> str:
     return "+".join(hashes)
 
 
-def shuffle_pairs(rows: list[dict], seed: int) -> list[dict]:
+def shuffle_pairs(rows, seed) -> list[dict]:
     """The control: every ego clip gets the exo clips of another row (a cyclic shift in random order)."""
     order = np.random.default_rng(seed).permutation(len(rows))
     partner = dict(zip(order, np.roll(order, 1)))
@@ -705,7 +728,7 @@ def start_process():
     return rank, world
 
 
-def join_ranks(backend: str, seconds: float):
+def join_ranks(backend, seconds):
     """Meet the other ranks, within `seconds`.
 
     torchrun keeps one store over its restarts, in which a rank would find the addresses of the dead (pytorch#135712):
@@ -721,22 +744,17 @@ def join_ranks(backend: str, seconds: float):
 
 
 def first_problem_of_any_rank(check):
-    """Call a check first on local rank 0, which fills the cache of compiled kernels, then on the others."""
+    """Call a check on every rank; all get the first answer that is a problem."""
+    own = check()
     if not dist.is_initialized():
-        return check()
-    # One process of each machine compiles, then the others find the result.
+        return own
     problems = [None] * dist.get_world_size()
-    goes_first = os.environ.get("LOCAL_RANK", "0") == "0"
-    own = check() if goes_first else None
-    dist.barrier()
-    if not goes_first:
-        own = check()
     dist.all_gather_object(problems, own)
     return next(filter(None, problems), None)
 
 
 @contextlib.contextmanager
-def stop_gracefully_on_signals(run: Run):
+def stop_gracefully_on_signals(run):
     """SIGTERM or Ctrl-C: the step under way ends, at most one more is taken, then the run saves and exits.
 
     A second signal, more than a second later (launchers pass theirs on at once), ends it on the spot. torchrun kills
@@ -773,7 +791,7 @@ KEPT_FOR_BACKWARD = [
     torch.ops.aten._scaled_dot_product_cudnn_attention.default]
 
 
-def wrap(run: Run, objective: Objective) -> nn.Module:
+def wrap(run, objective) -> nn.Module:
     """The objective as the ranks share it: its blocks compiled or checkpointed, then DDP, or FSDP2 by block."""
     cfg = run.cfg
     blocks = [module for module in objective.modules() if isinstance(module, BLOCKS)]
@@ -816,7 +834,7 @@ def compiled(block: nn.Module):
     return forward
 
 
-def sync_gradients(wrapped: nn.Module, run: Run, now: bool):
+def sync_gradients(wrapped, run, now):
     """Whether the next backward exchanges gradients with the other ranks. To be said before its forward."""
     if run.cfg.fsdp:
         wrapped.set_requires_gradient_sync(now)
@@ -824,13 +842,13 @@ def sync_gradients(wrapped: nn.Module, run: Run, now: bool):
         wrapped.require_backward_grad_sync = now
 
 
-def gather_full_tensor(tensor: Tensor) -> Tensor:
+def gather_full_tensor(tensor) -> Tensor:
     """A tensor that may be sharded over the ranks, whole, on each of them."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 # ------------------------------------------------------------------------------------------------ 8 saving and resuming
-def save_checkpoint(run: Run, objective: Objective, optimizers, step: int, trained, skipped: int):
+def save_checkpoint(run, objective, optimizers, step, trained, skipped):
     """What differs from the base (in stage 0 everything), and what resuming exactly needs, in step_000200/.
 
     It is written under a temporary name, synced, and renamed: a killed save never looks finished.
@@ -871,12 +889,11 @@ def save_checkpoint(run: Run, objective: Objective, optimizers, step: int, train
         steps=run.total,
         model=asdict(objective.model.cfg),
         config=asdict(cfg),
+        recipe=recipe_of(cfg),
         skipped=skipped,
         git=git_revision(),
         sha256={file.name: file_hash(file) for file in part.glob("*.safetensors")})
     (part / "state.json").write_text(json.dumps(state, indent=1))
-    if step == run.total:
-        (part / "README.md").write_text(model_card(state, len(tensors)))
 
     # On disk, before the folder takes its name.
     for file in part.iterdir():
@@ -899,7 +916,7 @@ def optimizer_state(optimizers):
     return tensors
 
 
-def load_optimizers(folder: Path, optimizers, rank: int, device: torch.device):
+def load_optimizers(folder, optimizers, rank, device):
     """Moments and this rank's random state, exactly as saved."""
     saved = load_delta(folder, "optim.safetensors")
     for i, optimizer in enumerate(optimizers):
@@ -918,7 +935,7 @@ def load_optimizers(folder: Path, optimizers, rank: int, device: torch.device):
         set_random_state(saved[f"rng.{rank}"], device)
 
 
-def random_state(device: torch.device) -> Tensor:
+def random_state(device) -> Tensor:
     """The generators that a rank draws from, as bytes: the CPU's, then its GPU's."""
     states = [torch.get_rng_state()]
     if device.type == "cuda":
@@ -926,35 +943,53 @@ def random_state(device: torch.device) -> Tensor:
     return torch.cat(states)
 
 
-def set_random_state(state: Tensor, device: torch.device):
+def set_random_state(state, device):
     size = len(torch.get_rng_state())
     torch.set_rng_state(state[:size])
     if device.type == "cuda" and len(state) > size:
         torch.cuda.set_rng_state(state[size:], device)
 
 
-def resume_checkpoint(cfg: TrainConfig, provenance):
+def recipe_of(cfg) -> dict:
+    """What a run computes, by name: the flags that matter, and the rows of the stage table as the flags changed them."""
+    recipe = {flag: value for flag, value in asdict(cfg).items() if flag not in MAY_CHANGE}
+    for stage in stages_of(cfg):
+        row = asdict(stage)
+        del row["steps"]                                        # which may grow
+        recipe |= {f"{stage.name}: {field}": value for field, value in row.items()}
+    return json.loads(json.dumps(recipe))                       # as a file gives it back
+
+
+def resume_checkpoint(run):
     """The newest finished checkpoint of this very run, or None. The folder of another run is refused by field."""
+    cfg = run.cfg
     folder = newest_checkpoint(cfg.out)
     if folder is None:
         return None
     state = read_state(folder)
     now = git_revision()
-    if os.environ.get("RANK", "0") == "0" and state["git"] != now:
+    if run.rank == 0 and state["git"] != now:
         print(f"{folder} was made by code {state['git']}, {now} goes on with it")
-    # Flags that change what is computed must be those of the run.
-    config = {key: value for key, value in asdict(cfg).items() if key not in MAY_CHANGE}
-    saved = state["config"] | {key: state.get(key) for key in provenance}
-    for key, value in (config | provenance).items():
-        was = saved.get(key)
-        # The base may move: its hash tells which it is.
-        if was != value and key != "base":
-            raise DataError(f"{cfg.out} holds a run with {key}={was}, this one has {value}: choose another --out "
-                            f"or remove the folder")
+    # The recipe and what it stands on are those of the run. The base may move: its hash tells which it is.
+    saved = state["recipe"] | {key: state.get(key) for key in run.provenance}
+    for key, value in (recipe_of(cfg) | run.provenance).items():
+        if saved.get(key) != value and key != "base":
+            raise DataError(f"{cfg.out} holds a run with {key}={saved.get(key)}, this one has {value}: choose "
+                            f"another --out or remove the folder")
+    # More steps than the run was meant to have go on from where it is, on the schedule of the new length.
+    before = state["steps"]
+    if run.total < before or run.total > before and cfg.stage == 0:
+        raise DataError(f"{cfg.out} holds a run of {before} steps, this one has {run.total}: --steps may only grow, "
+                        f"and not in stage 0; choose another --out")
+    if run.total > before and run.rank == 0:
+        stage, = stages_of(cfg)
+        old, new = (schedule(state["step"], length, stage) for length in (before, run.total))
+        print(f"{folder} goes on to step {run.total} instead of {before}: at step {state['step']} the rate jumps from "
+              f"{old:.3f} to {new:.3f} of its peak")
     return folder
 
 
-def restore_weights(objective: Objective, folder: Path, device: torch.device):
+def restore_weights(objective, folder, device):
     """Put a checkpoint's own tensors into the objective; they are assigned, since the base may be half precision."""
     tensors = {}
     for name, tensor in load_delta(folder).items():
@@ -963,30 +998,13 @@ def restore_weights(objective: Objective, folder: Path, device: torch.device):
     objective.load_state_dict(tensors, strict=False, assign=True)
 
 
-def model_card(state: dict, tensors: int) -> str:
-    """What a finished checkpoint is, in words: for whoever finds the folder."""
-    config = state["config"]
-    return f"""# Exo2Ego (arXiv 2503.09143), stage {state["stage"]}, preset {config["preset"]}
-
-An independent reimplementation's checkpoint: {state["step"]} steps on `{" ".join(config["data"])}` (manifest
-{state.get("manifest")}), seed {config["seed"]}, code revision {state["git"]}. `model.safetensors` holds the
-{tensors} tensors that differ from its base, `{state["base"] or "none"}`; settings are in `state.json`.
-
-    from model import load_checkpoint
-    model, state = load_checkpoint("this folder", base="where the base is")
-
-Intended for research on first-person video. It inherits the licence of its base (CLIP, Mistral, VideoLLaMA2
-weights are under their publishers' terms) and the terms of the videos it saw (Ego4D and Ego-Exo4D: signed
-agreement; the micro-world: none). Not tested for safety, bias or accuracy beyond `eval.json` beside it.
-"""
-
-
 # --------------------------------------------------------------------------------------------------- 9 log, what is shown
 class Log:
     """log.jsonl, one object a step, cut back to the step that a run resumes from; and the progress line."""
-    def __init__(self, path, step: int, skipped: int = 0):
+    def __init__(self, path, step, skipped=0):
         """`path` None: a rank that keeps no log."""
         self.file, self.skipped = None, skipped
+        self.best = math.inf                                    # validation loss
         if path is None:
             return
         # What was logged after the checkpoint is run again, so it goes.
@@ -998,18 +1016,19 @@ class Log:
                 break                                           # a kill cut this line short
             if row["step"] <= step:
                 kept.append(line + "\n")
+                self.best = min(self.best, row.get("val_loss", math.inf))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(kept))
         self.file = open(path, "a", buffering=1)
 
-    def write(self, row, text: str = ""):
+    def write(self, row, text=""):
         """One object to the file, one line to the screen."""
         if self.file:
             self.file.write(json.dumps(row) + "\n")
             if text:
                 print(text, flush=True)
 
-    def skip(self, micro_batches, number: int, seen: int, max_bad: float):
+    def skip(self, micro_batches, number, seen, max_bad):
         """Name this rank's unreadable samples, and count those of all ranks, `number`. Too many of `seen` end the run."""
         for batch in micro_batches:
             for reason in batch.skipped:
@@ -1024,14 +1043,13 @@ class Log:
         """A stage begins, or goes on after its first `done` steps; then their skipped samples still count."""
         if done == 0:
             self.skipped = 0
-        self.began = self.clock = time.monotonic()
-        self.first = done
+        self.clock = time.monotonic()
+        self.shown = done, self.clock                           # the step of the last line, and when it was
 
-    def step(self, done: int, length: int, samples: int, tokens: int, losses, row):
+    def step(self, done, length, samples, tokens, losses, row):
         """Step number `done` of `length` is over."""
         now = time.monotonic()
         took, self.clock = now - self.clock, now
-        each = (now - self.began) / (done - self.first)
         if torch.cuda.is_available():
             memory = torch.cuda.max_memory_allocated()
         else:
@@ -1046,6 +1064,10 @@ class Log:
         # The screen gets every tenth step.
         text = ""
         if done % 10 == 0 or done == length:
+            # The speed is that since the last line.
+            shown, when = self.shown
+            each = (now - when) / (done - shown)
+            self.shown = done, now
             values = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
             speed = f"{each:.3f} s/step | {samples / each:.0f} clips/s"
             seconds_left = (length - done) * each
@@ -1053,7 +1075,7 @@ class Log:
         self.write(row, text)
 
 
-def describe(run: Run, objective: Objective, loader: Loader, length: int):
+def describe(run, objective, loader, length):
     """Before the first step of a stage: the arithmetic, what trains, and what the model is fed."""
     stage, micro = objective.stage, loader.micro
     arithmetic = f"{stage.batch // micro} micro batches x {micro} on {run.world} ranks"
@@ -1073,10 +1095,12 @@ def describe(run: Run, objective: Objective, loader: Loader, length: int):
     dtype = "bfloat16" if run.bf16 else "float32"
     machine = f"{run.device}, {dtype}, {torch.get_num_threads()} threads; {run.attention}"
     print(f"   losses {stage.losses}, rates {stage.trains}, {run.cfg.optimizer}, {machine}")
+    if run.cfg.compile:
+        print("   compiling: the first steps take a minute or more")
     print("   " + show_prompt(loader.batch(0)[0], objective.tokenizer), flush=True)
 
 
-def show_prompt(batch, tokenizer: Tokenizer) -> str:
+def show_prompt(batch, tokenizer) -> str:
     """What the model is fed: shapes, and the first text, what is read of it and what is supervised."""
     text = f"{len(batch.ids)} tokens"
     for view, frames in (("ego", batch.ego), ("exo", batch.exo)):
@@ -1091,12 +1115,13 @@ def show_prompt(batch, tokenizer: Tokenizer) -> str:
 
 
 @torch.no_grad()
-def validate(run: Run, objective: Objective, loader: Loader, step: int, log: Log, batches: int = 8):
-    """Narration loss per token on the first validation clips, which the ranks share."""
+def validate(run, objective, loader, step, log):
+    """Text loss per token on the first validation clips, of as many as eight training batches; ranks share them."""
     sums = torch.zeros(2, device=run.device)
-    if run.world > 1:
-        # Ranks stay in step: each has a share of every batch.
-        batches = min(batches, loader.samples // loader.batch_size)
+    batches = 8 * objective.stage.batch // loader.batch_size
+    # Ranks stay in step: each has a share of every batch. One process also reads the last batch, which may be short.
+    whole = loader.samples // loader.batch_size
+    batches = min(batches, math.ceil(loader.samples / loader.batch_size) if run.world == 1 else whole)
     objective.eval()
     for i in range(batches):
         for batch in loader.batch(i):
@@ -1108,7 +1133,9 @@ def validate(run: Run, objective: Objective, loader: Loader, step: int, log: Log
     objective.train()
     total, tokens = run.sum(sums)
     loss = total / tokens if tokens else math.nan
-    log.write(dict(step=step, val_loss=loss), f"step {step} | val_loss {loss:.4f}")
+    mark = " (the best so far)" if loss < log.best else ""
+    log.best = min(log.best, loss)
+    log.write(dict(step=step, val_loss=loss, best=bool(mark)), f"step {step} | val_loss {loss:.4f}{mark}")
 
 
 # ---------------------------------------------------------------------------------------------------------- 10 the loop
@@ -1121,22 +1148,26 @@ class StepCounts(NamedTuple):
     stop: float                                                 # ranks that a signal asked to stop
 
     @classmethod
-    def of(cls, micro_batches, run: Run) -> StepCounts:
+    def of(cls, micro_batches, run) -> StepCounts:
         own = [[batch.weights.sum(), batch.samples, len(batch.skipped), len(batch.ids), run.stop > 0]
                for batch in micro_batches]
         total = torch.tensor(own).sum(0)
         return cls(*run.sum(total.to(run.device)))
 
 
-def run_stage(run: Run, model: Exo2Ego, tokenizer: Tokenizer, stage: Stage, loader: Loader, first: int, length: int,
-              folder, log: Log):
+def run_stage(run, model, tokenizer, stage, loader, first, length,
+              folder, log):
     """Steps `first` to `first + length` of the run, or what the checkpoint `folder` has left of them."""
     cfg = run.cfg
     objective, trained, done = prepare_objective(run, model, tokenizer, stage, loader, first, folder)
     wrapped, trained, optimizers = prepare_training(run, objective, trained)
     if run.rank == 0:
         describe(run, objective, loader, length)
-    validation = make_loader(run, stage, model, tokenizer, validation=True) if cfg.val_every else None
+    validation = None
+    if cfg.val_every or cfg.val_data:
+        if cfg.stage == 0 or not (cfg.val_data or cfg.toy_folder):
+            raise DataError("a validation loss needs stage 1, 2 or 3, and --val-data x.jsonl or the micro-world")
+        validation = make_loader(run, stage, model, tokenizer, validation=True)
     batches = loader.stream(done, length, cfg.workers, cfg.overfit, cfg.timeout)
     # After the DataLoader is made, which draws a random number.
     if done:
@@ -1180,16 +1211,17 @@ def run_stage(run: Run, model: Exo2Ego, tokenizer: Tokenizer, stage: Stage, load
         log.step(step + 1, length, counts.samples, counts.tokens, losses, row)
 
         # 6) validate, save
-        if validation and number % cfg.val_every == 0:
+        last = step + 1 == length
+        if validation and (last or cfg.val_every and number % cfg.val_every == 0):
             validate(run, objective, validation, number, log)
         due = cfg.save_every and number % cfg.save_every == 0
-        if due or counts.stop or step + 1 == length:
+        if due or counts.stop or last:
             save_checkpoint(run, objective, optimizers, number, trained, log.skipped)
         if counts.stop:
             sys.exit(f"stopped at step {number}, saved: the same command goes on")
 
 
-def prepare_objective(run: Run, model: Exo2Ego, tokenizer: Tokenizer, stage: Stage, loader: Loader, first: int,
+def prepare_objective(run, model, tokenizer, stage, loader, first,
                       folder):
     """-> the objective on its device, what trains, and how many steps of the stage are done."""
     torch.manual_seed(hash((run.cfg.seed, first, run.rank)) % 2 ** 31)
@@ -1208,7 +1240,7 @@ def prepare_objective(run: Run, model: Exo2Ego, tokenizer: Tokenizer, stage: Sta
     return objective, trained, done
 
 
-def prepare_training(run: Run, objective: Objective, trained):
+def prepare_training(run, objective, trained):
     """-> the objective as the ranks share it, what trains, and its optimisers."""
     wrapped = wrap(run, objective)
     # FSDP has replaced the parameters by their shards.
@@ -1217,7 +1249,7 @@ def prepare_training(run: Run, objective: Objective, trained):
     return wrapped, trained, make_optimizers(trained, rates, run.cfg.optimizer)
 
 
-def refuse_nan(loss: float, norm: float, step: int, micro_batches):
+def refuse_nan(loss, norm, step, micro_batches):
     """End the run before an update spoils the weights; the samples of the step may show why."""
     if not math.isfinite(loss + norm):
         names = [batch.names for batch in micro_batches]
@@ -1225,7 +1257,7 @@ def refuse_nan(loss: float, norm: float, step: int, micro_batches):
 
 
 # ------------------------------------------------------------------------------------------------------------- 11 main
-def train(cfg: TrainConfig, rank: int = 0, world: int = 1):
+def train(cfg, rank=0, world=1):
     """Run a stage to its end, then score it."""
     # The stages of this run: stage 0 has four, every other stage one.
     stages = stages_of(cfg)
@@ -1241,7 +1273,7 @@ def train(cfg: TrainConfig, rank: int = 0, world: int = 1):
                for stage, loader in zip(stages, loaders)]
     run.total = sum(lengths)
     # Where an earlier call of this command has come.
-    folder = resume_checkpoint(cfg, run.provenance)
+    folder = resume_checkpoint(run)
     state = read_state(folder) if folder else dict(step=0, skipped=0)
     steps_taken = state["step"]
     if steps_taken == run.total:
@@ -1258,17 +1290,24 @@ def train(cfg: TrainConfig, rank: int = 0, world: int = 1):
             folder = None
         first += length
 
-    # The micro-world has a benchmark for every stage.
-    scored = (Path(cfg.out) / "eval.json").is_file() and steps_taken == run.total
-    if rank == 0 and cfg.toy_folder and not cfg.no_eval and not scored:
-        if cfg.fsdp or steps_taken == run.total:
-            # Read the result: with FSDP this process holds a share of it, and a finished run has trained nothing.
-            model, _ = load_checkpoint(cfg.out, vision=cfg.vision)
-        with run.autocast():
-            toy_benchmark(model.to(run.device), tokenizer, cfg.toy_folder, cfg.stage, cfg.out, cfg.init)
+    # The micro-world has a benchmark for every stage; of one's own data a few samples are shown.
+    finished = steps_taken == run.total
+    shown = "eval.json" if cfg.toy_folder else "samples.png"
+    if rank or cfg.no_eval or finished and (Path(cfg.out) / shown).is_file():
+        return
+    if cfg.fsdp or finished:
+        # Read the result: with FSDP this process holds a share of it, and a finished run has trained nothing.
+        model, _ = load_checkpoint(cfg.out, vision=cfg.vision)
+    model = model.to(run.device)
+    with run.autocast():
+        if cfg.toy_folder:
+            toy_benchmark(model, tokenizer, cfg.toy_folder, cfg.stage, cfg.out, cfg.init)
+        else:
+            view = "exo" if cfg.stage == 1 else "ego"
+            show_own_samples(model, tokenizer, loaders[-1].rows, view, cfg.out)
 
 
-def make_missing_stage_0(cfg: TrainConfig):
+def make_missing_stage_0(cfg):
     """Train stage 0 if it is missing: by whichever process gets the lock first. The others wait, and find it done."""
     def missing():
         newest = base_folder(cfg)
@@ -1291,8 +1330,10 @@ def make_missing_stage_0(cfg: TrainConfig):
                 "--workers", str(cfg.workers)]))
 
 
-def explain(error: Exception, out: str, world: int) -> str:
+def explain(error, out, world) -> str:
     """The sentence of an error that a user can mend; any other error is raised again."""
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped: the same command goes on"
     text = (str(error) or repr(error)).splitlines()[0][:300]
     if isinstance(error, DataError):
         return str(error)
@@ -1327,7 +1368,7 @@ def main(argv=None):
                 join_ranks("nccl" if torch.cuda.is_available() else "gloo", cfg.timeout)
             # One process has nobody to share with.
             train(cfg if world > 1 else replace(cfg, fsdp=False), rank, world)
-    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
+    except (ValueError, OSError, RuntimeError, SafetensorError, KeyboardInterrupt) as error:
         print(f"train.py: {explain(error, cfg.out, world)}", file=sys.stderr, flush=True)
         # With several ranks at once: the others must not wait for a rank that gave up.
         if world > 1:

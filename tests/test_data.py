@@ -1,15 +1,18 @@
 """Video reading never lies, manifests fail by name, and a batch is a function of (seed, step, rank)."""
 import atexit
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import types
 from fractions import Fraction
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from conftest import REPO, run
 
@@ -433,3 +436,32 @@ def test_ctrl_c_while_rendering_is_one_line(tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert said == "data.py: stopped; the same command goes on or begins anew\n" and process.returncode == 1
+
+
+@pytest.mark.parametrize("number", (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP))
+def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, capsys, number):
+    def lockf(*_):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(data.fcntl, "lockf", lockf)
+    for wait in (True, False):
+        with data.file_lock(tmp_path / ".lock", wait):
+            assert (tmp_path / ".lock").read_text() == str(os.getpid())
+    assert capsys.readouterr().out.count("is on a file system without locks: see to it that one run") == 2
+
+
+def test_a_small_shared_memory_is_said_before_the_first_batch(toy, monkeypatch):
+    free = types.SimpleNamespace(f_bavail=100, f_frsize=4096)
+    monkeypatch.setattr(os, "statvfs", lambda path: free)
+    one = loader(toy, view="ego", split="ego")
+    with pytest.raises(DataError, match="/dev/shm has 0 MB free, the loader's workers need 0: pass --workers 0, or enlarge it"):
+        next(one.stream(0, 2, workers=1))
+    assert next(one.stream(0, 2, workers=0))
+    free.f_bavail = 1 << 20
+    assert next(one.stream(0, 2, workers=1))
+
+
+def test_a_tokenizer_that_knows_the_marks_of_the_template_is_refused(tmp_path):
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["[INST] a [/INST] b c d e"] * 50), model_prefix=str(tmp_path / "tokenizer"),
+                                             vocab_size=40, hard_vocab_limit=False, control_symbols=["[INST]", "[/INST]"], minloglevel=2)
+    with pytest.raises(DataError, match="is the tokenizer of Mistral v0.3 or later"):
+        Tokenizer(tmp_path)

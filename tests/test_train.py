@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import data
 import train
-from model import base_checkpoint_of, load_checkpoint, newest_checkpoint, load_delta
+from model import VIDEO, base_checkpoint_of, load_checkpoint, load_delta, newest_checkpoint, read_state
 
 
 def weights(folder):
@@ -99,11 +99,12 @@ def test_killed_and_resumed_equals_uninterrupted(toy, tmp_path):
 def test_a_run_that_its_loader_refuses_ends(toy, tmp_path):
     """It hung once: the error's traceback held the workers, which wait for their parent's word."""
     rows = [json.loads(line) for line in (toy / "toy/pairs.jsonl").read_text().splitlines()]
-    rows[1]["text"] = "wipes the block " * 300
+    for row in rows:
+        row["exo"] = [{"video": "gone.mp4"}]
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     code, _, said = run("train.py", "--stage", 1, "--data", tmp_path / "long.jsonl", "--root", toy / "toy", "--base", toy / "stage0", "--init",
                         toy / "stage0", "--out", tmp_path / "out", "--steps", 90, "--batch", 8, "--no-eval", check=False, timeout=60)
-    assert code == 2 and "tokens, over 256: shorten" in said and "Traceback" not in said
+    assert code == 2 and "ten samples in a row cannot be read" in said and "Traceback" not in said
     with pytest.raises(SystemExit):                             # in a notebook: no worker stays, of which a later collection waits ten seconds
         go("--stage", 1, "--data", tmp_path / "long.jsonl", "--root", toy / "toy", "--base", toy / "stage0", "--init", toy / "stage0", "--out",
            tmp_path / "again", "--steps", 90, "--batch", 8, "--no-eval")
@@ -217,15 +218,104 @@ def test_the_cycles_constant_is_the_spread_of_exo_features(toy):
 def test_a_loss_of_a_fork_needs_a_weight_and_a_term_of_every_sample(toy, monkeypatch):
     cfg, run_, phase, model, tokenizer = stage_2(toy, "--batch", "4")
     batch = train.make_loader(run_, phase, model, tokenizer).batch(0)[0]
-    for losses, wrong in ((phase.losses | {"mine": 1}, "mine"), ({"vtg": 1, "kl": 1}, "ccl"), (phase.losses, "ccl")):
+    for losses, terms, sentence in (
+            (dict(vtg=1, mine=1), {"vtg": torch.zeros(4)}, "the loss 'mine' has no term from views()"),
+            (dict(vtg=1), {"vtg": torch.zeros(4), "mine": torch.zeros(4)}, "the loss 'mine' has no weight in the stage table"),
+            (dict(vtg=1, mine=1), {"vtg": torch.zeros(4), "mine": torch.zeros(())}, "the loss 'mine' has shape ()")):
         objective = train.Objective(model, tokenizer, phase, cfg, 1)
         objective.stage = replace(phase, losses=losses)
-        if wrong == "ccl":
-            monkeypatch.setattr(objective, "cycle", lambda *_: torch.zeros(()))
-        if "ccl" not in losses:
-            monkeypatch.setattr(objective, "views", lambda b: {"vtg": torch.zeros(4), "kl": torch.zeros(4), "ccl": torch.zeros(4)})
-        with pytest.raises(data.DataError, match=f"{{'{wrong}'}}: a loss is a weight in the stage table"):
+        monkeypatch.setattr(objective, "views", lambda batch, terms=terms: terms)
+        with pytest.raises(data.DataError, match=re.escape(sentence)):
             objective(batch, 4, 4)
+
+
+def test_a_loss_of_a_fork_goes_with_the_mapping(monkeypatch):
+    """README's way to another loss: a weight in the table, a term in views; --no-mapping must still run."""
+    row, = train.TOY[2]
+    monkeypatch.setitem(train.TOY, 2, (replace(row, losses=row.losses | {"mine": 1}),))
+    stage, = train.stages_of(train.parse(["--stage", "2", "--no-mapping"]))
+    assert stage.losses == {"vtg": 1} and set(stage.trains) == {"ego_vit", "ego_connector"}
+
+
+def test_a_connector_that_gives_other_tokens_is_said_with_both_numbers(toy):
+    _, run_, phase, model, tokenizer = stage_2(toy, "--batch", "4")
+    batch = train.make_loader(run_, phase, model, tokenizer).batch(0)[0]
+    visual = torch.zeros(len(batch.lens), 7, model.cfg.width)
+    slots = int((batch.ids == VIDEO).sum())
+    with pytest.raises(ValueError, match=f"{7 * len(batch.lens)} visual tokens for {slots} places in the text"):
+        model.insert_visual_tokens(visual, batch.ids)
+
+
+def test_more_steps_go_on_and_nothing_else_may_change(toy, tmp_path, capsys, monkeypatch):
+    out = ["--out", tmp_path / "run", "--no-eval"]
+    go(*flags(toy, 1), *out, "--steps", 4)
+    first = log(tmp_path / "run")
+    capsys.readouterr()
+    go(*flags(toy, 1), *out, "--steps", 7)
+    said = capsys.readouterr().out
+    assert "step_000004 goes on to step 7 instead of 4: at step 4 the rate jumps from 0.050 to " in said
+    rows = log(tmp_path / "run")
+    assert rows[:4] == first and [row["step"] for row in rows] == list(range(1, 8)) and rows[-1]["steps"] == 7
+    stage, = train.TOY[1]
+    assert rows[4]["lr"] == pytest.approx(train.schedule(4, 7, stage) * 3e-3)
+    for change, words in ((["--steps", 5], "--steps may only grow"), (["--steps", 9, "--lr", 1e-4], "lr=None, this one has 0.0001"),
+                          (["--steps", 9, "--batch", 16], "batch=None")):
+        with pytest.raises(SystemExit):
+            go(*flags(toy, 1), *out, *change)
+        assert words in capsys.readouterr().err
+    # A recipe edited in the stage table is another run, too.
+    monkeypatch.setitem(train.TOY, 1, (replace(stage, losses={"vtg": 2}),))
+    with pytest.raises(SystemExit):
+        go(*flags(toy, 1), *out, "--steps", 7)
+    assert "demonstrator self-preparation: losses={'vtg': 1}, this one has {'vtg': 2}: choose another --out" in capsys.readouterr().err
+
+
+def test_stage_3_goes_on_from_a_finished_stage_3(toy, tmp_path):
+    go(*flags(toy, 3), "--init", toy / "stage3", "--out", tmp_path / "more", "--steps", 2, "--no-eval", "--seed", 5)
+    state = read_state(newest_checkpoint(tmp_path / "more"))
+    assert state["stage"] == 3 and state["init_stage"] == 3 and read_state(newest_checkpoint(toy / "stage3"))["init_stage"] == 2
+    before, after = all_tensors(newest_checkpoint(toy / "stage3")), all_tensors(newest_checkpoint(tmp_path / "more"))
+    assert before.keys() == after.keys()
+    assert {train.part_of(n) for n in after if not torch.equal(before[n], after[n])} == {"ego_vit", "F", "lora"}
+    model, _ = load_checkpoint(tmp_path / "more", toy / "stage0")
+    assert model.cfg.lora
+
+
+def test_validation_loss_on_ones_own_data(toy, tmp_path, capsys):
+    """Its best step is marked; it changes nothing of the run; a set smaller than a batch is whole."""
+    data_ = ["--data", toy / "toy/pairs.jsonl", "--val-data", toy / "toy/val.jsonl"]
+    args = [*flags(toy, 1), "--steps", 6, "--no-eval"]
+    go(*args, *data_, "--val-every", 2, "--out", tmp_path / "v")
+    rows = [row for row in log(tmp_path / "v") if "val_loss" in row]
+    said = capsys.readouterr().out
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    best = float("inf")
+    for row in rows:
+        assert row["best"] == (row["val_loss"] < best)
+        best = min(best, row["val_loss"])
+        assert f"step {row['step']} | val_loss {row['val_loss']:.4f}{' (the best so far)' * row['best']}\n" in said
+    go(*args, "--data", toy / "toy/pairs.jsonl", "--out", tmp_path / "plain")
+    assert same(weights(tmp_path / "v"), weights(tmp_path / "plain"))
+    # The plain computation, of all of its rows.
+    run_, phase, model, tokenizer, objective = one_objective(toy, tmp_path / "v")
+    loader = data.Loader(data.read_manifest(toy / "toy/val.jsonl"), model.cfg, tokenizer, view="exo", batch=1, train=False)
+    total = tokens = 0
+    with torch.no_grad():
+        for i in range(loader.samples):
+            batch, = loader.batch(i)
+            total += float(objective(batch, 1, 1)["vtg"])
+            tokens += float(batch.weights.sum())
+    assert rows[-1]["val_loss"] == pytest.approx(total / tokens, rel=1e-5)
+
+
+def one_objective(toy, out):
+    """The finished stage 1 in `out`, as an objective that is not trained."""
+    cfg = train.parse([str(a) for a in [*flags(toy, 1), "--out", out]])
+    run_ = train.Run(cfg, 0, 1, torch.device("cpu"), False)
+    model, _ = load_checkpoint(out, toy / "stage0")
+    tokenizer = data.Tokenizer(newest_checkpoint(out))
+    phase, = train.stages_of(cfg)
+    return run_, phase, model, tokenizer, train.Objective(model, tokenizer, phase, cfg, 1).eval()
 
 
 def test_a_skip_list_that_appears_between_runs_is_refused_and_moved_folders_are_not(toy, tmp_path):
@@ -393,11 +483,14 @@ REFUSED = [
     (["--stage", "1", "--preset", "huge"], "--preset: invalid choice: 'huge'"), (["--stage", "1", "--bach", "3"], "--bach"),
     (["--stage", "1", "--st", "3"], "--st"), (["--stage", "1", "--init", "{toy}/nowhere"], "no checkpoint"),
     (["--stage", "1", "--batch", "7", "--micro-batch", "2"], "multiple"),
-    (["--stage", "1", "--data", "{toy}/no.jsonl"], "no.jsonl"), (["--stage", "1", "--lr", "0"], "--lr 0.0: a number above 0"),
+    (["--stage", "1", "--data", "{toy}/no.jsonl"], "no.jsonl is not there"), (["--stage", "1", "--lr", "0"], "--lr 0.0: a number above 0"),
     (["--stage", "1", "--micro-batch", "-2"], "--micro-batch -2: a number"), (["--stage", "0", "--preset", "7b"], "--preset 7b is of stages"),
     (["--stage", "3", "--no-mapping"], "--no-mapping is of stage 2"), (["--stage", "1", "--kl-weight", "3"], "--kl-weight is of stage 2"),
     (["--stage", "1", "--preset", "small"], "other sizes than --preset small"),
-    (["--stage", "2", "--no-mapping", "--contrastive", "1"], "{'contrastive'}: a loss is a weight"),
+    (["--stage", "2", "--no-mapping", "--contrastive", "1"], "--contrastive compares F(x) with y, and --no-mapping has no F"),
+    (["--stage", "1", "--steps", "10", "--epochs", "1"], "--steps and --epochs both say how long"),
+    (["--stage", "1", "--base", "{toy}/nowhere"], "nowhere: there are no weights"), (["--stage", "1", "--data", "{toy}/tyo"], "tyo is no micro-world"),
+    (["--stage", "1", "--val-data", "{toy}/no.jsonl"], "no.jsonl is not there"), (["--stage", "3", "--init", "{toy}/stage1"], "finished stage 2 or 3"),
     (["--stage", "1", "--data", "{toy}/toy/world.json"], "a manifest is a file that ends in .jsonl"),
     (["--stage", "1", "--out", "{toy}/stage1", "--seed", "9"], "seed=0"),
     (["--stage", "1", "--data", "{tmp}/missing.jsonl", "--steps", "40"], "--max-bad")]

@@ -16,9 +16,9 @@ transformers = pytest.importorskip("transformers")
 transformers.utils.logging.disable_progress_bar()
 
 
-def clip_model(layers=3, width=128, heads=2, image=28):
+def clip_model(layers=3, width=128, heads=2, image=28, mlp=None):
     torch.manual_seed(0)
-    config = transformers.CLIPVisionConfig(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
+    config = transformers.CLIPVisionConfig(hidden_size=width, intermediate_size=mlp or 4 * width, num_hidden_layers=layers,
                                            num_attention_heads=heads, image_size=image, patch_size=7)
     return transformers.CLIPVisionModel(config).eval()
 
@@ -51,9 +51,9 @@ def our_logits(decoder, ids, cache=None, past=0):
 
 
 # ------------------------------------------------------------------------------------------------------ CLIP
-@pytest.mark.parametrize("layout", ("vision", "vision, older names", "full"))
+@pytest.mark.parametrize("layout", ("vision", "vision, older names", "full", "vision, another MLP"))
 def test_clip_features_equal_transformers(tmp_path, layout):
-    theirs = clip_model()
+    theirs = clip_model(mlp=200 if "MLP" in layout else None)
     if layout == "full":
         text = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
         whole = transformers.CLIPModel(transformers.CLIPConfig(vision_config=theirs.config.to_dict(), text_config=text))
@@ -185,6 +185,12 @@ def test_videollama2_end_to_end(videollama2, tmp_path):
     assert model.exo_vit.position.data_ptr() != model.ego_vit.position.data_ptr()
 
 
+def test_another_architecture_is_refused_before_its_weights_are_looked_for(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="model_type is 'llama', videollama2_mistral fits here"):
+        Exo2Ego.from_videollama2(tmp_path)
+
+
 def test_vision_tower_from_elsewhere(videollama2, tmp_path):
     folder, clip, *_ = videollama2
     copy = tmp_path / "without"
@@ -217,7 +223,14 @@ def pickled(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
+def without_weights(folder):
+    """A shard is missing, and transformers' Trainer has left its arguments."""
+    (folder / "model.safetensors").unlink()
+    (folder / "training_args.bin").write_bytes(b"pickle")
+
+
 REFUSED = [
+    (without_weights, "model.safetensors is missing ("),
     (lambda f: edit_config(f, hidden_act="gelu"), "hidden_act is 'gelu'"),
     (lambda f: edit_config(f, model_type="llama"), "model_type is 'llama'"),
     (lambda f: edit_config(f, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}), "rope_type is 'yarn'"),
