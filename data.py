@@ -31,7 +31,7 @@ import textwrap
 import threading
 import time
 import zlib
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, replace
@@ -522,7 +522,7 @@ def _display_matrix(frame):
     return a, b, c, d
 
 
-def image_files(folder: FilePath) -> list:
+def image_files(folder):
     """The images of a folder in natural order (2.jpg before 10.jpg): `*-rgb.png` if there are any, else every
     picture; hidden files, and those that hold no picture, are none."""
     return _images_of(Path(folder), os.stat(folder).st_mtime_ns)
@@ -722,6 +722,30 @@ class Batch:
         """This batch in pinned memory; torch's DataLoader calls this where there is a GPU."""
         return replace(self, **{k: v.pin_memory() for k, v in self.tensors().items()})
 
+    def with_stand_in_text(self, video_tokens):
+        """This batch, which has no text, with one of which nothing counts: its loss is a sum over no tokens, 0."""
+        ids = torch.tensor([VIDEO] * video_tokens + [1], device=self.ids.device)
+        return replace(
+            self,
+            ids=ids,
+            labels=ids.where(ids > 0, IGNORE),
+            weights=ids * 0,
+            lens=[len(ids)],
+            text_of=torch.zeros_like(ids[:1]))
+
+    def describe(self, tokenizer):
+        """Shapes, and of the first text what is read and what is supervised."""
+        text = f"{len(self.ids)} tokens"
+        for view, frames in (("ego", self.ego), ("exo", self.exo)):
+            if frames is not None:
+                text = f"{view} {tuple(frames.shape)}, {text}"
+        if self.lens:
+            ids, labels = self.ids[:self.lens[0]], self.labels[:self.lens[0]]
+            read = tokenizer.decode(ids[labels == IGNORE].tolist())
+            supervised = tokenizer.decode(ids[labels != IGNORE].tolist())
+            text += f"; first sample {self.names[0]}: read {read!r}, supervised {supervised!r}"
+        return text
+
     def __getstate__(self) -> dict:
         """Workers send frames in shared memory, and all else by value: that costs less than a descriptor."""
         flat = {name: value.numpy() for name, value in self.tensors().items() if value.dim() == 1}
@@ -809,10 +833,10 @@ class Loader:
         long = [row for row in rows if is_too_long(row, self.text, self.tokenizer, self.video_tokens, self.cfg)]
         if not long:
             return rows
-        worst = f"{_name_of(long[0])} has more tokens than the {self.cfg.max_length} that fit"
+        first = f"{_name_of(long[0])} has more tokens than the {self.cfg.max_length} that fit"
         if not self.train or len(long) == len(rows):
-            raise DataError(f"{worst}, {self.video_tokens} of them the video's: shorten its text")
-        print(f"{len(long)} of {len(rows)} rows are too long and left out: {worst}")
+            raise DataError(f"{first}, with {self.video_tokens} of its video: shorten its text")
+        print(f"{len(long)} of {len(rows)} rows are too long and left out: {first}")
         dropped = {row["id"] for row in long}
         return [row for row in rows if row["id"] not in dropped]
 
@@ -952,10 +976,9 @@ class Loader:
             clips = len(self.clips) * self.batch_size // self.world
             needed = 3 * clips * self.cfg.frames * 3 * self.cfg.image_size ** 2
             disk = os.statvfs("/dev/shm")
-            free = disk.f_bavail * disk.f_frsize
-            if free < needed:
-                raise DataError(f"/dev/shm has {free >> 20} MB free, the loader's workers need {needed >> 20}: pass "
-                                f"--workers 0, or enlarge it (docker run --shm-size 8g)")
+            if disk.f_bavail * disk.f_frsize < needed:
+                raise DataError(f"/dev/shm is too small for the loader's workers, who need {needed >> 20} MB there: "
+                                f"pass --workers 0, or enlarge it (docker run --shm-size 8g)")
 
     def __getitem__(self, step):
         """What torch's DataLoader asks for. A worker returns its error: raised, it would be a traceback."""
@@ -965,7 +988,7 @@ class Loader:
             return error
 
 
-def chats_of(row, text) -> list:
+def chats_of(row, text):
     """What a row is read as: its narration, its conversation, or ("mix") one of the two in turn."""
     narration, conversation = [], []
     if row.get("text"):
@@ -977,7 +1000,7 @@ def chats_of(row, text) -> list:
     return narration + conversation
 
 
-def is_too_long(row, text, tokenizer, video_tokens, cfg) -> bool:
+def is_too_long(row, text, tokenizer, video_tokens, cfg):
     """Whether a chat of this row has more tokens than the model reads."""
     for turns in chats_of(row, text):
         # A text has no more tokens than bytes, and a turn of the template less than 64: most chats are short.
@@ -1057,28 +1080,22 @@ def _start_pool_worker():
 
 
 def progress(items: Iterator, total: int, what: str) -> Iterator:
-    """Pass items on, with a line that says how many, how fast (in the last seconds), and how long it will take.
+    """Pass items on, with a line that says how many, how fast since the last line, and how long it will take.
 
     A terminal's line is written anew twice a second; a file gets a line every tenth of the way.
     """
     on_terminal = sys.stdout.isatty()
-    recent = deque([(time.monotonic(), 0)], maxlen=20)          # (when, how many) of the last ten seconds
-    tenths_shown = 0
+    shown, when = 0, time.monotonic()                           # the last line
     for done, item in enumerate(items, 1):
         yield item
         now = time.monotonic()
-        if now - recent[-1][0] < 0.5 and done < total:
-            continue
-        then, before = recent[0]
-        recent.append((now, done))
-        # Say how it goes.
-        rate = (done - before) / max(now - then, 1e-9)
-        line = f"{done}/{total} {what}, {rate:.1f} a second, {(total - done) / rate:.0f} s left"
-        if on_terminal:
-            print(f"\r{line}   ", end="" if done < total else "\n", flush=True)
-        elif 10 * done // total > tenths_shown:
-            tenths_shown = 10 * done // total
-            print(line, flush=True)
+        due = now - when > 0.5 if on_terminal else 10 * done // total > 10 * shown // total
+        if due or done == total:
+            rate = (done - shown) / max(now - when, 1e-9)
+            line = f"{done}/{total} {what}, {rate:.1f} a second, {(total - done) / rate:.0f} s left"
+            end = "\r" if on_terminal and done < total else "\n"
+            print(f"{line:<60}", end=end, flush=True)
+            shown, when = done, now
 
 
 # -------------------------------------------------------------------------------------- 5 the micro-world
@@ -1175,7 +1192,7 @@ def plan_scene(rng) -> dict:
     return {"blocks": blocks, "places": np.stack([across, away], 1), "moments": moments}
 
 
-def narration(verb: str, colour: str, pattern: str, hand: str) -> str:
+def narration(verb, colour, pattern, hand):
     """The sentence of a moment: one of 9 x 5 x 3 x 2 = 270."""
     return f"{WEARER} {verb} the {colour} {pattern} block with the {hand} hand."
 
@@ -1700,11 +1717,10 @@ def command_build(args):
     views = sum(len(row.get("exo", [])) for row in rows)
     summary = f"{options.out}: {len(rows):,} rows, {views:,} ego-exo pairs"
     if lengths:
-        short = np.mean(np.array(lengths) < 1)
-        summary += f", mean clip {np.mean(lengths):.2f} s, {100 * short:.0f} % under 1 s"
+        summary += f", mean clip {np.mean(lengths):.2f} s"
     print(summary)
     if args.command == "ego-exo4d":
-        print("   the paper: 2,925 takes, 261.3K narrations, 1.1M pairs, mean clip 0.68 s, 82 % under 1 s")
+        print("   the paper: 2,925 takes, 261.3K narrations, 1.1M pairs, mean clip 0.68 s")
     if os.path.dirname(os.path.realpath(options.out)) != base:
         print(f"   its paths start at {options.root}: pass --root {options.root} to whatever reads it")
 
@@ -2198,18 +2214,18 @@ def egoexolearn(files, options):
     yield from files.tolerant(files.table(f"annotations/{name}", name), rows)
 
 
-def in_first_person(text) -> str:
-    """What a narrator tells the wearer, as the wearer would say it: "you" is "me" after a preposition, and
-    before what can follow an object alone; else it is "I", before its verb."""
+def in_first_person(text):
+    """What a narrator tells the wearer, as the wearer would say it: "you" is "me" after a preposition and before
+    what follows an object alone; else it is "I", before its verb."""
     changes = {
         r"your": "my",
         r"yourself": "myself",
         r"you are": "I am",
-        r"(?<=\bof )you|(?<=\bto )you|(?<=\bfor )you|(?<=\bwith )you|(?<=\bfrom )you|(?<=\bbehind )you|(?<=\bat )you": "me",
-        r"you(?=\s*(?:[.,;:!?)]|$)|\s+(?:an?|the|your|my|and|or|to|in|on|at|with|from|of|for)\b)": "me",
+        r"(of|to|for|with|from|at|by|behind|beside|near) you": r"\1 me",
+        r"you(?= (?:an?|the|my|and|or|to|in|on|at|with|from|of|for)\b|[.,;:!?)]|$)": "me",
         r"you": "I"}
     for theirs, ours in changes.items():
-        text = re.sub(rf"(?i)\b(?:{theirs})\b" if theirs[-1] != ")" else rf"(?i)\b{theirs}", ours, text)
+        text = re.sub(rf"(?i)\b{theirs}(?!\w)", ours, text)
     return text
 
 
@@ -2432,12 +2448,10 @@ def command_check(args):
             skip_list.append({"id": row["id"], "videos": videos, "reasons": reasons})
     write_jsonl(Path(args.manifest).with_suffix(".bad.jsonl"), skip_list)
     # These are allowed, and may be slips of the pen.
-    odd = [row for row in rows if set(row) - ROW_KEYS]
-    silent = [row for row in rows if not row.get("text") and not row.get("turns")]
+    odd = [row for row in rows if _strange_keys(row) or not chats_of(row, "mix")]
     if odd:
-        print(f"{len(odd)} rows are odd: {_name_of(odd[0])} is the first{_strange_keys(odd[0])}")
-    if silent:
-        print(f"{len(silent)} rows without text or turns, which only stage 2 uses: {_name_of(silent[0])} is the first")
+        print(f"{len(odd)} rows have keys that nothing reads, or no text (stage 2 alone can use them): "
+              f"{_name_of(odd[0])} has {', '.join(odd[0])}")
     counts = ", ".join(f"{kind}: {number}" for kind, number in kinds.most_common())
     print(f"{len(rows) - len(skip_list)} of {len(rows)} rows are good; {counts or 'nothing is wrong'}")
     share = len(skip_list) / len(rows)

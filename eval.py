@@ -93,11 +93,11 @@ def print_figures(figures: dict):
     """A sentence for each score, with its interval, its number of items and its chance; other figures in one
     line each."""
     for name, value in figures.items():
-        if f"{name}_chance" in figures:
+        if f"{name}_lo" in figures:
             low, high, chance = (100 * (figures[f"{name}_{part}"] or 0) for part in ("lo", "hi", "chance"))
             print(f"{IN_WORDS.get(name, name)}: {100 * value:.1f} % [{low:.1f}, {high:.1f}] of "
                   f"{figures[f'{name}_n']:,}, chance {chance:.1f} %")
-        elif not name.endswith(("_chance", "_lo", "_hi", "_n")):
+        elif f"{name.rpartition('_')[0]}_lo" not in figures:
             print(f"   {name}: {value:.4f}" if isinstance(value, float) else f"   {name}: {value}")
 
 
@@ -366,22 +366,20 @@ def show_samples(path, rows, predictions):
 
 def show_own_samples(model, tokenizer, rows, view, out):
     """Five clips of one's own data, exo or ego: what the model says of them beside what the row says."""
-    shown, truths, questions = [], [], []
+    shown, turns = [], []
     for row in spread([row for row in rows if row.get("text") or row.get("turns")], 5):
-        turn = {"user": NARRATE, "assistant": row.get("text")}
-        if not row.get("text"):
-            turn = row["turns"][0]
-        questions.append(turn["user"].replace("<video>", ""))
-        truths.append(turn["assistant"])
-        # One clip a row, and a text in every row, is what a batch of clips needs.
-        shown.append(row | {"exo": row.get("exo", [])[:1], "text": truths[-1]})
+        narration = [{"user": NARRATE, "assistant": row.get("text")}]
+        turns.append(narration[0] if row.get("text") else row["turns"][0])
+        # A batch of clips needs one clip a row, and a text in every row.
+        shown.append(row | {"exo": row.get("exo", [])[:1], "text": turns[-1]["assistant"]})
     visual = encode_clips(model.eval(), tokenizer, shown, view)
+    questions = [turn["user"].replace("<video>", "") for turn in turns]
     items = []
-    for row, truth, said in zip(shown, truths, generate_answers(model, tokenizer, visual, questions)):
-        print(f"  said: {said}\n  true: {truth}")
-        clip = row["ego"] if view == "ego" else row["exo"][0]
-        frames = read_row_clip(clip, num_frames=4, size=96)
-        items.append(([frames], [(f"said: {said}", RED), (f"true: {truth}", GREY)]))
+    for row, said in zip(shown, generate_answers(model, tokenizer, visual, questions)):
+        lines = [(f"said: {said}", RED), (f"true: {row['text']}", GREY)]
+        print(*[f"  {line}" for line, _ in lines], sep="\n")
+        frames = read_row_clip(row["ego"] if view == "ego" else row["exo"][0], num_frames=4, size=96)
+        items.append(([frames], lines))
     contact_sheet(Path(out) / "samples.png", items)
     print(f"pictures: {out}/samples.png\nnext: python eval.py --ckpt {out} --video FILE --ask 'What am I doing?'")
 
@@ -1094,18 +1092,21 @@ def place_clips(items, root: Path, allow_outside, blind):
             clip["video"] = video
             videos.add(video)
             if "frames" in clip:
-                # A file that cannot be read will be the error of its items.
-                rate = clip.pop("rate", None)
-                if rate is None:
-                    rate = 30
-                    with contextlib.suppress(DataError):
-                        rate = frame_rate(video)
                 # The last frame is shown too.
+                rate = clip.pop("rate", None) or rate_of(video)
                 first, last = clip.pop("frames")
                 clip["start"] = first / rate
                 clip["end"] = (last + 1) / rate
     if not blind and not any(map(os.path.isfile, videos)):
         raise DataError(f"none of {len(videos)} videos is there, such as {min(videos)}: pass --videos")
+
+
+def rate_of(video):
+    """Frames a second of a file. One that cannot be read will be the error of its items."""
+    try:
+        return frame_rate(video)
+    except DataError:
+        return 30
 
 
 def find_video(root: Path, name):

@@ -1228,6 +1228,12 @@ def file_hash(file) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
+def signature(folder) -> dict:
+    """What a checkpoint's state.json says of how it was made, so that a change of its weights is noticed."""
+    hashes = {file.name: file_hash(file) for file in folder.glob("*.safetensors")}
+    return dict(format=FORMAT, git=git_revision(), sha256=hashes)
+
+
 def fingerprint(path: AnyPath) -> str:
     """A short hash of the first MiB (with the header) and of the last MiB of each weight file."""
     digest = hashlib.sha256()

@@ -16,6 +16,7 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 import ctypes
+import hashlib
 import json
 import math
 import re
@@ -47,8 +48,8 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from data import (DataError, Loader, Tokenizer, add_flags, die_with_parent, file_lock, read_manifests, toy_split,
                   toy_tokenizer, toy_world)
 from eval import show_own_samples, toy_benchmark
-from model import (BLOCKS, FORMAT, IGNORE, PRESETS, VIDEO, Exo2Ego, choose_attention, feature_kl, file_hash, fingerprint,
-                   git_revision, load_checkpoint, load_delta, newest_checkpoint, pick_device, read_state)
+from model import (BLOCKS, PRESETS, Exo2Ego, choose_attention, feature_kl, fingerprint, git_revision, load_checkpoint,
+                   load_delta, newest_checkpoint, pick_device, read_state, signature)
 
 
 # --------------------------------------------------------------------------------------------------- 1 the stage table
@@ -352,16 +353,8 @@ class Objective(nn.Module):
     def vtg(self, visual, batch) -> Tensor:
         """Vision-grounded text generation: the next-token cross-entropy of each supervised token."""
         if not batch.lens:
-            # No row has text. A stand-in lets all ranks run the same blocks; its loss is a sum over no tokens, 0.
-            tokens = [VIDEO] * visual.shape[1] + [1]
-            ids = torch.tensor(tokens, device=batch.ids.device)
-            batch = replace(
-                batch,
-                ids=ids,
-                labels=ids.where(ids > 0, IGNORE),
-                weights=ids * 0,
-                lens=[len(ids)],
-                text_of=torch.zeros_like(ids[:1]))
+            # All ranks must run the same blocks, also where no row has text.
+            batch = batch.with_stand_in_text(visual.shape[1])
         # The clip that each text tells of.
         shown = visual[batch.text_of.to(visual.device)]
         logits, targets = self.model.text_logits(shown, batch.ids, batch.labels, batch.lens)
@@ -669,6 +662,8 @@ def make_loader(run, stage, model, tokenizer, validation=False) -> Loader:
     """The samples of a stage, with room for the visual tokens of [x ; F(x)] or of one view."""
     cfg = run.cfg
     manifests, batch, micro = cfg.data, stage.batch, cfg.micro_batch
+    if validation and (cfg.stage == 0 or not (cfg.val_data or cfg.toy_folder)):
+        raise DataError("a validation loss needs stage 1, 2 or 3, and --val-data x.jsonl or the micro-world")
     if validation and cfg.val_data:
         manifests = [cfg.val_data]
     elif cfg.toy_folder:
@@ -702,7 +697,7 @@ def hash_with_skip_lists(manifests) -> str:
     for manifest in map(Path, manifests):
         for file in (manifest, manifest.with_suffix(".bad.jsonl")):
             if file.is_file() and file.stat().st_size:
-                hashes.append(file_hash(file)[:16])
+                hashes.append(hashlib.sha256(file.read_bytes()).hexdigest()[:16])
     return "+".join(hashes)
 
 
@@ -882,17 +877,14 @@ def save_checkpoint(run, objective, optimizers, step, trained, skipped):
     save_file(tensors, part / "model.safetensors")
     save_file(resume, part / "optim.safetensors")
     shutil.copyfile(objective.tokenizer.path, part / "tokenizer.model")
-    state = run.provenance | dict(
-        format=FORMAT,
+    state = run.provenance | signature(part) | dict(
         stage=cfg.stage,
         step=step,
         steps=run.total,
         model=asdict(objective.model.cfg),
         config=asdict(cfg),
         recipe=recipe_of(cfg),
-        skipped=skipped,
-        git=git_revision(),
-        sha256={file.name: file_hash(file) for file in part.glob("*.safetensors")})
+        skipped=skipped)
     (part / "state.json").write_text(json.dumps(state, indent=1))
 
     # On disk, before the folder takes its name.
@@ -1097,21 +1089,7 @@ def describe(run, objective, loader, length):
     print(f"   losses {stage.losses}, rates {stage.trains}, {run.cfg.optimizer}, {machine}")
     if run.cfg.compile:
         print("   compiling: the first steps take a minute or more")
-    print("   " + show_prompt(loader.batch(0)[0], objective.tokenizer), flush=True)
-
-
-def show_prompt(batch, tokenizer) -> str:
-    """What the model is fed: shapes, and the first text, what is read of it and what is supervised."""
-    text = f"{len(batch.ids)} tokens"
-    for view, frames in (("ego", batch.ego), ("exo", batch.exo)):
-        if frames is not None:
-            text = f"{view} {tuple(frames.shape)}, {text}"
-    if batch.lens:
-        ids, labels = batch.ids[:batch.lens[0]], batch.labels[:batch.lens[0]]
-        read = tokenizer.decode(ids[labels == IGNORE].tolist())
-        supervised = tokenizer.decode(ids[labels != IGNORE].tolist())
-        text += f"; first sample {batch.names[0]}: read {read!r}, supervised {supervised!r}"
-    return f"fed: {text}"
+    print(f"   fed: {loader.batch(0)[0].describe(objective.tokenizer)}", flush=True)
 
 
 @torch.no_grad()
@@ -1163,11 +1141,7 @@ def run_stage(run, model, tokenizer, stage, loader, first, length,
     wrapped, trained, optimizers = prepare_training(run, objective, trained)
     if run.rank == 0:
         describe(run, objective, loader, length)
-    validation = None
-    if cfg.val_every or cfg.val_data:
-        if cfg.stage == 0 or not (cfg.val_data or cfg.toy_folder):
-            raise DataError("a validation loss needs stage 1, 2 or 3, and --val-data x.jsonl or the micro-world")
-        validation = make_loader(run, stage, model, tokenizer, validation=True)
+    validation = make_loader(run, stage, model, tokenizer, validation=True) if cfg.val_every or cfg.val_data else None
     batches = loader.stream(done, length, cfg.workers, cfg.overfit, cfg.timeout)
     # After the DataLoader is made, which draws a random number.
     if done:

@@ -17,7 +17,7 @@ import torch
 from conftest import REPO, run
 
 import eval
-from data import Tokenizer, read_clip
+from data import DataError, Tokenizer, read_clip, write_video
 from eval import VideoContext, charades_map, parse_letter, retrieval_metrics, rouge_l
 from model import load_checkpoint, newest_checkpoint
 
@@ -490,3 +490,75 @@ def test_a_cut_answer_stays_in_the_conversation(learner):
     whole = ids + first + [tokenizer.eos] + tokenizer.encode("[INST] Which hand am I using? [/INST]")
     want = [t[0] for t in model.stream(None, [torch.tensor(whole)], eos=tokenizer.eos, max_new=5, cache=again.cache)]
     assert second == tokenizer.decode(want).rstrip("\ufffd") and tokens
+
+
+# ------------------------------------------------------------------------------------------------ real files
+def read_items(root, name, **options):
+    args = Namespace(**dict(bench=name, root=str(root), answer="likelihood", videos=None) | options)
+    return list(eval.convert(eval.BENCHES[name].reader, args))
+
+
+def plan(video, source, goal="clean the sink"):
+    return {"sample_id": 1, "video_source": source, "video_id": video, "task_goal": goal, "question": "?", "choice_a": "a", "choice_b": "b",
+            "choice_c": "c", "choice_d": "d", "golden_choice_idx": "B", "answer": "b", "current_observation_frame": 601,
+            "task_progress_metadata": [{"narration_text": "t", "start_frame": 61, "stop_frame": 90}]}
+
+
+def test_egoplan_counts_epics_frames_at_the_rate_of_its_images(tmp_path):
+    """60 a second for P01_13, 50 for P01_103, from 1, whatever the file's rate; Ego4D at the file's own, from 0."""
+    (tmp_path / "P01/videos").mkdir(parents=True)
+    for name in ("P01/videos/P01_13.MP4", "P01/videos/P01_103.MP4", "uid.mp4"):
+        write_video(tmp_path / name, np.zeros((5, 32, 32, 3), np.uint8), 30)
+    for video, source, start, end in (("P01_13", "EpicKitchens", 1.0, 601 / 60), ("P01_103", "EpicKitchens", 1.2, 601 / 50),
+                                      ("uid", "Ego4D", 61 / 30, 602 / 30)):
+        (tmp_path / "EgoPlan_validation.json").write_text(json.dumps([plan(video, source), plan(video, source, "Cleaning the sink.")]))
+        items = read_items(tmp_path, "egoplan")
+        eval.place_clips(items, tmp_path, False, False)
+        clip, = items[0].clips
+        assert (clip["start"], clip["end"]) == pytest.approx((start, end)) and set(clip) == {"video", "start", "end"}
+        assert items[0].question.startswith("I want to clean the sink. ") and items[1].question.startswith("I am cleaning the sink. ")
+
+
+def test_egotaskqa_as_a_choice_and_with_encoded_answers(tmp_path):
+    (tmp_path / "answer_set.txt").write_text("<UNK1>\nyes\nget plate from table\n")
+    (tmp_path / "formatted_test_qas_encode.json").write_text(json.dumps([
+        {"interval": "a|P1|1|9", "question": "What?", "answer": "Get plate from table", "question_id": 1, "answer_encode": 0},
+        {"interval": "a|P1|1|9", "question": "Is it?", "answer": "yes", "question_id": 2, "answer_encode": 1}]))
+    assert [item.answer for item in read_items(tmp_path, "egotaskqa-direct")] == [-1, 0]
+    (tmp_path / "egotaskqa.json").write_text(json.dumps([{"q": "Did it?", "video_path": "28k|P1|5|6.mp4", "a": "D", "option": {
+        "A": "poweredness", "B": "edible", "C": "no", "D": "yes", "E": "Close sink"}}]))
+    item, = read_items(tmp_path, "egotaskqa-direct")
+    assert item.answer == 3 and item.options[3] == "yes" and item.chance() == 0.2 and item.clips[0]["video"] == "28k|P1|5|6.mp4"
+
+
+def test_qaego4d_by_either_name_in_either_folder(tmp_path):
+    record = {"video_id": "v", "sample_id": "s", "question": "Where?", "answer": "there", "wrong_answers": ["a", "b", "c"]}
+    for i, (name, bench_) in enumerate((("annotations.test.json", "open"), ("annotations.QaEgo4D_test.json", "open"),
+                                        ("data/unified/annotations.QaEgo4D_test.json", "open"),
+                                        ("data/unified/annotations.QaEgo4D_test_close.json", "closed"))):
+        path = tmp_path / str(i) / name
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps([record]))
+        assert len(read_items(tmp_path / str(i), f"qaego4d-{bench_}")) == 1
+
+
+def test_egomcq_names_the_wearer_by_the_one_rule(tmp_path):
+    choices = {str(k): {"video_uid": "v", "clip_start": 0, "clip_end": 1} for k in range(5)}
+    (tmp_path / "egomcq.json").write_text(json.dumps({str(i): {"answer": 0, "types": 1, "query": {"clip_text": text}, "choices": choices}
+                                                      for i, text in enumerate(("#c c walks", "#CC stares", "#O a man talks to C"))}))
+    asked = [item.question for item in read_items(tmp_path, "egomcq")]
+    assert asked == ["Camera-wearer walks", "Camera-wearer stares", "a man talks to Camera-wearer"]
+
+
+def test_an_error_of_a_table_names_file_and_record(tmp_path):
+    (tmp_path / "Charades_v1_classes.txt").write_text("c000 Doing\n")
+    (tmp_path / "CharadesEgo_v1_test_only1st.csv").write_text("id,actions\na,c000 0 1\nb,c999 0 1\n")
+    with pytest.raises(DataError, match="CharadesEgo_v1_test_only1st.csv record 2"):
+        read_items(tmp_path, "charades-ego")
+
+
+def test_a_limit_is_spread_over_the_file(sets, toy, tmp_path):
+    """The real VLN-QA is sorted: its first 50 answers are one."""
+    bench(sets, tmp_path, toy, "vln-qa", "--limit", "3")
+    lines = (tmp_path / "vln-qa.jsonl").read_text().splitlines()[1:]
+    assert sorted(json.loads(line)["id"] for line in lines) == ["0", "2", "4"]

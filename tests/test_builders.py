@@ -254,6 +254,26 @@ def test_egoexolearn(tmp_path, capsys):
     assert list(build("egoexolearn", tmp_path, "--split", "val")) == ["egoexolearn/a4"]
 
 
+@pytest.mark.parametrize("told, mine", (
+    ("Use your left hand to hold the cup in front of you.", "Use my left hand to hold the cup in front of me."), ("You open it, and you are done", "I open it, and I am done"),
+    ("He hands you the knife; do it yourself before you cut.", "He hands me the knife; do it myself before I cut."),
+    ("so that you can turn it towards you", "so that I can turn it towards me"), ("Your young cook thanks you", "my young cook thanks me")))
+def test_the_second_person_becomes_the_first(told, mine):
+    assert data.in_first_person(told) == mine
+
+
+def test_an_unsure_flag_may_be_null():
+    assert [data._is_true(flag) for flag in (True, "1", False, "0", None)] == [True, True, False, False, False]
+    with pytest.raises(ValueError, match="a flag is 2"):
+        data._is_true(2)
+
+
+def test_openeqa_answers_lose_their_spaces(tmp_path):
+    write(tmp_path / "open-eqa-v0.json", [{"question": "What? ", "answer": " A cup ", "question_id": "q", "episode_history": "hm3d/1"}])
+    turn, = build("openeqa", tmp_path)["openeqa/q"]["turns"]
+    assert turn["assistant"] == "A cup" and turn["user"].endswith("What?")
+
+
 def talk(root):
     write(root / "talk.json", [
         {"id": 0, "video": "videos/a.mp4", "image": "wins.mp4", "start": 1.5, "end": 2.5,

@@ -410,10 +410,11 @@ def test_decoding_uses_one_thread(tmp_path, monkeypatch):
 
 def test_check_says_what_nothing_reads(tmp_path):
     numbered(tmp_path / "v.mp4")
-    write_jsonl(tmp_path / "m.jsonl", [{"id": "a", "ego": {"video": "v.mp4"}, "turn": []}, {"id": "b", "ego": {"video": "v.mp4"}, "text": "x"}])
+    write_jsonl(tmp_path / "m.jsonl", [{"id": "a", "ego": {"video": "v.mp4"}, "turn": []}, {"id": "b", "ego": {"video": "v.mp4"}, "text": "x"},
+                                        {"id": "c", "ego": {"video": "v.mp4"}}])
     said = run("data.py", "check", tmp_path / "m.jsonl")[1]
-    assert "1 rows are odd: " in said and "m.jsonl line 1 ('a') is the first; it has 'turn', which nothing reads" in said
-    assert "1 rows without text or turns, which only stage 2 uses: " in said and "2 of 2 rows are good; nothing is wrong" in said
+    assert "2 rows have keys that nothing reads, or no text (stage 2 alone can use them): " in said
+    assert "m.jsonl line 1 ('a') has id, ego, turn, where" in said and "3 of 3 rows are good; nothing is wrong" in said
 
 
 def test_progress_in_a_file_is_a_line_a_tenth(capsys):
@@ -453,7 +454,7 @@ def test_a_small_shared_memory_is_said_before_the_first_batch(toy, monkeypatch):
     free = types.SimpleNamespace(f_bavail=100, f_frsize=4096)
     monkeypatch.setattr(os, "statvfs", lambda path: free)
     one = loader(toy, view="ego", split="ego")
-    with pytest.raises(DataError, match="/dev/shm has 0 MB free, the loader's workers need 0: pass --workers 0, or enlarge it"):
+    with pytest.raises(DataError, match="/dev/shm is too small for the loader's workers, who need 0 MB there: pass --workers 0, or enlarge it"):
         next(one.stream(0, 2, workers=1))
     assert next(one.stream(0, 2, workers=0))
     free.f_bavail = 1 << 20

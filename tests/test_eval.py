@@ -1,11 +1,14 @@
 """Scores mean what they say: chance for constant answers, ties shared, real greedy answers."""
 import json
 import shutil
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, run
+from conftest import REPO, flags, run
 
 import eval as evaluation
 from data import NARRATE, DataError, Tokenizer, read_manifest
@@ -40,7 +43,11 @@ def test_benchmark_prints_every_figure(toy, tmp_path):
     assert {"kl_true", "kl_shuffled"} <= json.loads((toy / "stage2" / "eval.json").read_text()).keys()
     assert (toy / "stage3" / "samples.png").stat().st_size > 5000
     _, printed, _ = run(REPO / "eval.py", "--ckpt", toy / "stage3", "--data", toy / "toy")
-    assert f"ego_em: {figures['ego_em']:.4f}" in printed and f"qa_n: {figures['qa_n']}" in printed
+    for name, words in (("ego_em", "ego narrations exact"), ("mcq_intra", "which of a scene's five moments"), ("qa", "questions exact")):
+        share, low, high, chance = (100 * figures[key] for key in (name, f"{name}_lo", f"{name}_hi", f"{name}_chance"))
+        assert f"{words}: {share:.1f} % [{low:.1f}, {high:.1f}] of {figures[name + '_n']:,}, chance {chance:.1f} %\n" in printed
+    assert f"ego_verb: {figures['ego_verb']:.4f}\n" in printed and "_lo" not in printed
+    assert "next: python eval.py --video" in printed
 
 
 def test_likelihood_is_the_sum_over_answer_tokens(toy):
@@ -86,7 +93,7 @@ def test_ask_one_video(toy):
 
 def test_a_checkpoint_is_scored_on_the_world_it_was_trained_on(toy, tmp_path):
     _, out, _ = run(REPO / "eval.py", "--ckpt", toy / "stage3")
-    assert "ego_em_n: 20" in out
+    assert "ego narrations exact: " in out and " of 20, chance 0.4 %" in out
     code, _, err = run(REPO / "eval.py", "--ckpt", toy / "stage3", "--data", toy / "toy/test.jsonl", check=False)
     assert code and "is no micro-world (data.py toy" in err
 
@@ -112,3 +119,47 @@ def test_predictions_are_what_the_figures_count(toy):
         outcomes = [row[kind] for row in rows if row[kind] is not None]
         assert len(outcomes) == figures[f"mcq_{kind}_n"]
         assert sum(outcomes) / len(outcomes) == pytest.approx(figures[f"mcq_{kind}"])
+
+
+def test_a_chat_says_how_to_leave_and_begins_again_when_it_is_full(toy):
+    video = toy / "toy" / "val" / "ego" / "0.mp4"
+    asked = "What colour is the block I use?\n" * 12
+    _, out, err = run(REPO / "eval.py", "--ckpt", toy / "stage3", "--video", video, input=asked)
+    assert out.count("Ask about the video. An empty line ends the chat.\n") == 1 and not err
+    assert "(more than the 256 tokens that the model reads: the chat begins again)" in out
+    code, _, err = run(REPO / "eval.py", "--ckpt", toy / "stage3", "--video", video, "--ask", " ", check=False)
+    assert code and "--ask needs a question; without --ask there is a chat" in err
+
+
+def test_ego_video_is_not_for_the_demonstrator(toy):
+    video = toy / "toy" / "val" / "ego" / "0.mp4"
+    _, out, _ = run(REPO / "eval.py", "--ckpt", toy / "stage1", "--video", video, "--ask", "What am I doing?")
+    assert "is of stage 1: ego video is for the learner of stages 2 and 3" in out
+    _, out, _ = run(REPO / "eval.py", "--ckpt", toy / "stage2", "--video", video, "--ask", "What am I doing?")
+    assert "is of stage" not in out
+
+
+def test_ones_own_data_is_shown_after_training_and_asked_for(toy, tmp_path):
+    """What was said beside what is true of five rows, a picture, the next command; eval.py alone shows the same."""
+    own = ["--data", toy / "toy/instruct.jsonl", "--root", toy / "toy", "--out", tmp_path / "own"]
+    _, out, _ = run(REPO / "train.py", *flags(toy, 3), *own, "--steps", 2)
+    _, again, _ = run(REPO / "eval.py", "--ckpt", tmp_path / "own", "--base", toy / "stage0")
+    for said in (out, again):
+        assert said.count("  said: ") == said.count("  true: Camera-wearer ") == 5
+        assert f"next: python eval.py --ckpt {tmp_path}/own --video FILE" in said
+    assert (tmp_path / "own/samples.png").stat().st_size > 5000
+    _, out, _ = run(REPO / "train.py", *flags(toy, 1), "--data", toy / "toy/pairs.jsonl", "--out", tmp_path / "exo", "--steps", 2)
+    assert out.count("  said: ") == 5
+
+
+def test_ctrl_c_while_scoring_is_one_line(toy):
+    process = subprocess.Popen([sys.executable, REPO / "eval.py", "--ckpt", toy / "stage3"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert "eval.py: stopped" in err and "Traceback" not in err and process.returncode == 1
+
+
+def test_samples_are_evenly_spread():
+    assert evaluation.spread(list(range(200)), 50) == list(range(0, 200, 4)) and evaluation.spread([1, 2, 3], 5) == [1, 2, 3]
+    assert evaluation.spread(list(range(10)), 4) == [0, 2, 5, 7]

@@ -81,7 +81,7 @@ def test_bfloat16_weights_on_any_cpu(toy, tmp_path):
     args = [*flags(toy, 2), "--steps", 3, "--batch", 8]
     run(REPO / "train.py", *args, "--out", tmp_path / "a", "--no-eval")
     _, out, _ = run(REPO / "train.py", *args, "--out", tmp_path / "b", "--dtype", "bfloat16", "--checkpoint-activations")
-    assert "ego_em:" in out and "ego_em:" in run(REPO / "eval.py", "--ckpt", tmp_path / "b", "--data", toy / "toy")[1]
+    assert "ego narrations exact:" in out and "ego narrations exact:" in run(REPO / "eval.py", "--ckpt", tmp_path / "b", "--data", toy / "toy")[1]
     for a, b in zip(log(tmp_path / "a"), log(tmp_path / "b")):
         assert abs(a["loss"] - b["loss"]) < 0.02 * a["loss"]
     kinds = {n.split(".")[0]: t.dtype for n, t in weights(tmp_path / "b").items()}
@@ -116,8 +116,6 @@ def test_published_weights_through_the_stages(videollama2, toy, tmp_path):      
         moved = {n.split(".")[0] for n in old if n in own and not torch.equal(own[n], old[n])}
         assert moved == {1: {"exo_vit", "exo_connector"}}.get(stage, {"exo_vit", "exo_connector", "ego_vit", "ego_connector"})
         assert all(torch.equal(own[n], t) for n, t in saved.items() if not n.startswith("loss."))
-        card = (newest_checkpoint(tmp_path / f"stage{stage}") / "README.md").read_text()
-        assert "load_checkpoint" in card and "licence" in card and f"stage {stage}" in card
     shutil.copytree(base, tmp_path / "other")
     shard = next((tmp_path / "other").glob("*-00002-*"))
     save_file({n: t + 1 for n, t in load_file(shard).items()}, shard)
