@@ -351,7 +351,7 @@ def clip_span(video: FilePath, start, end, length):
     return begin, stop
 
 
-def read_row_clip(clip: dict, num_frames: int, size: int, rng=None):
+def read_row_clip(clip, num_frames, size, rng=None):
     """read_clip of a clip as a row has it: {"video"[, "start"][, "end"][, "fps"]}."""
     return read_clip(
         clip["video"], clip.get("start"), clip.get("end"), num_frames, size, rng, clip.get("fps"))
@@ -430,7 +430,12 @@ def _seconds(container, stream, video):
     if not container.duration:
         raise DataError(f"{video} does not say how long it is; a copy does:  ffmpeg -i {Path(video).name} "
                         f"-c copy new.mp4")
-    # Or there is a length for the whole file alone, and the sound may be longer than the picture.
+    return _end_of_picture(container, stream) - begin
+
+
+def _end_of_picture(container, stream):
+    """When the last packet of the picture ends: a header may know the whole file's length alone, and the sound
+    may be longer."""
     whole = container.duration / av.time_base
     container.seek(max(int(whole / stream.time_base), 0), stream=stream)
     ends = {stream: 0.0}
@@ -440,7 +445,7 @@ def _seconds(container, stream, video):
             ends[packet.stream] = max(end, ends.get(packet.stream, 0.0))
     # Where no stream gets there, the file has been cut off: reading its end will be refused.
     cut_off = max(ends.values()) < whole - 1
-    return (whole if cut_off else ends[stream]) - begin
+    return whole if cut_off else ends[stream]
 
 
 def _frames_at(container, stream, video, moments):

@@ -953,16 +953,20 @@ def recipe_of(cfg) -> dict:
 
 
 def resume_checkpoint(run):
-    """The newest finished checkpoint of this very run, or None. The folder of another run is refused by field."""
-    cfg = run.cfg
-    folder = newest_checkpoint(cfg.out)
-    if folder is None:
-        return None
-    state = read_state(folder)
+    """The newest finished checkpoint of this very run, or None."""
+    folder = newest_checkpoint(run.cfg.out)
+    if folder is not None:
+        refuse_another_run(run, folder)
+    return folder
+
+
+def refuse_another_run(run, folder):
+    """The recipe of a checkpoint, and what it stands on, must be those of the run, field by field; steps may grow."""
+    cfg, state = run.cfg, read_state(folder)
     now = git_revision()
     if run.rank == 0 and state["git"] != now:
         print(f"{folder} was made by code {state['git']}, {now} goes on with it")
-    # The recipe and what it stands on are those of the run. The base may move: its hash tells which it is.
+    # The base may move: its hash tells which it is.
     saved = state["recipe"] | {key: state.get(key) for key in run.provenance}
     for key, value in (recipe_of(cfg) | run.provenance).items():
         if saved.get(key) != value and key != "base":
@@ -978,7 +982,6 @@ def resume_checkpoint(run):
         old, new = (schedule(state["step"], length, stage) for length in (before, run.total))
         print(f"{folder} goes on to step {run.total} instead of {before}: at step {state['step']} the rate jumps from "
               f"{old:.3f} to {new:.3f} of its peak")
-    return folder
 
 
 def restore_weights(objective, folder, device):
@@ -1264,21 +1267,23 @@ def train(cfg, rank=0, world=1):
             folder = None
         first += length
 
-    # The micro-world has a benchmark for every stage; of one's own data a few samples are shown.
     finished = steps_taken == run.total
     shown = "eval.json" if cfg.toy_folder else "samples.png"
-    if rank or cfg.no_eval or finished and (Path(cfg.out) / shown).is_file():
-        return
-    if cfg.fsdp or finished:
-        # Read the result: with FSDP this process holds a share of it, and a finished run has trained nothing.
-        model, _ = load_checkpoint(cfg.out, vision=cfg.vision)
-    model = model.to(run.device)
+    if rank == 0 and not cfg.no_eval and not (finished and (Path(cfg.out) / shown).is_file()):
+        if cfg.fsdp or finished:
+            # Read the result: with FSDP this process holds a share of it, and a finished run has trained nothing.
+            model, _ = load_checkpoint(cfg.out, vision=cfg.vision)
+        show_result(run, model.to(run.device), tokenizer, loaders[-1].rows)
+
+
+def show_result(run, model, tokenizer, rows):
+    """The micro-world has a benchmark for every stage; of one's own data a few samples are shown."""
+    cfg = run.cfg
     with run.autocast():
         if cfg.toy_folder:
             toy_benchmark(model, tokenizer, cfg.toy_folder, cfg.stage, cfg.out, cfg.init)
         else:
-            view = "exo" if cfg.stage == 1 else "ego"
-            show_own_samples(model, tokenizer, loaders[-1].rows, view, cfg.out)
+            show_own_samples(model, tokenizer, rows, "exo" if cfg.stage == 1 else "ego", cfg.out)
 
 
 def make_missing_stage_0(cfg):

@@ -18,7 +18,7 @@ PACKAGES = {"torch", "numpy", "einops", "av", "sentencepiece", "safetensors"}
 README = (REPO / "README.md").read_text()
 CONTENT = {"model.py": 9200, "data.py": 10300, "eval.py": 6500, "train.py": 7200}
 ALL = 31500                                                     # the design wants 31,000
-ROAD = 10300                                                    # the design wants 9,000
+ROAD = 10200                                                    # the design wants 9,000
 BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try)
 
 
