@@ -612,7 +612,7 @@ def _pixels(frame, size, orientation=UPRIGHT, pixel_shape=1.0):
     return out
 
 
-def write_video(path: FilePath, frames, fps, gop=12):
+def write_video(path, frames, fps, gop=12):
     """uint8 (N, H, W, 3) -> mp4 (mpeg4, 400 kbit/s)."""
     with atomic_write(path) as part, av.open(str(part), "w", format="mp4") as container:
         # One thread, so that the file is the same on every machine.

@@ -171,8 +171,10 @@ def bench_plan(args):
               f"{need['flops'] / 1e12:.1f} TFLOP a sample, forward and backward")
         for kind, shards in (("DDP", 1), ("FSDP", args.ranks)):
             held = (gb["weights"] + gb["gradients"] + gb["optimiser"]) / shards + 2 * gb["block"] * (shards > 1)
-            rank = held + gb["activations"]
-            print(f"      {kind:4} weights, gradients, optimiser {held:.2f} + activations {gb['activations']:.2f}: {rank:.2f} GB a rank"
+            # Each rank loads the whole model before it keeps its share.
+            rank = max(held + gb["activations"], gb["weights"])
+            loading = f" ({gb['weights']:.2f} while it is loaded)" if shards > 1 else ""
+            print(f"      {kind:4} weights, gradients, optimiser {held:.2f} + activations {gb['activations']:.2f}: {rank:.2f} GB a rank{loading}"
                   + (f", {'fits' if rank < args.memory else 'does not fit'} in {args.memory:g}" if args.memory else ""))
             rows.append(dict(bench="plan", stage=args.stage, preset=args.preset, ranks=args.ranks, micro=args.micro_batch, kind=kind,
                              checkpointed=checkpointed, gb=rank, tflop=need["flops"] / 1e12))
