@@ -48,7 +48,7 @@ from av.video.reformatter import VideoReformatter
 from einops import rearrange, repeat
 from torch import Tensor
 
-from model import IGNORE, PRESETS, VIDEO
+from model import IGNORE, PRESETS, VIDEO, newest_checkpoint
 
 try:
     import fcntl
@@ -637,13 +637,12 @@ class Tokenizer:
     <s>[INST] <video> question [/INST] answer</s>[INST] question [/INST] answer</s>"""
 
     def __init__(self, path: FilePath):
-        """`path`: a sentencepiece tokenizer.model, or a folder that holds one."""
-        self.path = Path(path)
+        """`path`: a sentencepiece tokenizer.model, or a folder that holds one (of a run its newest checkpoint)."""
+        self.path = Path(newest_checkpoint(path) or path)
         if self.path.is_dir():
             self.path = self.path / "tokenizer.model"
         if not self.path.is_file():
-            raise FileNotFoundError(
-                f"no tokenizer at {self.path}: it should be a sentencepiece tokenizer.model")
+            raise DataError(f"no tokenizer at {self.path}: it should be a sentencepiece tokenizer.model")
         self.sp = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
         self.bos = self.sp.bos_id()
         self.eos = self.sp.eos_id()
@@ -661,7 +660,7 @@ class Tokenizer:
         """Ids to text; VIDEO and control tokens vanish."""
         return self.sp.decode([int(i) for i in ids if i >= 0])
 
-    def chat(self, turns: Sequence, video_tokens: int):
+    def chat(self, turns, video_tokens):
         """Turns {"user", "assistant"[, "system"]} -> ids and labels.
 
         `<video>` (put first if no turn has it) becomes `video_tokens` VIDEO ids. Supervised are the
@@ -1084,23 +1083,24 @@ def _start_pool_worker():
     die_with_parent()
 
 
-def progress(items: Iterator, total: int, what: str) -> Iterator:
-    """Pass items on, with a line that says how many, how fast since the last line, and how long it will take.
+def progress(items, total, what):
+    """Pass items on, with a line that says how many, how fast of late, and how long it will take.
 
     A terminal's line is written anew twice a second; a file gets a line every tenth of the way.
     """
     on_terminal = sys.stdout.isatty()
-    shown, when = 0, time.monotonic()                           # the last line
+    shown, when = 0, time.monotonic()                           # a while ago
     for done, item in enumerate(items, 1):
         yield item
         now = time.monotonic()
-        due = now - when > 0.5 if on_terminal else 10 * done // total > 10 * shown // total
-        if due or done == total:
+        a_tenth = 10 * done // total > 10 * (done - 1) // total
+        if done == total or (now - when > 0.5 if on_terminal else a_tenth):
             rate = (done - shown) / max(now - when, 1e-9)
             line = f"{done}/{total} {what}, {rate:.1f} a second, {(total - done) / rate:.0f} s left"
             end = "\r" if on_terminal and done < total else "\n"
             print(f"{line:<60}", end=end, flush=True)
-            shown, when = done, now
+            if now - when > 0.5:
+                shown, when = done, now
 
 
 # -------------------------------------------------------------------------------------- 5 the micro-world
@@ -1179,7 +1179,7 @@ SPLITS = {                      # the views of each split; their order is part o
     "exo_test": "exo"}
 
 
-def plan_scene(rng) -> dict:
+def plan_scene(rng):
     """Two blocks of different colours, five different moments: what the scene's narrations will say."""
     # Two blocks side by side, within reach of both hands.
     colours = rng.permutation(list(COLOURS))[:2]
@@ -1202,7 +1202,7 @@ def narration(verb, colour, pattern, hand):
     return f"{WEARER} {verb} the {colour} {pattern} block with the {hand} hand."
 
 
-def questions(verb, colour, pattern, hand, rng) -> list:
+def questions(verb, colour, pattern, hand, rng):
     """EgoIT's style: the wearer asks, and is answered in the first person."""
     # Half of the yes-or-no questions are about another action.
     asked = verb
@@ -1239,7 +1239,7 @@ class Camera:
         return at
 
 
-def exo_camera(azimuth, zoom) -> Camera:
+def exo_camera(azimuth, zoom):
     """Stands opposite the actor, looks slightly down and never moves."""
     full = np.ones(SCENE_FRAMES)
     centre = np.tile([0.0, 0.36], (SCENE_FRAMES, 1))
@@ -1466,7 +1466,7 @@ def _draw_tool(canvas, verb, hand, lift, f, beat, block):
             canvas.stamp(drop, f, disc(0.055), (170, 226, 255), fall)
 
 
-def film_scene(plan, motion, world, split, rng) -> dict:
+def film_scene(plan, motion, world, split, rng):
     """The scene through every camera of the split: "cam0", ... and "ego" -> frames."""
     films = {}
     wall = rng.uniform(150, 235, 3)
@@ -1493,7 +1493,7 @@ def film_scene(plan, motion, world, split, rng) -> dict:
     return films
 
 
-def make_scene(world, split, scene, out) -> list:
+def make_scene(world, split, scene, out):
     """Render one scene's videos and return its rows. A pure function of (seed, split, scene)."""
     # All draws come from one generator: their order is part of the seed.
     rng = np.random.default_rng([world.seed, list(SPLITS).index(split), scene])
@@ -1574,7 +1574,7 @@ def toy_world(out: FilePath) -> World:
     return World()
 
 
-def toy_tokenizer(out: FilePath, world) -> Path:
+def toy_tokenizer(out, world):
     """A sentencepiece BPE model with byte fallback (as Mistral's), trained on the text of the exo corpus."""
     path = Path(out) / "tokenizer.model"
     with file_lock(path.with_name(".tokenizer.lock"), wait=True):

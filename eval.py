@@ -70,7 +70,7 @@ def proportion(name, outcomes, chance):
         f"{name}_n": len(outcomes)}
 
 
-def choice_score(scores: np.ndarray, right) -> float:
+def choice_score(scores, right):
     """1 if the best score is right, a share if several candidates have the best score, else 0.
 
     `right` is the index of the right candidate, or a mask of several. A model that gives every candidate the
@@ -89,7 +89,7 @@ IN_WORDS = {
     "qa": "questions exact"}
 
 
-def print_figures(figures: dict):
+def print_figures(figures):
     """A sentence for each score, with its interval, its number of items and its chance; other figures in one
     line each."""
     for name, value in figures.items():
@@ -108,8 +108,7 @@ def spread(rows, count):
 
 
 # -------------------------------------------------------------------------------------------- 2 answering
-def iterate_batches(model, tokenizer, rows, view,
-                    batch=100):
+def iterate_batches(model, tokenizer, rows, view, batch=100):
     """The clips of all rows, in order, in batches on the model's device.
 
     `view` is ego, exo or pair; a row has at most one exo clip. DataError: a clip cannot be read.
@@ -318,7 +317,7 @@ def wrong_clips(rows, item, kind, rng):
 
 
 @torch.no_grad()
-def kl_true_vs_shuffled(model, tokenizer, rows) -> dict:
+def kl_true_vs_shuffled(model, tokenizer, rows):
     """KL(exo || F(ego)) of true partners and of shuffled ones: after transfer the true one is well below."""
     if model.F is None:
         return {}
@@ -337,13 +336,19 @@ def kl_true_vs_shuffled(model, tokenizer, rows) -> dict:
         "kl_n": len(exo)}
 
 
-def show_samples(path, rows, predictions):
-    """A few samples on the screen, and as a contact sheet with frames of their clips.
+def typical(items, right, count=8):
+    """An evenly spread sample: the first whose share of right ones is nearest to that of all items."""
+    step = max(1, len(items) // count)
+    apart = [abs(np.mean(right[first::step][:count]) - np.mean(right)) for first in range(step)]
+    return items[int(np.argmin(apart))::step][:count]
 
-    What the model said is green when it is right; else the truth stands below it.
-    """
+
+def show_samples(path, rows, predictions):
+    """A few samples on the screen, and as a contact sheet with frames of their clips: as many of them are right
+    as of all. Below what is wrong stands the truth."""
+    right = [row["text"] == prediction["said"] for row, prediction in zip(rows, predictions)]
     items = []
-    for row, prediction in spread(list(zip(rows, predictions)), 8):
+    for row, prediction in typical(list(zip(rows, predictions)), right):
         # What it was asked, what is true, and what it said.
         turn = row["turns"][0]
         answers = [("", row["text"], prediction["said"])]
@@ -352,13 +357,12 @@ def show_samples(path, rows, predictions):
         # Lines of text below the frames, each with its colour.
         lines = []
         for question, truth, said in answers:
-            said = question + said
-            if said == question + truth:
-                print(f"  ok    {said}")
-                lines.append((said, GREEN))
+            if said == truth:
+                print(f"  ok    {question}{said}")
+                lines.append((f"right: {question}{said}", GREEN))
             else:
-                print(f"  wrong {said}   (true: {truth})")
-                lines += [(said, RED), (f"true: {truth}", GREY)]
+                print(f"  wrong {question}{said}   (true: {truth})")
+                lines += [(f"WRONG: {question}{said}", RED), (f"true: {truth}", GREY)]
         frames = read_row_clip(clips_of(row)[0], num_frames=4, size=96)
         items.append(([frames], lines))
     contact_sheet(path, items)
@@ -458,7 +462,7 @@ class VideoContext:
                 scores.append([float(own.sum()), float(mean_of_nonzero(own))])
         return -np.array(scores)
 
-    def generate(self, questions, max_new: int = 64):
+    def generate(self, questions, max_new=64):
         """Greedy answers to several questions at once."""
         prompts = [torch.tensor(self.prompt(question)[0]) for question in questions]
         shared = SharedPrefix(self.cache, len(prompts), keep=True)
@@ -493,14 +497,14 @@ class VideoContext:
             self.unread = tokens[-1:]
 
 
-def mean_of_nonzero(losses: Tensor) -> Tensor:
+def mean_of_nonzero(losses):
     """The mean over the last axis of the losses that are not exactly 0: EgoPlan's mean per token."""
     counted = losses != 0
     return losses.sum(-1) / counted.sum(-1).clamp(min=1)
 
 
 @torch.no_grad()
-def prefill(model, tokenizer, clip) -> VideoContext:
+def prefill(model, tokenizer, clip):
     """Read one ego clip of a manifest's form ("video", "start", "end", "fps"), or nothing for None."""
     if clip is None:
         return VideoContext(model, tokenizer, None)

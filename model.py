@@ -1228,7 +1228,7 @@ def file_hash(file) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def signature(folder) -> dict:
+def signature(folder):
     """What a checkpoint's state.json says of how it was made, so that a change of its weights is noticed."""
     hashes = {file.name: file_hash(file) for file in folder.glob("*.safetensors")}
     return dict(format=FORMAT, git=git_revision(), sha256=hashes)

@@ -211,7 +211,7 @@ def parse(argv: list[str] | None = None) -> TrainConfig:
         parser.error("--steps and --epochs both say how long: give one of them")
     if cfg.no_mapping and cfg.contrastive:
         parser.error("--contrastive compares F(x) with y, and --no-mapping has no F")
-    for path in cfg.data:
+    for path in [*cfg.data, *filter(None, [cfg.val_data])]:
         is_manifest = path.endswith(".jsonl")
         if is_manifest and not Path(path).is_file():
             parser.error(f"--data {path} is not there")
@@ -633,7 +633,7 @@ def init_checkpoint(init, *stages: int):
     return folder, state
 
 
-def part_of(name) -> str:
+def part_of(name):
     """The part of the stage table that a parameter belongs to."""
     if ".lora_" in name:
         return "lora"
@@ -739,11 +739,16 @@ def join_ranks(backend, seconds):
 
 
 def first_problem_of_any_rank(check):
-    """Call a check on every rank; all get the first answer that is a problem."""
-    own = check()
+    """Call a check first on local rank 0, which fills the cache of compiled kernels, then on the others."""
     if not dist.is_initialized():
-        return own
+        return check()
+    # One process of each machine compiles, then the others find the result.
     problems = [None] * dist.get_world_size()
+    goes_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    own = check() if goes_first else None
+    dist.barrier()
+    if not goes_first:
+        own = check()
     dist.all_gather_object(problems, own)
     return next(filter(None, problems), None)
 
@@ -942,7 +947,7 @@ def set_random_state(state, device):
         torch.cuda.set_rng_state(state[size:], device)
 
 
-def recipe_of(cfg) -> dict:
+def recipe_of(cfg):
     """What a run computes, by name: the flags that matter, and the rows of the stage table as the flags changed them."""
     recipe = {flag: value for flag, value in asdict(cfg).items() if flag not in MAY_CHANGE}
     for stage in stages_of(cfg):
@@ -1309,7 +1314,7 @@ def make_missing_stage_0(cfg):
                 "--workers", str(cfg.workers)]))
 
 
-def explain(error, out, world) -> str:
+def explain(error, out, world):
     """The sentence of an error that a user can mend; any other error is raised again."""
     if isinstance(error, KeyboardInterrupt):
         return "stopped: the same command goes on"

@@ -163,3 +163,11 @@ def test_ctrl_c_while_scoring_is_one_line(toy):
 def test_samples_are_evenly_spread():
     assert evaluation.spread(list(range(200)), 50) == list(range(0, 200, 4)) and evaluation.spread([1, 2, 3], 5) == [1, 2, 3]
     assert evaluation.spread(list(range(10)), 4) == [0, 2, 5, 7]
+
+
+def test_the_samples_shown_have_the_true_rate():
+    right = np.zeros(800, bool)
+    right[np.random.default_rng(0).permutation(800)[:400]] = True
+    chosen = evaluation.typical(list(range(800)), right)
+    assert len(chosen) == 8 and sum(right[chosen]) == 4 and np.ptp(np.diff(chosen)) == 0
+    assert evaluation.typical([1, 2, 3], [True, False, False]) == [1, 2, 3]
