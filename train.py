@@ -214,7 +214,7 @@ def parse(argv: list[str] | None = None) -> TrainConfig:
     for path in [*cfg.data, *filter(None, [cfg.val_data])]:
         is_manifest = path.endswith(".jsonl")
         if is_manifest and not Path(path).is_file():
-            parser.error(f"--data {path} is not there")
+            parser.error(f"{path} is not there")
         if not is_manifest and (len(cfg.data) > 1 or Path(path).is_file()):
             parser.error(f"--data {path}: a manifest is a file that ends in .jsonl, a micro-world one folder")
 
