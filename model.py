@@ -1184,7 +1184,7 @@ FOUR_FILES = ("model.py", "data.py", "train.py", "eval.py")
 def read_json(path) -> dict:
     """A JSON file that holds an object, or ValueError with its name."""
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
 
