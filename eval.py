@@ -39,7 +39,7 @@ from einops import rearrange
 from torch import Tensor
 
 from data import (COLOURS, NARRATE, PATTERNS, VERBS, DataError, Loader, Tokenizer,
-                  clips_of, contact_sheet, convert, encode_png, file_lock, frame_rate, progress,
+                  chats_of, clips_of, contact_sheet, convert, encode_png, file_lock, frame_rate, progress,
                   read_manifest, read_manifests, read_row_clip, read_text, toy_split, toy_world,
                   verbalise_wearer, write_jsonl, write_text_atomic)
 from model import (IGNORE, VIDEO, Exo2Ego, KVCache, Segments, SharedPrefix, autocast,
@@ -93,8 +93,9 @@ def print_figures(figures):
     """A sentence for each score, with its interval, its number of items and its chance; other figures in one
     line each."""
     for name, value in figures.items():
-        if f"{name}_lo" in figures:
-            low, high, chance = (100 * (figures[f"{name}_{part}"] or 0) for part in ("lo", "hi", "chance"))
+        # A score that is no number has no interval.
+        if figures.get(f"{name}_lo") is not None:
+            low, high, chance = (100 * figures[f"{name}_{part}"] for part in ("lo", "hi", "chance"))
             print(f"{IN_WORDS.get(name, name)}: {100 * value:.1f} % [{low:.1f}, {high:.1f}] of "
                   f"{figures[f'{name}_n']:,}, chance {chance:.1f} %")
         elif f"{name.rpartition('_')[0]}_lo" not in figures:
@@ -368,22 +369,21 @@ def show_samples(path, rows, predictions):
     contact_sheet(path, items)
 
 
-def show_own_samples(model, tokenizer, rows, view, out):
-    """Five clips of one's own data, exo or ego: what the model says of them beside what the row says."""
-    shown, turns = [], []
-    for row in spread([row for row in rows if row.get("text") or row.get("turns")], 5):
-        narration = [{"user": NARRATE, "assistant": row.get("text")}]
-        turns.append(narration[0] if row.get("text") else row["turns"][0])
-        # A batch of clips needs one clip a row, and a text in every row.
-        shown.append(row | {"exo": row.get("exo", [])[:1], "text": turns[-1]["assistant"]})
-    visual = encode_clips(model.eval(), tokenizer, shown, view)
-    questions = [turn["user"].replace("<video>", "") for turn in turns]
+@torch.no_grad()
+def show_own_samples(model, tokenizer, rows, stage, out):
+    """Five clips of one's own data: what the model says of them beside what the row says. Stage 1 sees exo."""
+    rows = spread([row for row in rows if chats_of(row, "mix")], 5)
+    clips = [row["exo"][0] if stage == 1 else row["ego"] for row in rows]
+    frames = [read_row_clip(clip, model.cfg.frames, model.cfg.image_size) for clip in clips]
+    pixels = torch.from_numpy(np.stack(frames)).to(next(model.parameters()).device)
+    encode = model.eval().encode_exo if stage == 1 else model.eval().encode_ego
+    turns = [chats_of(row, "mix")[0][0] for row in rows]
+    answers = generate_answers(model, tokenizer, encode(pixels), [turn["user"] for turn in turns])
     items = []
-    for row, said in zip(shown, generate_answers(model, tokenizer, visual, questions)):
-        lines = [(f"said: {said}", RED), (f"true: {row['text']}", GREY)]
+    for clip, turn, said in zip(clips, turns, answers):
+        lines = [(f"said: {said}", RED), (f"true: {turn['assistant']}", GREY)]
         print(*[f"  {line}" for line, _ in lines], sep="\n")
-        frames = read_row_clip(row["ego"] if view == "ego" else row["exo"][0], num_frames=4, size=96)
-        items.append(([frames], lines))
+        items.append(([read_row_clip(clip, num_frames=4, size=96)], lines))
     contact_sheet(Path(out) / "samples.png", items)
     print(f"pictures: {out}/samples.png\nnext: python eval.py --ckpt {out} --video FILE --ask 'What am I doing?'")
 
@@ -615,19 +615,17 @@ def use_checkpoint(args):
 
 
 def score_toy(ckpt, data):
-    """The toy benchmark of a checkpoint, on the micro-world in `data` or the one it was trained on."""
+    """The toy benchmark of a checkpoint, on the micro-world in `data` or the one it was trained on; of one's own
+    data a few samples."""
     state = ckpt.state
     print(f"{ckpt.folder}: stage {state['stage']}, step {state['step']} of {state['steps']}")
-    # Published weights were trained on no world.
-    config = state.get("config", {})
+    config = state.get("config", {})                # published weights have none
     own = config.get("data", ["out/toy"])
     if data is None and own[0].endswith(".jsonl"):
         rows = read_manifests(own, config["root"], config["allow_outside"])
-        view = "exo" if state["stage"] == 1 else "ego"
-        return show_own_samples(ckpt.model, ckpt.tokenizer, rows, view, ckpt.folder.parent)
-    if data is None:
-        data = own[0]
-    toy_benchmark(ckpt.model, ckpt.tokenizer, data, state["stage"], out=ckpt.folder.parent)
+        show_own_samples(ckpt.model, ckpt.tokenizer, rows, state["stage"], ckpt.folder.parent)
+    else:
+        toy_benchmark(ckpt.model, ckpt.tokenizer, data or own[0], state["stage"], out=ckpt.folder.parent)
 
 
 def run_benches(ckpt, args):
@@ -828,10 +826,10 @@ def egotaskqa(files, args):
     for q in files.each(files.json("formatted_test_qas_encode.json", "test_qas.json")):
         truth = q["answer"].lower()
         kind = "binary" if truth in ("yes", "no") else "open"
-        # An answer outside the vocabulary is -1: no option is right. The encoded one is what official code sees.
-        if known and "answer_encode" in q:
-            truth = answers[int(q["answer_encode"])]
         if known:
+            # Official code sees the encoded answer. One outside the vocabulary is -1: no option is right.
+            if "answer_encode" in q:
+                truth = answers[int(q["answer_encode"])]
             truth = known.index(truth) if truth in known else -1
         yield Item(
             id=str(q["question_id"]),

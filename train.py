@@ -211,7 +211,8 @@ def parse(argv: list[str] | None = None) -> TrainConfig:
         parser.error("--steps and --epochs both say how long: give one of them")
     if cfg.no_mapping and cfg.contrastive:
         parser.error("--contrastive compares F(x) with y, and --no-mapping has no F")
-    for path in [*cfg.data, *filter(None, [cfg.val_data])]:
+    manifests = [*cfg.data, cfg.val_data] if cfg.val_data else cfg.data
+    for path in manifests:
         is_manifest = path.endswith(".jsonl")
         if is_manifest and not Path(path).is_file():
             parser.error(f"{path} is not there")
@@ -661,7 +662,9 @@ def freeze(objective, stage, bf16):
 def make_loader(run, stage, model, tokenizer, validation=False) -> Loader:
     """The samples of a stage, with room for the visual tokens of [x ; F(x)] or of one view."""
     cfg = run.cfg
-    manifests, batch, micro = cfg.data, stage.batch, cfg.micro_batch
+    manifests = cfg.data
+    batch = stage.batch
+    micro = cfg.micro_batch
     if validation and (cfg.stage == 0 or not (cfg.val_data or cfg.toy_folder)):
         raise DataError("a validation loss needs stage 1, 2 or 3, and --val-data x.jsonl or the micro-world")
     if validation and cfg.val_data:
@@ -697,7 +700,8 @@ def hash_with_skip_lists(manifests) -> str:
     for manifest in map(Path, manifests):
         for file in (manifest, manifest.with_suffix(".bad.jsonl")):
             if file.is_file() and file.stat().st_size:
-                hashes.append(hashlib.sha256(file.read_bytes()).hexdigest()[:16])
+                with open(file, "rb") as opened:
+                    hashes.append(hashlib.file_digest(opened, "sha256").hexdigest()[:16])
     return "+".join(hashes)
 
 
@@ -796,8 +800,9 @@ def wrap(run, objective) -> nn.Module:
     cfg = run.cfg
     blocks = [module for module in objective.modules() if isinstance(module, BLOCKS)]
     keep_products = partial(create_selective_checkpoint_contexts, KEPT_FOR_BACKWARD)
-    # All blocks of a class share their compiled code: one version for each width, and whether it is frozen or trained.
-    torch._dynamo.config.recompile_limit = 64
+    if cfg.compile:
+        # All blocks of a class share their compiled code: one version for each width, frozen or trained.
+        torch._dynamo.config.recompile_limit = 64
     for block in blocks:
         # Undo what an earlier row of stage 0 has set.
         block.__dict__.pop("forward", None)
@@ -953,7 +958,7 @@ def recipe_of(cfg):
     for stage in stages_of(cfg):
         row = asdict(stage)
         del row["steps"]                                        # which may grow
-        recipe |= {f"{stage.name}: {field}": value for field, value in row.items()}
+        recipe |= {f"{stage.name}: {key}": value for key, value in row.items()}
     return json.loads(json.dumps(recipe))                       # as a file gives it back
 
 
@@ -1104,10 +1109,10 @@ def describe(run, objective, loader, length):
 def validate(run, objective, loader, step, log):
     """Text loss per token on the first validation clips, of as many as eight training batches; ranks share them."""
     sums = torch.zeros(2, device=run.device)
-    batches = 8 * objective.stage.batch // loader.batch_size
-    # Ranks stay in step: each has a share of every batch. One process also reads the last batch, which may be short.
-    whole = loader.samples // loader.batch_size
-    batches = min(batches, math.ceil(loader.samples / loader.batch_size) if run.world == 1 else whole)
+    # Ranks stay in step, each with a share of every whole batch. One process also reads the last, short one.
+    batches = loader.samples / loader.batch_size
+    batches = math.ceil(batches) if run.world == 1 else int(batches)
+    batches = min(batches, 8 * objective.stage.batch // loader.batch_size)
     objective.eval()
     for i in range(batches):
         for batch in loader.batch(i):
@@ -1141,8 +1146,7 @@ class StepCounts(NamedTuple):
         return cls(*run.sum(total.to(run.device)))
 
 
-def run_stage(run, model, tokenizer, stage, loader, first, length,
-              folder, log):
+def run_stage(run, model, tokenizer, stage, loader, first, length, folder, log):
     """Steps `first` to `first + length` of the run, or what the checkpoint `folder` has left of them."""
     cfg = run.cfg
     objective, trained, done = prepare_objective(run, model, tokenizer, stage, loader, first, folder)
@@ -1203,8 +1207,7 @@ def run_stage(run, model, tokenizer, stage, loader, first, length,
             sys.exit(f"stopped at step {number}, saved: the same command goes on")
 
 
-def prepare_objective(run, model, tokenizer, stage, loader, first,
-                      folder):
+def prepare_objective(run, model, tokenizer, stage, loader, first, folder):
     """-> the objective on its device, what trains, and how many steps of the stage are done."""
     torch.manual_seed(hash((run.cfg.seed, first, run.rank)) % 2 ** 31)
     objective = Objective(model, tokenizer, stage, run.cfg, run.world).to(run.device)
@@ -1288,7 +1291,7 @@ def show_result(run, model, tokenizer, rows):
         if cfg.toy_folder:
             toy_benchmark(model, tokenizer, cfg.toy_folder, cfg.stage, cfg.out, cfg.init)
         else:
-            show_own_samples(model, tokenizer, rows, "exo" if cfg.stage == 1 else "ego", cfg.out)
+            show_own_samples(model, tokenizer, rows, cfg.stage, cfg.out)
 
 
 def make_missing_stage_0(cfg):

@@ -171,3 +171,12 @@ def test_the_samples_shown_have_the_true_rate():
     chosen = evaluation.typical(list(range(800)), right)
     assert len(chosen) == 8 and sum(right[chosen]) == 4 and np.ptp(np.diff(chosen)) == 0
     assert evaluation.typical([1, 2, 3], [True, False, False]) == [1, 2, 3]
+
+
+def test_own_samples_do_not_stumble_over_a_text_that_training_never_read(toy, tmp_path, capsys):
+    """A row whose turns fit is trained in stage 3, however long its narration is."""
+    model, tokenizer = load(toy / "stage3")
+    rows = read_manifest(toy / "toy" / "instruct.jsonl")[:5]
+    rows[2]["text"] = "word " * 300
+    evaluation.show_own_samples(model, tokenizer, rows, 3, tmp_path)
+    assert capsys.readouterr().out.count("  said: ") == 5
