@@ -282,7 +282,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 # A title need not be UTF-8. PyAV 19 reads it as it is; earlier versions have to be told.
 AS_IT_IS = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
 # How a stored picture is to be shown, by EXIF's number: (a, b, c, d) moves pixel (x, y) to the place
-# (a x + c y, b x + d y). Even numbers but 6 and 8 are mirrored, and so are 5 and 7.
+# (a x + c y, b x + d y). Those of 2, 4, 5 and 7 are mirrored.
 UPRIGHT = (1, 0, 0, 1)
 ORIENTATIONS = {
     1: UPRIGHT,
@@ -515,11 +515,11 @@ def _decoded(container, stream):
 
 def _display_matrix(frame):
     """How a player turns or mirrors this frame of a file; phones store portrait video on its side."""
-    turned = {-180: 3, 180: 3, -90: 6, 90: 8}.get(frame.rotation, 1)
     try:
         matrix = frame.side_data.get("DISPLAYMATRIX")
     except ValueError:
-        # PyAV before 19 lists nothing where FFmpeg knows a kind of data that it does not. The turn it knows.
+        # PyAV before 19 lists nothing where one kind of data is new to it. The turn it still tells.
+        turned = {-180: 3, 180: 3, -90: 6, 90: 8}.get(frame.rotation, 1)
         return ORIENTATIONS[turned]
     if matrix is None:
         return UPRIGHT
@@ -545,7 +545,7 @@ def _images_of(folder, changed):
             files.append(file)
     # Where depth pictures lie beside the colour pictures (OpenEQA), only the latter count.
     files = [file for file in files if file.name.endswith("-rgb.png")] or files
-    files = [file for file in sorted(files, key=_natural_order) if _image_format(file)]
+    files = [file for file in sorted(files, key=_natural_order) if _image_format(_head(file, 4))]
     if not files:
         raise DataError(f"{folder} has no images (.png or .jpg)", "missing")
     return files
@@ -556,10 +556,14 @@ def _natural_order(file):
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file.name)]
 
 
-def _image_format(file):
-    """FFmpeg's name for the format of a picture, by its content; None if it is no picture."""
+def _head(file, size):
+    """The first bytes of a file."""
     with open(file, "rb") as opened:
-        head = opened.read(4)
+        return opened.read(size)
+
+
+def _image_format(head):
+    """FFmpeg's name for the format of a picture that begins so; None if it is no picture."""
     return next((name for start, name in IMAGES.items() if head.startswith(start)), None)
 
 
@@ -567,12 +571,13 @@ def _images_at(files, rate, moments):
     """The image on display at each of these moments, `rate` images a second, and how to turn it."""
     for moment in moments:
         path = files[min(int(moment * rate + 1e-3), len(files) - 1)]
+        head = _head(path, 1 << 16)                             # with all that its camera wrote
         options = {"protocol_whitelist": "file"}
-        with av.open(f"file:{path}", format=_image_format(path), options=options) as container:
+        with av.open(f"file:{path}", format=_image_format(head), options=options) as container:
             frame = next(container.decode(_video_stream(container, path)), None)
         if frame is None:
             raise DataError(f"{path} holds no image")
-        yield frame, ORIENTATIONS[_exif_orientation(path.read_bytes())]
+        yield frame, ORIENTATIONS[_exif_orientation(head)]
 
 
 def _exif_orientation(jpeg):
@@ -787,14 +792,14 @@ class Loader:
             cfg,
             tokenizer,
             *,
-            view: str,                          # exo | ego | pair | text
+            view,                               # exo | ego | pair | text
             text="text",                        # text | turns | mix
-            batch: int,                         # samples of a step, over all ranks
-            micro: int = 0,                     # samples of a micro batch; 0: a rank's share of a step
+            batch,                              # samples of a step, over all ranks
+            micro=0,                            # samples of a micro batch; 0: a rank's share of a step
             seed=0,
             rank=0,
             world=1,                            # number of ranks
-            train: bool = True,                 # random order and random moments, without end
+            train=True,                         # random order and random moments, without end
             video_tokens=None):                 # None: as many as the model's connector gives
         self.cfg = cfg
         self.tokenizer = tokenizer
@@ -958,8 +963,7 @@ class Loader:
             return [], []
         return self.tokenizer.chat(chats[index % len(chats)], self.video_tokens)
 
-    def stream(self, start: int, stop: int, workers: int = 1, repeat: bool = False,
-               timeout: float = 600) -> Iterator:
+    def stream(self, start, stop, workers=1, repeat=False, timeout=600.0) -> Iterator:
         """batch(start) ... batch(stop - 1), read ahead by workers, which have `timeout` seconds for each;
         `repeat`: batch(0) every time."""
         steps = [0] * (stop - start) if repeat else range(start, stop)
@@ -1146,8 +1150,6 @@ SLEEVE = (70, 86, 122)
 SHADOW = (60, 52, 48)
 WOOD = (196, 164, 128)
 SIGN = {"left": -1, "right": 1}                             # of x, from the middle of the table
-
-
 TOY_FOLDER = "out/toy"
 
 

@@ -522,8 +522,7 @@ def problem_with_triton(device, dtype, cfg):
         return f"{type(error).__name__}: {str(error)[:90]}"
 
 
-def choose_attention(device, dtype, cfg,
-                     on_every_rank: Callable | None = None) -> str:
+def choose_attention(device, dtype, cfg, on_every_rank: Callable | None = None) -> str:
     """Decide what "auto" means, once, at start-up; returns the line to print.
 
     In half precision on a GPU our kernels are taken if they pass a check there. `on_every_rank` runs that check on all
@@ -985,8 +984,7 @@ class Decoder(nn.Module):
         """(tokens,) -> (tokens, W)."""
         return self.embedding(ids)
 
-    def forward(self, embeddings, seg, positions,
-                cache=None) -> Tensor:
+    def forward(self, embeddings, seg, positions, cache=None) -> Tensor:
         """(tokens, W), each token's position in its own sequence (tokens,) -> hidden states (tokens, W)."""
         # RoPE's angles, the same for all blocks.
         half = self.cfg.decoder_head_dim // 2
@@ -1105,8 +1103,7 @@ class Exo2Ego(nn.Module):
                              f"than ModelConfig.visual_tokens, or a view is not counted where the Loader is made")
         return embeddings.index_copy(0, slots, visual)
 
-    def text_logits(self, visual, ids, labels,
-                    lens):
+    def text_logits(self, visual, ids, labels, lens):
         """Logits where a label is (supervised, vocab), and their targets: position t predicts t + 1.
 
         ids and labels are packed (tokens,); visual (B, n, W) fills the B * n places where ids == VIDEO.
@@ -1412,8 +1409,7 @@ class HFCheckpoint:
             raise ValueError(f"{self.path} has tensors that have no place here: {unused[:3]}")
 
 
-def vision_encoder_from_hf(files, dtype=None, prefix="",
-                           alone=False) -> VisionEncoder:
+def vision_encoder_from_hf(files, dtype=None, prefix="", alone=False) -> VisionEncoder:
     """The CLIP ViT whose tensors start with `prefix`; sizes are the tensors'. `alone`: the directory holds CLIP only,
     so its config.json must fit and every tensor must find its place. ValueError names what does not fit."""
     config = files.config.get("vision_config", files.config) if alone else {}

@@ -17,7 +17,7 @@ FILES = ("model.py", "data.py", "eval.py", "train.py")          # each imports f
 PACKAGES = {"torch", "numpy", "einops", "av", "sentencepiece", "safetensors"}
 README = (REPO / "README.md").read_text()
 CONTENT = {"model.py": 9200, "data.py": 10300, "eval.py": 6500, "train.py": 7200}
-ALL = 31550                                                     # the design wants 31,000
+ALL = 31530                                                     # the design wants 31,000
 ROAD = 10200                                                    # the design wants 9,000
 BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try)
 
