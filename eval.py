@@ -38,10 +38,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from data import (COLOURS, NARRATE, PATTERNS, VERBS, DataError, Loader, Tokenizer,
+from data import (CLIPS, COLOURS, NARRATE, PATTERNS, VERBS, DataError, Loader, Tokenizer,
                   chats_of, clips_of, contact_sheet, convert, encode_png, file_lock, frame_rate, progress,
                   read_manifest, read_manifests, read_row_clip, read_text, toy_split, toy_world,
-                  verbalise_wearer, write_jsonl, write_text_atomic)
+                  verbalise_wearer, write_jsonl, write_text_atomic, written)
 from model import (IGNORE, VIDEO, Exo2Ego, KVCache, Segments, SharedPrefix, autocast,
                    choose_attention, feature_kl, fingerprint, git_revision, load_checkpoint,
                    newest_checkpoint, pick_device, to_device_and_dtype)
@@ -84,6 +84,12 @@ def choice_score(scores, right):
 IN_WORDS = {
     "exo_em": "exo narrations exact",
     "ego_em": "ego narrations exact",
+    "ego_em_init": "... before, after Init",
+    "ego_em_mean_F": "... with the mean of F(x) in the place of F(x)",
+    "transfer_top1": "F(x) is nearest to its own exo clip, of 200 scenes",
+    "transfer_x_top1": "... and x, read as it is",
+    "transfer_scene_top1": "F(x) is nearest to its own exo clip, of a scene's five",
+    "transfer_scene_x_top1": "... and x, read as it is",
     "mcq_inter": "which clip of five scenes",
     "mcq_intra": "which of a scene's five moments",
     "qa": "questions exact"}
@@ -99,7 +105,7 @@ def print_figures(figures):
             print(f"{IN_WORDS.get(name, name)}: {100 * value:.1f} % [{low:.1f}, {high:.1f}] of "
                   f"{figures[f'{name}_n']:,}, chance {chance:.1f} %")
         elif f"{name.rpartition('_')[0]}_lo" not in figures:
-            print(f"   {name}: {value:.4f}" if isinstance(value, float) else f"   {name}: {value}")
+            print(f"   {name}: {value:.4g}" if isinstance(value, float) else f"   {name}: {value}")
 
 
 def spread(rows, count):
@@ -173,14 +179,16 @@ def pack(chats, device):
 
 
 # ------------------------------------------------------------------------------------ 3 the toy benchmark
-# A narration of the micro-world and its four facts.
+# A narration of the micro-world, its four facts, and how many different ones of each there are.
 NARRATION = re.compile(r"Camera-wearer (?P<verb>.+) the (?P<colour>\w+) (?P<pattern>\w+) block "
                        r"with the (?P<hand>\w+) hand\.")
-NARRATION_CHANCE = 1 / (len(VERBS) * len(COLOURS) * len(PATTERNS) * 2)      # two hands: 1 / 270
+FACTS = {"verb": len(VERBS), "colour": len(COLOURS), "pattern": len(PATTERNS), "hand": 2}
+NARRATION_CHANCE = 1 / math.prod(FACTS.values())                            # 1 / 270
 # The colours of a sample's text: right, wrong, the truth.
 GREEN = (20, 130, 50)
 RED = (190, 40, 40)
 GREY = (110, 110, 110)
+WHITE = (255, 255, 255)
 
 
 # What one would do after a stage.
@@ -195,7 +203,7 @@ def toy_benchmark(model: Exo2Ego, tokenizer: Tokenizer, data: str, stage: int, o
     """The figures of a stage on clips of unseen scenes. They are printed and kept in out/eval.json.
 
     Stages 0 and 1 score the demonstrator's narrations of exo clips. Stage 2 scores the learner's
-    narrations, and the KL of true and of shuffled partners. Stage 3 scores its narrations, its choice of a
+    narrations, and what F imagines, in out/transfer.png. Stage 3 scores its narrations, its choice of a
     clip among five, and its answers. out/predictions.jsonl holds what the model said of each clip, and
     out/samples.png shows a few. `init` is the run that the stage started from.
     """
@@ -215,8 +223,12 @@ def toy_benchmark(model: Exo2Ego, tokenizer: Tokenizer, data: str, stage: int, o
     # Each column of predictions.jsonl has one value a row.
     figures, columns = evaluate_narrations(model, tokenizer, rows, visual, view)
     if stage == 2:
-        pairs = read_manifest(toy_split(data, "val", world))
-        figures |= kl_true_vs_shuffled(model, tokenizer, pairs)
+        if init:
+            figures |= learner_after_init(init, tokenizer, rows)
+        if model.F is not None:
+            figures |= narrate_with_mean_F(model, tokenizer, rows, visual)
+            figures |= kl_true_vs_shuffled(model, tokenizer, read_manifest(toy_split(data, "val", world)))
+            figures |= transfer(model, tokenizer, rows, out / "transfer.png")
     if stage == 3:
         for evaluate in (choose_clip, evaluate_questions):
             more_figures, more_columns = evaluate(model, tokenizer, rows, visual)
@@ -231,13 +243,14 @@ def toy_benchmark(model: Exo2Ego, tokenizer: Tokenizer, data: str, stage: int, o
     write_jsonl(out / "predictions.jsonl", predictions)
     show_samples(out / "samples.png", rows, predictions)
 
-    # Stage 1 also says how good the model was that it set out from.
+    # How good was the model that this stage set out from? It was scored on the same clips, but before stage 2.
     earlier = Path(init or "") / "eval.json"
-    if stage == 1 and init and earlier.is_file():
-        before = json.loads(read_text(earlier))["exo_em"]
-        print(f"exo narrations exact: {100 * before:.1f} % before this stage")
+    if stage != 2 and init and earlier.is_file():
+        before = json.loads(read_text(earlier)).get(f"{view}_em", math.nan)
+        print(f"{view} narrations exact: {100 * before:.1f} % before this stage")
     print_figures(figures)
-    print(f"pictures: {out}/samples.png, figures: {out}/eval.json")
+    pictures = ", ".join(map(str, sorted(out.glob("*.png"))))
+    print(f"pictures: {pictures}; figures: {out}/eval.json")
     print(f"next: {NEXT[stage]}", flush=True)
     (out / "eval.json").write_text(json.dumps(figures, indent=1))
     return figures
@@ -253,9 +266,9 @@ def evaluate_narrations(model, tokenizer, rows, visual, view):
     # A narration of another form has none of the facts right.
     found = list(map(NARRATION.fullmatch, narrations))
     expected = list(map(NARRATION.fullmatch, truths))
-    for fact in NARRATION.groupindex:
+    for fact, count in FACTS.items():
         right = [a is not None and a[fact] == b[fact] for a, b in zip(found, expected)]
-        figures[f"{view}_{fact}"] = np.mean(right)
+        figures |= proportion(f"{view}_{fact}", right, 1 / count)
     return figures, {"said": narrations}
 
 
@@ -317,24 +330,101 @@ def wrong_clips(rows, item, kind, rng):
     return clips
 
 
+def exact_narrations(name, model, tokenizer, rows, visual):
+    """The share of rows whose narration is exact, as the figures of a score."""
+    narrations = generate_answers(model, tokenizer, visual, [NARRATE] * len(rows))
+    return proportion(name, [said == row["text"] for said, row in zip(narrations, rows)], NARRATION_CHANCE)
+
+
+def learner_after_init(init, tokenizer, rows):
+    """The learner as stage 2 found it: Init has taught it, stage 1 has left it alone."""
+    before, _ = load_checkpoint(init)
+    before.eval().to(pick_device())
+    visual = encode_clips(before, tokenizer, rows, "ego")
+    return exact_narrations("ego_em_init", before, tokenizer, rows, visual)
+
+
+def narrate_with_mean_F(model, tokenizer, rows, visual):
+    """What the decoder reads off F(x): its tokens are replaced by their mean over all clips, which says nothing of this
+    clip and looks like what the decoder is used to. A model trained on x alone is the fairer control (--no-mapping)."""
+    own, mapped = visual.chunk(2, dim=1)
+    mean = mapped.mean(0, keepdim=True).expand_as(mapped)
+    return exact_narrations("ego_em_mean_F", model, tokenizer, rows, torch.cat([own, mean], dim=1))
+
+
 @torch.no_grad()
-def kl_true_vs_shuffled(model, tokenizer, rows):
-    """KL(exo || F(ego)) of true partners and of shuffled ones: after transfer the true one is well below."""
-    if model.F is None:
-        return {}
-    exo, estimate = [], []
+def exo_features(model, tokenizer, rows):
+    """What the exo connector makes of y, of F(x), and of x as it is: three of (rows, tokens, W)."""
+    parts = []
     for batch in iterate_batches(model, tokenizer, rows, "pair"):
         x = model.patch_features(model.ego_vit, batch.ego)
-        exo.append(model.encode_exo(batch.exo))
-        estimate.append(model.exo_connector(model.F(x)))
-    exo = torch.cat(exo)                                                    # (rows, tokens, W)
-    estimate = torch.cat(estimate)
+        read = model.exo_connector
+        parts.append((model.encode_exo(batch.exo), read(model.F(x)), read(x)))
+    return map(torch.cat, zip(*parts))
+
+
+def kl_true_vs_shuffled(model, tokenizer, rows):
+    """KL(exo || F(ego)) of true partners and of shuffled ones: after transfer the true one is well below."""
+    exo, estimate, _ = exo_features(model, tokenizer, rows)
     # Half the rows away is another scene.
     shuffled = exo.roll(len(exo) // 2, 0)
     return {
         "kl_true": float(feature_kl(exo, estimate).mean()),
         "kl_shuffled": float(feature_kl(shuffled, estimate).mean()),
         "kl_n": len(exo)}
+
+
+def transfer(model, tokenizer, rows, picture):
+    """Does F(x) call up the exo view of its moment? The distance is the loss's, feature_kl.
+
+    Of 200 scenes the first moments are compared with one another, and then the five moments of each scene. -> the share
+    of moments whose own exo clip is the nearest, and the median rank of it; the same for x as it is, without F.
+    """
+    rows = rows[:200 * CLIPS]
+    exo, mapped, unmapped = exo_features(model, tokenizer, rows)
+    figures = {}
+    for name, estimate in {"": mapped, "_x": unmapped}.items():
+        scenes = rank_exo_clips(exo[::CLIPS], estimate[::CLIPS])
+        moments = [rank_exo_clips(*scene) for scene in zip(exo.split(CLIPS), estimate.split(CLIPS))]
+        for group, ranked in {"": [scenes], "_scene": moments}.items():
+            # Clip number i is the right one in row i; the rank of the nearest is 1.
+            ranks = [1 + list(order).index(i) for orders in ranked for i, order in enumerate(orders)]
+            candidates = len(ranked[0])
+            figures |= proportion(f"transfer{group}{name}_top1", np.equal(ranks, 1), 1 / candidates)
+            figures[f"transfer{group}{name}_median_rank"] = float(np.median(ranks))
+            figures[f"transfer{group}{name}_median_rank_chance"] = (candidates + 1) / 2
+        if estimate is mapped:
+            show_transfer(picture, rows[::CLIPS], scenes)
+    return figures
+
+
+def rank_exo_clips(exo, estimate):
+    """For each estimate the exo clips, by number, from near to far."""
+    orders = []
+    for one in estimate:
+        distances = feature_kl(exo, one.expand_as(exo))
+        orders.append(distances.argsort(stable=True).tolist())
+    return orders
+
+
+def show_transfer(path, rows, orders):
+    """Six moments, a row each: the ego clip, its exo clip, and the three exo clips that are nearest to F(x), the true one
+    in a green frame."""
+    titles = ("ego: x", "exo: y", "nearest to F(x)", "second", "third")
+    width = 2 * 96 + 16
+    sheet = [np.concatenate([written(title, width, GREY) for title in titles], axis=1)]
+    for i in spread(range(len(rows)), 6):
+        tiles = []
+        for number, clip in [(None, rows[i]["ego"]), (None, rows[i]["exo"][0]),
+                             *((number, rows[number]["exo"][0]) for number in orders[i][:3])]:
+            frames = rearrange(read_row_clip(clip, num_frames=2, size=96), "t c h w -> h (t w) c")
+            tile = np.full((96 + 16, width, 3), GREEN if number == i else WHITE, np.uint8)
+            tile[8:-8, 8:-8] = frames
+            tiles.append(tile)
+        rank = 1 + orders[i].index(i)
+        caption = f"rank {rank} of {len(rows)}: {rows[i]['text']}"
+        sheet += [np.concatenate(tiles, axis=1), written(caption, len(tiles) * width, GREY)]
+    path.write_bytes(encode_png(np.concatenate(sheet)))
 
 
 def typical(items, right, count=8):
