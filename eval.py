@@ -639,7 +639,7 @@ def parse(argv):
     add("--ckpt", help="run folder or step_* (the newest of out/stage3 ... out/stage0)")
     add("--base", help="where the untouched weights are, if they have moved")
     add("--vision", help="where the CLIP directory is, if it has moved")
-    add("--data", help="the micro-world's folder (that of the training), or the benchmarks'")
+    add("--data", help="a micro-world's folder or a manifest (those of the training), or the benchmarks' folder")
     add("--video", help="ask about this file")
     add("--ask", help="the question; without it, a chat")
     add("--start", type=float, help="seconds")
@@ -701,21 +701,22 @@ def use_checkpoint(args):
             clip = {"video": args.video, "start": args.start, "end": args.end}
             chat(model, ckpt.tokenizer, clip, args.ask)
         else:
-            score_toy(ckpt, args.data)
+            score_toy(ckpt, args)
 
 
-def score_toy(ckpt, data):
-    """The toy benchmark of a checkpoint, on the micro-world in `data` or the one it was trained on; of one's own
-    data a few samples."""
-    state = ckpt.state
+def score_toy(ckpt, args):
+    """The toy benchmark of a checkpoint, on the micro-world in --data or the one it was trained on; of the rows of a
+    manifest, five are shown beside the truth."""
+    state, run = ckpt.state, ckpt.folder.parent
     print(f"{ckpt.folder}: stage {state['stage']}, step {state['step']} of {state['steps']}")
     config = state.get("config", {})                # published weights have none
-    own = config.get("data", ["out/toy"])
-    if data is None and own[0].endswith(".jsonl"):
-        rows = read_manifests(own, config["root"], config["allow_outside"])
-        show_own_samples(ckpt.model, ckpt.tokenizer, rows, state["stage"], ckpt.folder.parent)
+    data = [args.data] if args.data else config.get("data", ["out/toy"])
+    if data[0].endswith(".jsonl"):
+        root = None if args.data else config["root"]
+        rows = read_manifests(data, root, args.allow_outside or config.get("allow_outside", False))
+        show_own_samples(ckpt.model, ckpt.tokenizer, rows, state["stage"], run)
     else:
-        toy_benchmark(ckpt.model, ckpt.tokenizer, data or own[0], state["stage"], out=ckpt.folder.parent)
+        toy_benchmark(ckpt.model, ckpt.tokenizer, data[0], state["stage"], out=run)
 
 
 def run_benches(ckpt, args):

@@ -15,6 +15,7 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
+import copy
 import ctypes
 import hashlib
 import json
@@ -31,6 +32,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -42,8 +44,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
 
 from data import (DataError, Loader, Tokenizer, add_flags, die_with_parent, file_lock, read_manifests, toy_split,
                   toy_tokenizer, toy_world)
@@ -419,7 +423,7 @@ class Objective(nn.Module):
         """Instead of a download: the decoder learns to read scattered, noisy words that stand before a text."""
         words = [self.tokenizer.encode(text) for text in batch.texts]
         mixture = scatter_words(words, self.model.cfg.visual_tokens, self.model.cfg.vocab)
-        visual = mixture.to(batch.ids.device) @ self.model.decoder.embedding.weight         # (B, slots, W)
+        visual = mixture.to(self.model.decoder.embedding.weight.device) @ self.model.decoder.embedding.weight         # (B, slots, W)
         return {"vtg": self.vtg(visual + 0.1 * torch.randn_like(visual), batch)}
 
     def clip(self, batch):
@@ -1010,6 +1014,8 @@ class Log:
         """`path` None: a rank that keeps no log."""
         self.file, self.skipped = None, skipped
         self.best = math.inf                                    # validation loss
+        self.flops = 0.0                                        # of a sample
+        self.peak = None                                        # TFLOP/s of all ranks' GPUs, where it is known
         if path is None:
             return
         # What was logged after the checkpoint is run again, so it goes.
@@ -1065,6 +1071,7 @@ class Log:
             seconds=took,
             clips_per_second=samples / took,
             tokens_per_second=tokens / took,
+            tflops=samples * self.flops / took / 1e12,
             max_memory_bytes=memory)
         # The screen gets every tenth step.
         text = ""
@@ -1074,13 +1081,47 @@ class Log:
             each = (now - when) / (done - shown)
             self.shown = done, now
             values = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
-            speed = f"{each:.3f} s/step | {samples / each:.0f} clips/s"
+            tflops = samples * self.flops / each / 1e12
+            speed = f"{each:.3f} s/step | {samples / each:.0f} clips/s | {tflops:.3g} TFLOP/s"
+            if self.peak:
+                speed += f", {100 * tflops / self.peak:.0f} % of the peak"
             seconds_left = (length - done) * each
             text = f"step {done}/{length} | {values} | {speed} | ETA {seconds_left:.0f} s"
         self.write(row, text)
 
 
-def describe(run, objective, loader, length):
+# TFLOP/s of cards in bfloat16, as their makers give them for dense matrices.
+PEAK_TFLOPS = {"A100": 312, "H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 2250}
+
+
+def count_flops(objective, batch) -> float:
+    """FLOPs a sample of the matrix products of a step, forward and backward (what --checkpoint-activations computes again
+    does not count). A twin on the meta device, which has shapes and no numbers, takes the micro batch."""
+    # Copying replaces every tensor by one without numbers.
+    twins = {id(objective.tokenizer): objective.tokenizer}
+    for p in objective.parameters():
+        twins[id(p)] = nn.Parameter(torch.empty(p.shape, device="meta"), p.requires_grad)
+    for buffer in objective.buffers():
+        twins[id(buffer)] = torch.empty(buffer.shape, device="meta")
+    twin = copy.deepcopy(objective, twins)
+    for module in twin.modules():
+        module.__dict__.pop("forward", None)                    # set by an earlier row of stage 0
+    ego, exo = (clips if clips is None else clips.to("meta") for clips in (batch.ego, batch.exo))
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: convolution_backward_flops})
+    # The counter knows products, not the fused kernels of attention: torch's formula, then.
+    plain = mock.patch.dict(os.environ, EXO2EGO_ATTENTION="sdpa")
+    with torch.random.fork_rng(devices=[]), plain, sdpa_kernel(SDPBackend.MATH), counter:
+        twin(replace(batch, ego=ego, exo=exo), 1, 1)["loss"].backward()
+    return counter.get_total_flops() / batch.samples
+
+
+def convolution_backward_flops(grad, x, weight, bias, stride, padding, dilation, transposed, outside, groups, wanted, **_):
+    """Each gradient costs what the forward did. torch's own count forgets that groups do not mix."""
+    positions = x[0] * math.prod((x if transposed else grad)[2:])
+    return 2 * positions * math.prod(weight) * sum(wanted[:2])
+
+
+def describe(run, objective, loader, length, log):
     """Before the first step of a stage: the arithmetic, what trains, and what the model is fed."""
     stage, micro = objective.stage, loader.micro
     arithmetic = f"{stage.batch // micro} micro batches x {micro} on {run.world} ranks"
@@ -1102,7 +1143,12 @@ def describe(run, objective, loader, length):
     print(f"   losses {stage.losses}, rates {stage.trains}, {run.cfg.optimizer}, {machine}")
     if run.cfg.compile:
         print("   compiling: the first steps take a minute or more")
-    print(f"   fed: {loader.batch(0)[0].describe(objective.tokenizer)}", flush=True)
+    batch = loader.batch(0)[0]
+    print(f"   fed: {batch.describe(objective.tokenizer)}", flush=True)
+    # For the speeds that follow: the work of a sample, and the most that the GPUs can do.
+    log.flops = count_flops(objective, batch)
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    log.peak = next((run.world * peak for name, peak in PEAK_TFLOPS.items() if name in card), None)
 
 
 @torch.no_grad()
@@ -1150,9 +1196,9 @@ def run_stage(run, model, tokenizer, stage, loader, first, length, folder, log):
     """Steps `first` to `first + length` of the run, or what the checkpoint `folder` has left of them."""
     cfg = run.cfg
     objective, trained, done = prepare_objective(run, model, tokenizer, stage, loader, first, folder)
-    wrapped, trained, optimizers = prepare_training(run, objective, trained)
     if run.rank == 0:
-        describe(run, objective, loader, length)
+        describe(run, objective, loader, length, log)
+    wrapped, trained, optimizers = prepare_training(run, objective, trained)
     validation = make_loader(run, stage, model, tokenizer, validation=True) if cfg.val_every or cfg.val_data else None
     batches = loader.stream(done, length, cfg.workers, cfg.overfit, cfg.timeout)
     # After the DataLoader is made, which draws a random number.

@@ -12,7 +12,7 @@ from conftest import REPO, flags, run
 
 import eval as evaluation
 from data import NARRATE, DataError, Tokenizer, read_manifest
-from model import load_checkpoint, newest_checkpoint
+from model import feature_kl, load_checkpoint, newest_checkpoint
 
 
 def load(run):
@@ -46,7 +46,7 @@ def test_benchmark_prints_every_figure(toy, tmp_path):
     for name, words in (("ego_em", "ego narrations exact"), ("mcq_intra", "which of a scene's five moments"), ("qa", "questions exact")):
         share, low, high, chance = (100 * figures[key] for key in (name, f"{name}_lo", f"{name}_hi", f"{name}_chance"))
         assert f"{words}: {share:.1f} % [{low:.1f}, {high:.1f}] of {figures[name + '_n']:,}, chance {chance:.1f} %\n" in printed
-    assert f"ego_verb: {figures['ego_verb']:.4f}\n" in printed and "_lo" not in printed
+    assert f"ego_verb: {100 * figures['ego_verb']:.1f} % [" in printed and "chance 11.1 %" in printed and "_lo" not in printed
     assert "next: python eval.py --video" in printed
 
 
@@ -94,8 +94,15 @@ def test_ask_one_video(toy):
 def test_a_checkpoint_is_scored_on_the_world_it_was_trained_on(toy, tmp_path):
     _, out, _ = run(REPO / "eval.py", "--ckpt", toy / "stage3")
     assert "ego narrations exact: " in out and " of 20, chance 0.4 %" in out
-    code, _, err = run(REPO / "eval.py", "--ckpt", toy / "stage3", "--data", toy / "toy/test.jsonl", check=False)
+    code, _, err = run(REPO / "eval.py", "--ckpt", toy / "stage3", "--data", toy / "stage3", check=False)
     assert code and "is no micro-world (data.py toy" in err
+
+
+def test_every_moment_of_a_file_is_asked_about_beside_the_truth(toy):
+    lines = (toy / "toy/test.jsonl").read_text().splitlines()[:5]
+    (toy / "toy/five.jsonl").write_text("\n".join(lines) + "\n")
+    _, out, _ = run(REPO / "eval.py", "--ckpt", toy / "stage3", "--data", toy / "toy/five.jsonl")
+    assert [line[8:] for line in out.splitlines() if line.startswith("  true: ")] == [json.loads(line)["text"] for line in lines]
 
 
 def test_a_moved_base_is_named_and_another_one_refused(toy, tmp_path):
@@ -180,3 +187,56 @@ def test_own_samples_do_not_stumble_over_a_text_that_training_never_read(toy, tm
     rows[2]["text"] = "word " * 300
     evaluation.show_own_samples(model, tokenizer, rows, 3, tmp_path)
     assert capsys.readouterr().out.count("  said: ") == 5
+
+
+def test_stage_2_tells_what_F_is_good_for(toy):
+    """Before and after, and F(x) replaced by its mean: each a score with chance and interval."""
+    figures = json.loads((toy / "stage2/eval.json").read_text())
+    for name, chance in (("ego_em_init", 1 / 270), ("ego_em_mean_F", 1 / 270), ("transfer_top1", 1 / 4), ("transfer_x_top1", 1 / 4),
+                         ("transfer_scene_top1", 1 / 5), ("transfer_scene_x_top1", 1 / 5)):
+        assert figures[f"{name}_chance"] == pytest.approx(chance) and figures[f"{name}_lo"] <= figures[name] <= figures[f"{name}_hi"]
+    assert figures["transfer_top1_n"] == 4 and figures["transfer_scene_top1_n"] == 20
+    assert 1 <= figures["transfer_median_rank"] <= 4 and figures["transfer_median_rank_chance"] == 2.5
+    # The learner after Init is what stage 1's checkpoint holds.
+    model, tokenizer = load(toy / "stage1")
+    rows = read_manifest(toy / "toy/test.jsonl")
+    said = evaluation.generate_answers(model, tokenizer, evaluation.encode_clips(model, tokenizer, rows, "ego"), [NARRATE] * 20)
+    assert figures["ego_em_init"] == np.mean([a == row["text"] for a, row in zip(said, rows)])
+
+
+def test_the_mean_of_F_says_nothing_of_the_clip(toy, monkeypatch):
+    """The decoder gets x as it was and, of F(x), the same for every clip."""
+    seen = []
+    monkeypatch.setattr(evaluation, "generate_answers", lambda model, tokenizer, visual, questions: seen.append(visual) or questions)
+    visual = torch.randn(6, 8, 3)
+    evaluation.narrate_with_mean_F(None, None, [{"text": ""}] * 6, visual)
+    assert torch.equal(seen[0][:, :4], visual[:, :4])
+    assert torch.allclose(seen[0][:, 4:], visual[:, 4:].mean(0).expand(6, 4, 3)) and seen[0].shape == visual.shape
+
+
+def test_transfer_ranks_the_true_clip_by_the_losss_distance(toy, tmp_path, monkeypatch):
+    """A perfect F finds every clip, an F that gives another clip's features finds that one, and equal ones go by number."""
+    rows = read_manifest(toy / "toy/test.jsonl")
+    exo = torch.randn(20, 4, 16, generator=torch.Generator().manual_seed(0))
+    wrong = exo.roll(-5, 0)                                     # the next scene's
+    monkeypatch.setattr(evaluation, "exo_features", lambda *_: (exo, exo, wrong))
+    figures = evaluation.transfer(None, None, rows, tmp_path / "transfer.png")
+    assert figures["transfer_top1"] == figures["transfer_scene_top1"] == 1 and figures["transfer_median_rank"] == 1
+    assert figures["transfer_x_top1"] == 0 and figures["transfer_x_median_rank"] > 1
+    orders = evaluation.rank_exo_clips(exo, wrong)
+    assert [order[0] for order in orders] == [(i + 5) % 20 for i in range(20)]
+    for order, estimate in zip(orders, wrong):
+        apart = [float(feature_kl(y[None], estimate[None])) for y in exo]
+        assert order == sorted(range(20), key=apart.__getitem__)
+    assert evaluation.rank_exo_clips(exo[:1].expand(3, -1, -1), exo[:2]) == [[0, 1, 2], [0, 1, 2]]
+
+
+def test_the_picture_of_transfer_frames_the_true_clip_alone(toy, tmp_path, monkeypatch):
+    rows = read_manifest(toy / "toy/test.jsonl")[::5]
+    images = []
+    monkeypatch.setattr(evaluation, "encode_png", lambda image: images.append(image) or b"")
+    evaluation.show_transfer(tmp_path / "a.png", rows, [[0, 1, 2, 3], [0, 1, 2, 3], [3, 1, 0, 2], [0, 1, 2, 3]])
+    green = (images[0] == evaluation.GREEN).all(-1)
+    # Titles are 26 pixels high, a row 112 and its caption 26; tiles are 208 wide: rank 1, 2, 4 and 4.
+    corners = [[bool(green[26 + 138 * row, 208 * column]) for column in range(5)] for row in range(4)]
+    assert corners == [[False, False, True, False, False], [False, False, False, True, False], [False] * 5, [False] * 5]
