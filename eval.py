@@ -689,7 +689,7 @@ def use_checkpoint(args):
     stored_half = any(p.dtype != torch.float32 for p in model.parameters())
     bf16 = state.get("bf16", stored_half)
     device = pick_device()
-    print(choose_attention(device, torch.bfloat16 if bf16 else torch.float32, model.cfg))
+    print(choose_attention(device, torch.bfloat16 if bf16 else torch.float32, model.cfg), flush=True)
     model = to_device_and_dtype(model, device, bf16)
     ckpt = Checkpoint(model, Tokenizer(folder), state, folder)
     with autocast(device, bf16):

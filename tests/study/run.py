@@ -71,10 +71,10 @@ for weight in (1, 10):                                  # 0.1 is "full", 0 is "n
     ROWS[f"cycle weight {weight}"] = Row(stage2=f"--ccl-weight {weight}")
     ROWS[f"cycle weight {weight}, one in ten narrated"] = Row(world=FEW, stage2=f"--ccl-weight {weight}")
 ROWS["no G, no cycle, one in ten narrated"] = Row(world=FEW, stage2="--no-cycle")
-# The micro-world that data.py toy makes when nothing is said, in which the head moves half as much as in the study's.
+# The micro-world that data.py toy makes when nothing is said, in which the head moves 0.4 times as much as in the study's.
 DEFAULT = "default world"
 for name in QUICK:
-    ROWS[DEFAULT if name == "full" else f"{DEFAULT}, {name}"] = Row(world="--noise 0.5", stage2=ROWS[name].stage2)
+    ROWS[DEFAULT if name == "full" else f"{DEFAULT}, {name}"] = Row(world="--noise 0.4", stage2=ROWS[name].stage2)
 SWEEPS = {                      # knob of the world: its default ("full", "x only") and other values, each with F and without
     "ego": (1000, 250, 4000, 10_000), "pairs": (1200, 300, 4800), "noise": (1, 0, 2), "views": (2, 1, 4)}
 for sweep, (default, *values) in SWEEPS.items():
