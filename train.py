@@ -47,7 +47,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
-from torch.utils.flop_counter import FlopCounterMode
 
 from data import (DataError, Loader, Tokenizer, add_flags, die_with_parent, file_lock, read_manifests, toy_split,
                   toy_tokenizer, toy_world)
@@ -1097,6 +1096,7 @@ PEAK_TFLOPS = {"A100": 312, "H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 
 def count_flops(objective, batch) -> float:
     """FLOPs a sample of the matrix products of a step, forward and backward (what --checkpoint-activations computes again
     does not count). A twin on the meta device, which has shapes and no numbers, takes the micro batch."""
+    from torch.utils.flop_counter import FlopCounterMode        # here, because it registers an exit hook
     # Copying replaces every tensor by one without numbers.
     twins = {id(objective.tokenizer): objective.tokenizer}
     for p in objective.parameters():
@@ -1262,8 +1262,8 @@ def prepare_objective(run, model, tokenizer, stage, loader, first, folder):
         done = max(0, read_state(folder)["step"] - first)
         restore_weights(objective, folder, run.device)
     if done == 0:
-        for source, copy in stage.copies:
-            getattr(model, copy).load_state_dict(getattr(model, source).state_dict())
+        for source, target in stage.copies:
+            getattr(model, target).load_state_dict(getattr(model, source).state_dict())
     trained = freeze(objective, stage, run.bf16)
     if "ccl" in stage.losses and done == 0:
         with run.autocast():

@@ -16,6 +16,7 @@ from conftest import REPO, flags, run
 FILES = ("model.py", "data.py", "eval.py", "train.py")          # each imports from those before it
 PACKAGES = {"torch", "numpy", "einops", "av", "sentencepiece", "safetensors"}
 README = (REPO / "README.md").read_text()
+PAGES = ("README.md", "tests/README.md", "tests/LEDGER.md", "tests/study/README.md")
 CONTENT = {"model.py": 9200, "data.py": 10300, "eval.py": 6500, "train.py": 7200}
 ALL = 31530                                                     # the design wants 31,000
 ROAD = 10200                                                    # the design wants 9,000
@@ -157,19 +158,48 @@ def test_the_road_to_the_first_loss_is_short(toy, tmp_path):
     assert 3000 < len(road) <= ROAD
 
 
-def test_the_ledger_points_at_code_that_exists():
-    rows = re.findall(r"`(\w+\.py): ([\w.]+)`", README)
-    assert len(rows) >= 30
-    for file, symbol in rows:
-        tree, source = ast.parse((REPO / file).read_text()), (REPO / file).read_text()
-        scope = tree.body
+def test_the_pages_point_at_code_that_exists():
+    """README and the ledger, which has a row for every point of the paper."""
+    rows = [(page, *row) for page in PAGES for row in re.findall(r"`(\w+\.py): ([\w.]+)`", (REPO / page).read_text())]
+    assert sum(page == "README.md" for page, *_ in rows) >= 20 and sum(page == "tests/LEDGER.md" for page, *_ in rows) >= 40
+    for page, file, symbol in rows:
+        scope = ast.parse((REPO / file).read_text()).body
         for part in symbol.split("."):
             found = [n for n in scope if getattr(n, "name", None) == part
                      or isinstance(n, ast.Assign) and any(getattr(t, "id", None) == part for t in n.targets)
                      or isinstance(n, ast.AnnAssign) and getattr(n.target, "id", None) == part]
-            assert found, f"README names `{file}: {symbol}`, which does not exist"
+            assert found, f"{page} names `{file}: {symbol}`, which does not exist"
             scope = getattr(found[0], "body", [])
-        assert source
+
+
+@pytest.mark.upstream
+def test_readme_is_read_to_its_end():
+    assert len(README.splitlines()) <= 230 and len(README.encode()) <= 14_000 and len(README.split()) <= 2600
+    long = [line for line in README.splitlines() if len(line) > 100]
+    assert not long, long
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_resolve(page):
+    """Files and pictures are in the repository, and headings are on the page that a link names."""
+    text = (REPO / page).read_text()
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith("http")]
+    tracked = subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True).stdout.split()
+    for link in links:
+        target = (REPO / page).parent / link.partition("#")[0]
+        assert target.resolve().relative_to(REPO.resolve()).as_posix() in tracked, f"{page}: {link}"
+
+
+@pytest.mark.upstream
+def test_every_number_of_readmes_tables_is_measured():
+    """What has a decimal point in a table of README stands in the study's page, which report.py makes of the recorded cells, or in
+    tests/README.md beside the command that prints it."""
+    measured = "".join((REPO / page).read_text() for page in PAGES[1:])
+    tables = [line for line in README.splitlines() if line.startswith("|")]
+    numbers = {number for line in tables for number in re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", line)}
+    assert len(numbers) >= 30
+    known = set(re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", measured))
+    assert numbers <= known, numbers - known
 
 
 def test_readme_commands_run(toy, tmp_path):
@@ -183,7 +213,9 @@ def test_readme_commands_run(toy, tmp_path):
     for line in lines:
         for command in line.split(" && "):
             words = command.split()
-            if not words or words[0] not in ("torchrun", "python") or "--nnodes" in words or "7b" in words:
+            if words and words[0] == "head":
+                subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+            if not words or words[0] not in ("torchrun", "python") or "DIR" in words or "7b" in words:
                 continue
             if words[0] == "torchrun":
                 start = next(i for i, w in enumerate(words) if w.endswith(".py"))

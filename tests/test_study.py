@@ -54,3 +54,44 @@ def test_rows_are_flags_that_exist():
     for row in study.ROWS.values():
         for stage in (1, 2, 3):
             train.parse(["--stage", str(stage), *getattr(row, f"stage{stage}").split()])
+
+
+def write_logs(folder, shift):
+    """A run of four stages whose loss falls, moved up by `shift`."""
+    for stage in range(4):
+        log = folder / f"stage{stage}" / "log.jsonl"
+        log.parent.mkdir(parents=True)
+        noise = np.random.default_rng([stage, int(1e6 * shift)]).normal(0, 0.02, 60)
+        rows = [dict(step=step, vtg=float(np.exp(-step / 20) + 0.2 + shift + noise[step - 1])) for step in range(1, 61)]
+        if stage == 0:                                          # a row of stage 0 has another loss
+            rows[30:] = [dict(step=row["step"], clip=row["vtg"]) for row in rows[30:]]
+        rows.insert(10, dict(step=10, val_loss=1.0))
+        log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_run_is_laid_over_the_band_of_five_seeds(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "CURVES", tmp_path / "curves")
+    monkeypatch.setattr(report, "places", lambda row, seed, out: (None, {stage: out / f"seed{seed}/stage{stage}" for stage in range(4)}))
+    for seed in range(5):
+        write_logs(tmp_path / f"seed{seed}", shift=0.01 * seed)
+    report.make_curves(tmp_path)
+    assert (tmp_path / "curves/curves.png").stat().st_size > 5000 and (tmp_path / "curves/curves.json").stat().st_size < 20_000
+    band = report.reference_curves()["stages"]["stage1"]["vtg"]
+    first = np.mean([np.exp(-step / 20) + 0.22 for step in range(1, 6)])
+    assert len(band["mean"]) == 12 and abs(band["mean"][0] - first) < 0.02 and (band["low"] < band["mean"]).all()
+    assert len(report.reference_curves()["stages"]["stage0"]["clip"]) > 0
+    for shift, said in ((0.015, " lies in the band of 5 seeds (vtg "), (1.0, " LEAVES THE BAND of 5 seeds (vtg 0 % of 12 points")):
+        write_logs(tmp_path / f"own{shift}", shift)
+        assert said in report.compare_curves(tmp_path / f"own{shift}/stage1/log.jsonl")
+        assert (tmp_path / f"own{shift}/stage1/curves.png").stat().st_size > 5000
+    with pytest.raises(SystemExit, match="its folder is not named as one of stage0, stage1, stage2, stage3"):
+        report.compare_curves(tmp_path / "log.jsonl")
+
+
+def test_the_page_is_made_of_the_recorded_cells():
+    """Whoever changes results.jsonl makes the page anew: report.py --page. It holds the cells whichever code is checked out."""
+    cells = {(line["row"], line["seed"]): line for line in report.recorded() if "row" in line}
+    page = report.PAGE.read_text()
+    found = report.sections(cells)
+    assert set(found) == set(report.re.findall(r"<!-- table: (.*?) -->", page)), "every table has a place"
+    assert report.filled(page, found) == page
