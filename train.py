@@ -1013,7 +1013,7 @@ class Log:
         """`path` None: a rank that keeps no log."""
         self.file, self.skipped = None, skipped
         self.best = math.inf                                    # validation loss
-        self.flops = 0.0                                        # of a sample
+        self.flops = 0.0                                        # of a sample; 0 is not known
         self.peak = None                                        # TFLOP/s of all ranks' GPUs, where it is known
         if path is None:
             return
@@ -1081,8 +1081,10 @@ class Log:
             self.shown = done, now
             values = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
             tflops = samples * self.flops / each / 1e12
-            speed = f"{each:.3f} s/step | {samples / each:.0f} clips/s | {tflops:.3g} TFLOP/s"
-            if self.peak:
+            speed = f"{each:.3f} s/step | {samples / each:.0f} clips/s"
+            if self.flops:
+                speed += f" | {tflops:.3g} TFLOP/s"
+            if self.flops and self.peak:
                 speed += f", {100 * tflops / self.peak:.0f} % of the peak"
             seconds_left = (length - done) * each
             text = f"step {done}/{length} | {values} | {speed} | ETA {seconds_left:.0f} s"
@@ -1146,7 +1148,11 @@ def describe(run, objective, loader, length, log):
     batch = loader.batch(0)[0]
     print(f"   fed: {batch.describe(objective.tokenizer)}", flush=True)
     # For the speeds that follow: the work of a sample, and the most that the GPUs can do.
-    log.flops = count_flops(objective, batch)
+    try:
+        log.flops = count_flops(objective, batch)
+    except RuntimeError as error:
+        # A loss of one's own may look at numbers, which the twin has not.
+        print(f"   TFLOP/s are not counted: {error}")
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     log.peak = next((run.world * peak for name, peak in PEAK_TFLOPS.items() if name in card), None)
 

@@ -499,6 +499,21 @@ def test_grouped_filters_are_counted_as_what_they_cost():
     assert counter.get_total_flops() == 3 * 2 * (2 * 5 * 5) * conv.weight.numel()
 
 
+def test_a_loss_that_looks_at_numbers_trains_without_a_count(toy, tmp_path, capsys, monkeypatch):
+    """A fork's loss may call item() or choose rows by their values: the twin without numbers cannot follow."""
+    plain = train.Objective.views
+
+    def looks(self, batch):
+        terms = plain(self, batch)
+        assert float(terms["vtg"].detach().sum()) > 0
+        return terms
+    monkeypatch.setattr(train.Objective, "views", looks)
+    go(*flags(toy, 1), "--out", tmp_path / "o", "--steps", 2, "--no-eval")
+    out = capsys.readouterr().out
+    assert "   TFLOP/s are not counted: " in out and " clips/s | ETA" in out
+    assert [row["tflops"] for row in log(tmp_path / "o")] == [0, 0]
+
+
 def test_the_step_line_says_how_fast_and_of_what_peak(tmp_path, capsys, monkeypatch):
     clock = iter([0.0, 2.0])
     monkeypatch.setattr(train.time, "monotonic", lambda: next(clock))
