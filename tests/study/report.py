@@ -241,21 +241,22 @@ def compare_curves(log: Path) -> str:
 def default_table(cells: dict) -> str:
     """Markdown: the scores of README's own commands, mean and range over seeds, chance, clips."""
     lines = ["| % | mean | lowest to highest seed | chance | clips |", "|---|---|---|---|---|"]
-    for stage, key, label in (
-            ("stage1", "exo_em", "demonstrator, exo narration exact, after stage 1"),
-            ("stage2", "ego_em_init", "learner, ego narration exact, after Init"),
-            ("stage2", "ego_em", "... after stage 2"),
-            ("stage2", "ego_em_mean_F", "... with the mean of F(x) in the place of F(x)"),
-            ("stage3", "ego_em", "... after stage 3"),
-            ("stage3", "ego_verb", "the verb alone, after stage 3"),
-            ("stage3", "mcq_inter", "text to one of five clips, other scenes"),
-            ("stage3", "mcq_intra", "text to one of five clips, same scene"),
-            ("stage3", "qa", "questions"),
-            ("stage2", "transfer_top1", "own exo clip nearest to F(x), of 200 scenes"),
-            ("stage2", "transfer_x_top1", "... nearest to x as it is"),
-            ("stage2", "transfer_scene_top1", "own exo clip nearest to F(x), of a scene's five"),
-            ("stage2", "transfer_scene_x_top1", "... nearest to x as it is")):
-        found = [cell["figures"][stage] for (row, _), cell in sorted(cells.items()) if row == DEFAULT]
+    for row, stage, key, label in (
+            (DEFAULT, "stage1", "exo_em", "demonstrator, exo narration exact, after stage 1"),
+            (DEFAULT, "stage2", "ego_em_init", "learner, ego narration exact, after Init"),
+            (DEFAULT, "stage2", "ego_em", "... after stage 2"),
+            (DEFAULT, "stage2", "ego_em_mean_F", "... with the mean of F(x) in the place of F(x)"),
+            (DEFAULT, "stage3", "ego_em", "... after stage 3"),
+            (f"{DEFAULT}, x only", "stage3", "ego_em", "... after stage 3, trained without F"),
+            (DEFAULT, "stage3", "ego_verb", "the verb alone, after stage 3"),
+            (DEFAULT, "stage3", "mcq_inter", "text to one of five clips, other scenes"),
+            (DEFAULT, "stage3", "mcq_intra", "text to one of five clips, same scene"),
+            (DEFAULT, "stage3", "qa", "questions"),
+            (DEFAULT, "stage2", "transfer_top1", "own exo clip nearest to F(x), of 200 scenes"),
+            (DEFAULT, "stage2", "transfer_x_top1", "... nearest to x as it is"),
+            (DEFAULT, "stage2", "transfer_scene_top1", "own exo clip nearest to F(x), of a scene's five"),
+            (DEFAULT, "stage2", "transfer_scene_x_top1", "... nearest to x as it is")):
+        found = [cell["figures"][stage] for (name, _), cell in sorted(cells.items()) if name == row]
         values = [100 * figures[key] for figures in found]
         if values:
             lines.append(f"| {label} | {np.mean(values):.1f} | {min(values):.1f} to {max(values):.1f} | "
