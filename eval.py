@@ -84,12 +84,12 @@ def choice_score(scores, right):
 IN_WORDS = {
     "exo_em": "exo narrations exact",
     "ego_em": "ego narrations exact",
-    "ego_em_init": "... before, after Init",
-    "ego_em_mean_F": "... with the mean of F(x) in the place of F(x)",
-    "transfer_top1": "F(x) is nearest to its own exo clip, of 200 scenes",
-    "transfer_x_top1": "... and x, read as it is",
-    "transfer_scene_top1": "F(x) is nearest to its own exo clip, of a scene's five",
-    "transfer_scene_x_top1": "... and x, read as it is",
+    "ego_em_init": "ego narrations exact before this stage, after Init",
+    "ego_em_mean_F": "ego narrations exact with the mean of F(x) for F(x)",
+    "transfer_top1": "own exo clip nearest to F(x), among scenes",
+    "transfer_x_top1": "own exo clip nearest to x as it is, among scenes",
+    "transfer_scene_top1": "own exo clip nearest to F(x), in its scene",
+    "transfer_scene_x_top1": "own exo clip nearest to x as it is, in its scene",
     "mcq_inter": "which clip of five scenes",
     "mcq_intra": "which of a scene's five moments",
     "qa": "questions exact"}

@@ -47,6 +47,10 @@ def test_cells_hold_for_their_code_or_what_was_verified(tmp_path, monkeypatch):
     study.append(dict(verified="middle", same_as="old"))
     study.append(dict(verified="new", same_as="middle"))
     assert set(study.finished()) == {("x only", 0), ("full", 0)}
+    file.write_text(file.read_text() + json.dumps(dict(row="no KL", seed=2, code="between")) + "\n")
+    assert ("no KL", 2) not in study.finished()
+    study.append(dict(verified="between", same_as="old"))       # on another kind of CPU, say
+    assert set(study.finished()) == {("x only", 0), ("full", 0), ("no KL", 2)}
 
 
 def test_rows_are_flags_that_exist():

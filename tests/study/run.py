@@ -204,10 +204,14 @@ def recorded() -> list[dict]:
 
 def finished() -> dict[tuple[str, int], dict]:
     """Cells of results.jsonl that hold for this code: made by it, or by code that --verify found equal."""
-    lines, valid = recorded(), {code_hash()}
-    for line in reversed(lines):
-        if line.get("verified") in valid:
-            valid.add(line["same_as"])
+    lines, valid, known = recorded(), {code_hash()}, 0
+    # What equals code that equals this code holds, too, whichever of the two was verified by the other.
+    while len(valid) > known:
+        known = len(valid)
+        for line in lines:
+            pair = {line.get("verified"), line.get("same_as")}
+            if "verified" in line and pair & valid:
+                valid |= pair
     return {(line["row"], line["seed"]): line for line in lines if "row" in line and line["code"] in valid}
 
 
