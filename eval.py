@@ -243,7 +243,8 @@ def toy_benchmark(model: Exo2Ego, tokenizer: Tokenizer, data: str, stage: int, o
     write_jsonl(out / "predictions.jsonl", predictions)
     show_samples(out / "samples.png", rows, predictions)
 
-    # How good was the model that this stage set out from? It was scored on the same clips, but before stage 2.
+    # How good was the model that this stage set out from? Its run has scored it on the same clips. Before stage 2 it saw
+    # exo clips, so there the learner was scored above.
     earlier = Path(init or "") / "eval.json"
     if stage != 2 and init and earlier.is_file():
         before = json.loads(read_text(earlier)).get(f"{view}_em", math.nan)
@@ -388,7 +389,7 @@ def transfer(model, tokenizer, rows, picture):
         moments = [rank_exo_clips(*scene) for scene in zip(exo.split(CLIPS), estimate.split(CLIPS))]
         for group, ranked in {"": [scenes], "_scene": moments}.items():
             # Clip number i is the right one in row i; the rank of the nearest is 1.
-            ranks = [1 + list(order).index(i) for orders in ranked for i, order in enumerate(orders)]
+            ranks = [1 + order.index(i) for orders in ranked for i, order in enumerate(orders)]
             candidates = len(ranked[0])
             figures |= proportion(f"transfer{group}{name}_top1", np.equal(ranks, 1), 1 / candidates)
             figures[f"transfer{group}{name}_median_rank"] = float(np.median(ranks))
@@ -415,8 +416,9 @@ def show_transfer(path, rows, orders):
     sheet = [np.concatenate([written(title, width, GREY) for title in titles], axis=1)]
     for i in spread(range(len(rows)), 6):
         tiles = []
-        for number, clip in [(None, rows[i]["ego"]), (None, rows[i]["exo"][0]),
-                             *((number, rows[number]["exo"][0]) for number in orders[i][:3])]:
+        near = orders[i][:3]
+        clips = [rows[i]["ego"], rows[i]["exo"][0], *(rows[number]["exo"][0] for number in near)]
+        for clip, number in zip(clips, [None, None, *near]):
             frames = rearrange(read_row_clip(clip, num_frames=2, size=96), "t c h w -> h (t w) c")
             tile = np.full((96 + 16, width, 3), GREEN if number == i else WHITE, np.uint8)
             tile[8:-8, 8:-8] = frames

@@ -422,7 +422,8 @@ class Objective(nn.Module):
         """Instead of a download: the decoder learns to read scattered, noisy words that stand before a text."""
         words = [self.tokenizer.encode(text) for text in batch.texts]
         mixture = scatter_words(words, self.model.cfg.visual_tokens, self.model.cfg.vocab)
-        visual = mixture.to(self.model.decoder.embedding.weight.device) @ self.model.decoder.embedding.weight         # (B, slots, W)
+        embedding = self.model.decoder.embedding.weight
+        visual = mixture.to(embedding.device) @ embedding                   # (B, slots, W)
         return {"vtg": self.vtg(visual + 0.1 * torch.randn_like(visual), batch)}
 
     def clip(self, batch):
