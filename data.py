@@ -180,7 +180,7 @@ def _check_row(row, where, base, allow_outside):
     turns = row.get("turns", [])
     if not isinstance(turns, list) or not all(map(_is_turn, turns)):
         raise DataError(f'{where}: "turns" is a list of {{"user": ..., "assistant": ...}}')
-    if sum(turn["user"].count("<video>") for turn in turns) > 1:
+    if sum((turn.get("system", "") + turn["user"]).count("<video>") for turn in turns) > 1:
         raise DataError(f"{where} has more than one <video> mark: a row shows one video")
     # JSON can spell half of a character, which no tokenizer can read.
     texts = [row["id"], row.get("text", ""), *(text for turn in turns for text in turn.values())]
@@ -361,7 +361,8 @@ def read_row_clip(clip, num_frames, size, rng=None):
 def open_video(video: FilePath, fps=None) -> Iterator[Video]:
     """The one way to a video, a file or a folder of images at `fps` (default: VideoLLaMA2's 3).
 
-    One decoding thread: slice threads deadlock in loader workers.
+    One decoding thread: slice threads deadlock in loader workers. DataError names the video, also where it turns out
+    while frames are read: what the body of the `with` raises arrives at the yield.
     """
     try:
         # A folder of images needs no decoder that stays open.
@@ -581,7 +582,7 @@ def _images_at(files, rate, moments):
 
 
 def _exif_orientation(jpeg):
-    """The orientation that a camera wrote into a JPEG, 1 to 8; 1 if there is none. (PyAV before 19 tells
+    """The orientation that a camera wrote into a JPEG, 1 to 8; 1 if there is none, as in a PNG. (PyAV before 19 tells
     turns from mirrors in no other way.)"""
     # An entry of EXIF's first table: tag 0x112, type 3, one value; big-endian (MM) or little-endian (II).
     entry = re.search(rb"Exif\0\0(?:MM.*?\x01\x12\0\x03\0{3}\x01\0(.)|II.*?\x12\x01\x03\0\x01\0{3}(.)\0)", jpeg, re.S)
@@ -639,7 +640,7 @@ WEARER = "Camera-wearer"        # who acts in a narration
 
 class Tokenizer:
     """A sentencepiece vocabulary and Mistral-Instruct's chat template; every checkpoint holds its own:
-    <s>[INST] <video> question [/INST] answer</s>[INST] question [/INST] answer</s>"""
+    <s>[INST] <video> question [/INST] answer</s>[INST] question [/INST] answer</s>, with a new line after <video>."""
 
     def __init__(self, path: FilePath):
         """`path`: a sentencepiece tokenizer.model, or a folder that holds one (of a run its newest checkpoint)."""
@@ -672,16 +673,16 @@ class Tokenizer:
         assistant's tokens and their closing </s>, nothing else. A last turn without "assistant" is a prompt
         to be continued.
         """
-        marks = sum(turn["user"].count("<video>") for turn in turns)
+        marks = sum((turn.get("system", "") + turn["user"]).count("<video>") for turn in turns)
         if marks > 1 or marks and video_tokens <= 0:
-            raise ValueError(f"{marks} <video> marks in the user turns: one at most, none without a video")
+            raise ValueError(f"{marks} <video> marks in the questions: one at most, none without a video")
         ids, labels = [self.bos], [IGNORE]
         for number, turn in enumerate(turns):
             # The video stands before the first question, unless a question says where.
             user = turn["user"]
             if number == 0 and marks == 0 and video_tokens:
                 user = "<video>\n" + user
-            # Mistral has no system role: such a text leads the user's.
+            # Mistral has no system role: such a text leads the user's, and stands before a video that was put first.
             if "system" in turn:
                 user = f"{turn['system']}\n\n{user}"
             # The model reads the prompt; nothing of it is supervised.
@@ -708,7 +709,7 @@ class Batch:
     """One micro batch of E ego clips (moments), X exo clips and S packed texts."""
     ego: Tensor                         # (E, T, 3, S, S) uint8, or None
     exo: Tensor                         # (X, T, 3, S, S) uint8, or None
-    ego_of: Tensor                      # (X,) the moment that each exo clip shows
+    ego_of: Tensor                      # (samples,) the moment of each sample: exo clip i is of ego clip ego_of[i]
     ids: Tensor                         # (tokens,) packed
     labels: Tensor                      # (tokens,) IGNORE where not supervised
     weights: Tensor                     # (tokens,) for how many samples a supervised token counts, else 0
@@ -732,7 +733,8 @@ class Batch:
         return replace(self, **{k: v.pin_memory() for k, v in self.tensors().items()})
 
     def with_stand_in_text(self, video_tokens):
-        """This batch, which has no text, with one of which nothing counts: its loss is a sum over no tokens, 0."""
+        """This batch, which has no text, with a text of one token that weighs nothing: all ranks must run the decoder, and
+        here its loss is a sum over no tokens, 0."""
         ids = torch.tensor([VIDEO] * video_tokens + [1], device=self.ids.device)
         return replace(
             self,
@@ -752,7 +754,7 @@ class Batch:
             ids, labels = self.ids[:self.lens[0]], self.labels[:self.lens[0]]
             read = tokenizer.decode(ids[labels == IGNORE].tolist())
             supervised = tokenizer.decode(ids[labels != IGNORE].tolist())
-            text += f"; first sample {self.names[0]}: read {read!r}, supervised {supervised!r}"
+            text += f"; first text, of {self.names[self.text_of[0]]}: read {read!r}, supervised {supervised!r}"
         return text
 
     def __getstate__(self) -> dict:
@@ -851,9 +853,7 @@ class Loader:
 
     def _has_text(self, row):
         """Whether a row has the text that this view needs; a pair needs none."""
-        if self.view == "pair" or row.get("text"):
-            return True
-        return self.text == "turns" and row.get("turns")
+        return self.view == "pair" or bool(chats_of(row, self.text))
 
     def sample(self, index):
         """Global sample number -> (row, view)."""
@@ -931,8 +931,10 @@ class Loader:
         for attempt in range(1, 11):
             place, view = self.sample(number)
             row = self.rows[place]
+            # The random times of a clip are drawn from (seed, epoch, row): all views of a moment have the same.
             draw = (self.seed, number // self.samples, place)
-            # The views of a narration share its moment. Where exo clips are read alone, none is shared.
+            # It names the moment, too, which the views of a narration share. Where exo clips are read alone, each has
+            # visual tokens of its own, and so a text of its own.
             key = (*draw, index) if self.view == "exo" else draw
             # Other samples of this micro batch may have read the ego clip.
             wanted = {}
@@ -948,6 +950,7 @@ class Loader:
                 if key not in moments:
                     moments[key] = Moment(len(moments), row, *self.prompt(row, index))
                 return moments[key], clips
+            # Any sample will do: it is shown in the order of the first epoch.
             number = int(np.random.default_rng([self.seed, index, attempt]).integers(self.samples))
         raise DataError(f"ten samples in a row cannot be read, the last: {skipped[-1]}")
 
@@ -1676,7 +1679,9 @@ def encode_png(image) -> bytes:
 
 def command_show(args):
     """Contact sheet of a manifest: ego above exo, text below."""
-    rows = read_manifest(args.manifest, args.root, args.allow_outside)
+    rows = [row for row in read_manifest(args.manifest, args.root, args.allow_outside) if clips_of(row)]
+    if not rows:
+        raise DataError(f"{args.manifest} has no row with a video: there is nothing to show")
     # Show rows from the whole manifest, evenly spread.
     every = max(1, len(rows) // args.n)
     items = []

@@ -145,7 +145,8 @@ def autocast(device, bf16):
 
 
 def to_device_and_dtype(model, device, bf16) -> Exo2Ego:
-    """Move a model to a device. Half-precision weights become bfloat16, or float32 without `bf16`."""
+    """Move a model to a device. With `bf16`, weights in half precision are or become bfloat16 and float32 stays; without
+    it all are float32."""
     for p in model.parameters():
         kept = torch.bfloat16 if p.dtype == torch.float16 else p.dtype
         p.data = p.data.to(device, kept if bf16 else torch.float32)
@@ -167,7 +168,7 @@ class Segments:
 
     @classmethod
     def cached(cls, new, total, device="cpu") -> Segments:
-        """`new[i]` queries at the end of `total[i]` keys: decoding with a cache."""
+        """`new[i]` queries at the end of `total[i]` keys: decoding with a cache. Without one both are equal: `packed`."""
         q_lens = tuple(map(int, new))
         k_lens = tuple(map(int, total))
         if len(q_lens) != len(k_lens) or min(q_lens + k_lens, default=0) < 0:
@@ -397,7 +398,7 @@ class Tiled(torch.autograd.Function):
             for j in range(first, stop, Tiled.tile):
                 keys = range(j, min(j + Tiled.tile, lk))
                 in_window = not window or keys[0] > rows[-1] - window
-                all_seen = not causal or keys[-1] <= rows[0] and in_window
+                all_seen = not causal or (keys[-1] <= rows[0] and in_window)
                 hidden = None if all_seen else ~_visible(rows, keys, window, device)
                 tiles.append((slice(keys.start, keys.stop), hidden))
             yield slice(i, i + len(rows)), tiles
@@ -886,8 +887,8 @@ class KVCache:
 class SharedPrefix(KVCache):
     """A cache whose sequences all start with the tokens of one video, which is read once, whatever is asked about it.
 
-    Without `keep` only one layer's copies of the video's keys exist at a time: enough for one forward pass, as scoring
-    needs. Generating takes many passes and keeps them all.
+    `prefix` holds that one sequence. Without `keep` nothing is stored, so only one layer's copies of the video's keys
+    exist at a time, and one forward pass is all that it serves, as scoring needs. Generating takes many passes: `keep`.
     """
     def __init__(self, prefix: KVCache, sequences: int, keep: bool):
         super().__init__(sequences)
@@ -1188,7 +1189,7 @@ def read_json(path) -> dict:
 
 def newest_checkpoint(run: AnyPath):
     """The newest `step_*` of a run folder (a save takes that name when it is whole), or the folder itself if it is a
-    checkpoint or holds published weights; None if there is none."""
+    checkpoint or holds published weights; None if there is none. Names order by step, for they are padded with zeros."""
     run = Path(run)
     if (run / "state.json").is_file() or (run / "config.json").is_file():
         return run

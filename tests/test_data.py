@@ -466,3 +466,28 @@ def test_a_tokenizer_that_knows_the_marks_of_the_template_is_refused(tmp_path):
                                              vocab_size=40, hard_vocab_limit=False, control_symbols=["[INST]", "[/INST]"], minloglevel=2)
     with pytest.raises(DataError, match="is the tokenizer of Mistral v0.3 or later"):
         Tokenizer(tmp_path)
+
+
+def test_a_mark_in_a_system_text_counts_as_the_video(toy, tmp_path):
+    tokenizer = Tokenizer(toy / "stage0")
+    turns = [{"system": "Look at <video> first.", "user": "What?", "assistant": "This."}]
+    ids, _ = tokenizer.chat(turns, 7)
+    assert ids.count(VIDEO) == 7
+    turns[0]["user"] = "What is in <video>?"
+    with pytest.raises(ValueError, match="2 <video> marks in the questions"):
+        tokenizer.chat(turns, 7)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"id": "a", "turns": turns}) + "\n")
+    with pytest.raises(DataError, match="more than one <video> mark"):
+        data.read_manifest(tmp_path / "a.jsonl")
+
+
+def test_mix_reads_rows_that_have_turns_alone(toy):
+    rows = [{"id": "a", "text": "Camera-wearer taps."}, {"id": "b", "turns": [{"user": "What?", "assistant": "A tap."}]}]
+    loader = data.Loader(rows, PRESETS["toy"], Tokenizer(toy / "stage0"), view="text", text="mix", batch=2)
+    assert len(loader.rows) == 2
+
+
+def test_show_of_rows_without_a_video_says_so(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"id": "a", "text": "Camera-wearer taps."}\n')
+    code, _, err = run(REPO / "data.py", "show", tmp_path / "a.jsonl", "--out", tmp_path / "s.png", check=False)
+    assert code and "has no row with a video: there is nothing to show" in err and "Traceback" not in err
