@@ -1679,18 +1679,16 @@ def encode_png(image) -> bytes:
 
 def command_show(args):
     """Contact sheet of a manifest: ego above exo, text below."""
-    rows = [row for row in read_manifest(args.manifest, args.root, args.allow_outside) if clips_of(row)]
+    rows = list(filter(clips_of, read_manifest(args.manifest, args.root, args.allow_outside)))
     if not rows:
         raise DataError(f"{args.manifest} has no row with a video: there is nothing to show")
-    # Show rows from the whole manifest, evenly spread.
-    every = max(1, len(rows) // args.n)
+    # Rows from the whole manifest, evenly spread.
     items = []
-    for row in rows[::every][:args.n]:
+    for row in rows[::max(1, len(rows) // args.n)][:args.n]:
         clips = [read_row_clip(clip, num_frames=4, size=96) for clip in clips_of(row)]
         lines = [(row.get("text", ""), (0, 0, 0))]
         for turn in row.get("turns", [])[:2]:
-            lines.append((f"Q: {turn['user']}", (0, 70, 160)))
-            lines.append((f"A: {turn['assistant']}", (90, 90, 90)))
+            lines += [(f"Q: {turn['user']}", (0, 70, 160)), (f"A: {turn['assistant']}", (90, 90, 90))]
         items.append((clips, lines))
     contact_sheet(args.out, items)
     print(f"{args.out}: {len(items)} rows of {args.manifest}")
@@ -2445,18 +2443,17 @@ def command_check(args):
         found = problems.get(row["id"])
         if found is None:
             # A row without a reply has a decoder that hung or crashed: its worker was killed.
-            sentence = f"a decoder crashed or took over {args.limit} s on one of these"
-            videos = [clip["video"] for clip in clips_of(row)]
-            found = [("hangs or crashes", f"{sentence}, {video}", video) for video in videos]
+            sentence = "a decoder crashed or took longer than --limit on one of these: "
+            found = [("hangs or crashes", sentence + clip["video"], clip["video"]) for clip in clips_of(row)]
         # An ego clip is read as [x ; F(x)], which is the most that any stage shows.
         video_tokens = cfg.visual_tokens * (2 if "ego" in row else 1)
         if tokenizer and is_too_long(row, "mix", tokenizer, video_tokens, cfg):
-            found.append(("too long", f"its text does not fit into {cfg.max_length} tokens", None))
+            found += [("too long", f"its text does not fit into {cfg.max_length} tokens", None)]
         if found:
             kinds.update({kind for kind, _, _ in found})
             reasons = [f"{kind}: {sentence}" for kind, sentence, _ in found]
             videos = [_path_from(base, video) for _, _, video in found if video]
-            print("\n".join(f"{row['id']}: {reason}" for reason in reasons))
+            print(*(f"{row['id']}: {reason}" for reason in reasons), sep="\n")
             skip_list.append({"id": row["id"], "videos": videos, "reasons": reasons})
     write_jsonl(Path(args.manifest).with_suffix(".bad.jsonl"), skip_list)
     # These are allowed, and may be slips of the pen.
