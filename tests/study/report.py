@@ -26,7 +26,7 @@ PAGE = Path(__file__).with_name("README.md")
 EVERY = 5                                                   # steps between points; a point is the mean of the steps since the last
 
 KNOBS = {"ego": "narrated ego clips in Init (seen by both)", "pairs": "synchronized, narrated pairs",
-         "noise": "motion and light of the head camera (1: default)", "views": "exo cameras of a pair"}
+         "noise": "motion and light of the head camera (1: the study's)", "views": "exo cameras of a pair"}
 
 PAPER = {   # averages of its Tables 3 and 5 (x only: the same data without Exo2Ego), percent
     "full": 55.6, "forward cycle only": 54.9, "MLP instead of ResNet blocks": 54.7, "no G, no cycle": 54.4, "no KL": 51.4,
