@@ -346,8 +346,8 @@ def learner_after_init(init, tokenizer, rows):
 
 
 def narrate_with_mean_F(model, tokenizer, rows, visual):
-    """What the decoder reads off F(x): its tokens are replaced by their mean over all clips, which says nothing of this
-    clip and looks like what the decoder is used to. A model trained on x alone is the fairer control (--no-mapping)."""
+    """Does the decoder read off F(x) what is in this very clip? Then the score drops when the tokens of F(x) give way to
+    their mean over all clips. A model trained on x alone is the fairer control (--no-mapping)."""
     own, mapped = visual.chunk(2, dim=1)
     mean = mapped.mean(0, keepdim=True).expand_as(mapped)
     return exact_narrations("ego_em_mean_F", model, tokenizer, rows, torch.cat([own, mean], dim=1))
@@ -355,7 +355,7 @@ def narrate_with_mean_F(model, tokenizer, rows, visual):
 
 @torch.no_grad()
 def exo_features(model, tokenizer, rows):
-    """What the exo connector makes of y, of F(x), and of x as it is: three of (rows, tokens, W)."""
+    """What the exo connector makes of y, of F(x), and, as a control, of x as it is: three of (rows, tokens, W)."""
     parts = []
     for batch in iterate_batches(model, tokenizer, rows, "pair"):
         x = model.patch_features(model.ego_vit, batch.ego)

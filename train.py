@@ -188,8 +188,9 @@ class TrainConfig:
         return None if self.data[0].endswith(".jsonl") else self.data[0]
 
 
-# Flags that may differ when a run resumes: they do not change what it computes (micro_batch does with --contrastive,
-# whose negatives are the micro batch). base and init are known by their hashes.
+# Flags that may differ when a run resumes: they do not change what it computes. But nothing checks that micro_batch stays
+# where the negatives of a loss are the micro batch (--contrastive, stage 0's clip), and more steps stretch the schedule.
+# base and init are known by their hashes.
 MAY_CHANGE = {"out", "save_every", "keep", "val_data", "val_every", "workers", "timeout", "micro_batch", "no_eval", "max_bad",
               "fsdp", "checkpoint_activations", "base", "init", "steps"}
 MAY_BE_ZERO = {"stage", "seed", "workers", "max_bad", "contrastive", "kl_weight", "ccl_weight"}
@@ -333,8 +334,8 @@ class Objective(nn.Module):
         if self.stage.view == "ego" or model.F is None:
             return {"vtg": self.vtg(model.ego_tokens(x), batch)}
 
-        # The demonstrator is frozen, so its features need no gradient. Its connector is frozen too, but it also reads
-        # F(x) below, and there gradients pass through it to F.
+        # The demonstrator is frozen, so its features need no gradient. Its connector is frozen too, because it makes KL's
+        # target: if it moved, the target would. It also reads F(x) below, and there gradients pass through it to F.
         with torch.no_grad():
             y = model.patch_features(model.exo_vit, batch.exo)              # (X, T, h, w, D): their X exo views
         # The learner reads [con_ego(x) ; con_exo(F(x))].
@@ -362,7 +363,8 @@ class Objective(nn.Module):
         # The clip that each text tells of.
         shown = visual[batch.text_of.to(visual.device)]
         logits, targets = self.model.text_logits(shown, batch.ids, batch.labels, batch.lens)
-        # A narration of two exo views counts twice.
+        # A narration of two exo views counts twice. Weights and targets are those of the supervised tokens, in order; a
+        # stand-in text has a target and no weight, and their product is empty.
         weights = batch.weights[1:]
         weights = weights[weights > 0].to(logits.device)
         losses = F.cross_entropy(logits.float(), targets, reduction="none")
@@ -380,7 +382,8 @@ class Objective(nn.Module):
     def cycle(self, x, y, pair) -> Tensor:
         """CCL(F, G) of each pair (X,): |G(F(x)) - x| + |F(G(y)) - y|, in units of the demonstrator's spread.
 
-        x (of E moments) and y are data here, as in CycleGAN: only F and G learn from it.
+        x (of E moments) and y are data here, as in CycleGAN: only F and G learn from it. So F runs again, on x without its
+        gradient.
         """
         F_, G = self.model.F, self.model.G
         forward = self.distance(G(F_(x)), x)[pair]
