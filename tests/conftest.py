@@ -10,7 +10,7 @@ import torch
 
 REPO = Path(__file__).parent.parent
 sys.path.insert(0, str(REPO))
-# The study's world: after a few steps of AdamW, micro batches agree to 5e-5 where no gradient is zero but for rounding.
+# The study's world (--noise 1), in which the tolerances of the tests were found.
 TINY = ["--corpus", "60", "--ego", "30", "--pairs", "30", "--instruct", "30", "--val", "20", "--test", "20",
         "--exo-test", "20", "--noise", "1"]
 os.environ["OMP_NUM_THREADS"] = "1"     # bit-equality holds for one number of threads; also for commands we start
