@@ -385,30 +385,39 @@ def alive(pid):
         return False
 
 
-def close(a, b, tolerance):
+def agree(plain, other):
+    """Two runs with --save-every 1 computed the same in another order: losses, norms, gradients, and where they led."""
+    rows = [[row for row in log(folder) if "loss" in row] for folder in (plain, other)]
+    for a, b in zip(*rows, strict=True):
+        assert abs(a["loss"] - b["loss"]) <= 1e-5 * abs(a["loss"]) and abs(a["grad_norm"] / b["grad_norm"] - 1) < 1e-3
+    # AdamW's first moment, after one step a tenth of the gradient. Off by 1e-3 of the largest of its tensor (a relu or an L1
+    # whose argument is rounding may turn over) or a millionth of the largest of all, for the key's bias, whose gradient is zero.
+    a, b = (load_file(folder / "step_000001/optim.safetensors") for folder in (plain, other))
+    moments = [name for name in a if name.endswith("exp_avg")]
+    assert moments == [name for name in b if name.endswith("exp_avg")]
+    largest = max(a[name].abs().max() for name in moments)
+    for name in moments:
+        assert (a[name] - b[name]).abs().max() <= 1e-3 * a[name].abs().max() + 1e-6 * largest, name
+    # AdamW moves a weight by up to its rate whatever the size of its gradient: where that is zero but for rounding (behind a
+    # dead relu), weights may part. One in a thousand may be off by more than a twentieth of a step of 1e-4; none was, where
+    # at 1e-3 they parted within four steps with AVX2.
+    a, b = weights(plain), weights(other)
     assert a.keys() == b.keys()
-    worst = max(float((a[n] - b[n]).abs().max()) for n in a)
-    assert worst <= tolerance, worst
+    off = sum(int(((a[name] - b[name]).abs() > 5e-6).sum()) for name in a)
+    assert off <= 1e-3 * sum(t.numel() for t in a.values()), off
 
 
 @pytest.mark.parametrize("stage", (1, 2, 3))
 def test_accumulation_and_ranks_equal_one_batch(toy, tmp_path, stage):
-    """1 x 8 == 4 x 2 == 2 ranks x 4, in float32: losses to 1e-5 relative; weights, which AdamW moves by up to 1e-3 a
-    step whatever the gradient's size, to 5e-5 after four steps."""
-    args = [*flags(toy, stage), "--steps", 4, "--batch", 8, "--no-eval", "--optimizer", "adamw", "--lr", 1e-3]
-    out = args.index("--out") + 1
-
-    def result(name, *more, launch=None):
-        mine = args[:out] + [tmp_path / name] + args[out + 1:]
-        run(*(launch or []), REPO / "train.py", *mine, *more)
-        return weights(tmp_path / name), log(tmp_path / name)
-    plain, plain_log = result("plain")
-    for name, more, launch in (("micro", ["--micro-batch", 2], None),
-                               ("ranks", [], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"])):
-        other, other_log = result(name, *more, launch=launch)
-        close(plain, other, 5e-5)
-        for a, b in zip(plain_log, other_log):
-            assert abs(a["loss"] - b["loss"]) <= 1e-5 * abs(a["loss"]) and abs(a["grad_norm"] / b["grad_norm"] - 1) < 1e-3
+    """1 x 8 == 4 x 2 == 2 ranks x 4, in float32, over four steps."""
+    args = [*flags(toy, stage), "--steps", 4, "--batch", 8, "--no-eval", "--optimizer", "adamw", "--lr", 1e-4,
+            "--save-every", 1, "--keep", 9]
+    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run(REPO / "train.py", *args, "--out", tmp_path / "plain")
+    run(REPO / "train.py", *args, "--out", tmp_path / "micro", "--micro-batch", 2)
+    run(*ranks, REPO / "train.py", *args, "--out", tmp_path / "ranks")
+    agree(tmp_path / "plain", tmp_path / "micro")
+    agree(tmp_path / "plain", tmp_path / "ranks")
 
 
 def test_overfit_reaches_nothing(toy, tmp_path):
@@ -453,8 +462,8 @@ def test_rows_without_text_take_part_through_kl_and_ccl(toy, tmp_path):
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     for name, micro in (("a", 8), ("b", 2)):                    # with micro batches of 2 some have no text at all
         go(*flags(toy, 2), "--data", path, "--out", tmp_path / name, "--steps", 3, "--batch", 8, "--micro-batch", micro,
-           "--optimizer", "adamw", "--lr", 1e-3, "--no-eval")
-    close(weights(tmp_path / "a"), weights(tmp_path / "b"), 5e-5)
+           "--optimizer", "adamw", "--lr", 1e-4, "--no-eval", "--save-every", 1, "--keep", 9)
+    agree(tmp_path / "a", tmp_path / "b")
 
 
 def test_log_and_validation(toy, tmp_path):
