@@ -1738,8 +1738,10 @@ def command_build(args):
 def add_flags(parser, config: type, names: Sequence = ()):
     """One flag for each field of a dataclass (or for `names`): a bool is a switch, a Literal has choices, a
     field without a default is required; the comment on the field's line is its help."""
-    # The comments on the lines of the fields, and their types.
-    comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(config), re.M))
+    # The comments on the lines of the fields, and their types. Two empty lines end a class.
+    source = read_text(inspect.getfile(config))
+    body = source.split(f"class {config.__name__}:")[1].split("\n\n\n")[0]
+    comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", body, re.M))
     hints = get_type_hints(config)
     for field in fields(config):
         if names and field.name not in names:
