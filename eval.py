@@ -199,13 +199,14 @@ NEXT = {
     3: "python eval.py --video out/toy/test/ego/0.mp4 --start 0 --end 1 --ask 'What am I doing?'"}
 
 
-def toy_benchmark(model: Exo2Ego, tokenizer: Tokenizer, data: str, stage: int, out, init=None) -> dict:
+def toy_benchmark(model: Exo2Ego, tokenizer: Tokenizer, data: str, stage: int, out, init=None, base=None) -> dict:
     """The figures of a stage on clips of unseen scenes. They are printed and kept in out/eval.json.
 
     Stages 0 and 1 score the demonstrator's narrations of exo clips. Stage 2 scores the learner's
     narrations, and what F imagines, in out/transfer.png. Stage 3 scores its narrations, its choice of a
     clip among five, and its answers. out/predictions.jsonl holds what the model said of each clip, and
-    out/samples.png shows a few. `init` is the run that the stage started from.
+    out/samples.png shows a few. `init` is the run that the stage started from, `base` has the weights that
+    it leaves as they are.
     """
     if not (Path(data) / "world.json").is_file():
         raise DataError(f"--data {data} is no micro-world (data.py toy makes one); your own videos: --video")
@@ -224,7 +225,7 @@ def toy_benchmark(model: Exo2Ego, tokenizer: Tokenizer, data: str, stage: int, o
     figures, columns = evaluate_narrations(model, tokenizer, rows, visual, view)
     if stage == 2:
         if init:
-            figures |= learner_after_init(init, tokenizer, rows)
+            figures |= learner_after_init(init, base, tokenizer, rows)
         if model.F is not None:
             figures |= narrate_with_mean_F(model, tokenizer, rows, visual)
             figures |= kl_true_vs_shuffled(model, tokenizer, read_manifest(toy_split(data, "val", world)))
@@ -337,9 +338,9 @@ def exact_narrations(name, model, tokenizer, rows, visual):
     return proportion(name, [said == row["text"] for said, row in zip(narrations, rows)], NARRATION_CHANCE)
 
 
-def learner_after_init(init, tokenizer, rows):
+def learner_after_init(init, base, tokenizer, rows):
     """The learner as stage 2 found it: Init has taught it, stage 1 has left it alone."""
-    before, _ = load_checkpoint(init)
+    before, _ = load_checkpoint(init, base)
     before.eval().to(pick_device())
     visual = encode_clips(before, tokenizer, rows, "ego")
     return exact_narrations("ego_em_init", before, tokenizer, rows, visual)
@@ -465,6 +466,9 @@ def show_samples(path, rows, predictions):
 def show_own_samples(model, tokenizer, rows, stage, out):
     """Five clips of one's own data: what the model says of them beside what the row says. Stage 1 sees exo."""
     rows = spread([row for row in rows if chats_of(row, "mix")], 5)
+    if not rows:
+        print("no row has a text to show a sample beside")
+        return
     clips = [row["exo"][0] if stage == 1 else row["ego"] for row in rows]
     frames = [read_row_clip(clip, model.cfg.frames, model.cfg.image_size) for clip in clips]
     pixels = torch.from_numpy(np.stack(frames)).to(next(model.parameters()).device)
@@ -717,8 +721,13 @@ def score_toy(ckpt, args):
         root = None if args.data else config["root"]
         rows = read_manifests(data, root, args.allow_outside or config.get("allow_outside", False))
         show_own_samples(ckpt.model, ckpt.tokenizer, rows, state["stage"], run)
-    else:
-        toy_benchmark(ckpt.model, ckpt.tokenizer, data[0], state["stage"], out=run)
+        return
+    # The run that this one started from may have moved, or been trained again.
+    init = config.get("init")
+    source = init and newest_checkpoint(init)
+    if not source or fingerprint(source) != state["init"]:
+        init = None
+    toy_benchmark(ckpt.model, ckpt.tokenizer, data[0], state["stage"], run, init, args.base)
 
 
 def run_benches(ckpt, args):
@@ -846,9 +855,11 @@ class Item:
         return str(self.clips[0])
 
     def chance(self):
-        """What a guess gets; an open question has no chance level."""
-        candidates = len(self.options) or len(self.clips)
-        return 1 / candidates if candidates > 1 else 0.0
+        """What a guess gets; an open question has no chance level. Equal options are equally right."""
+        if self.options:
+            right = self.options[self.answer] if self.answer != -1 else None
+            return self.options.count(right) / len(self.options)
+        return 1 / len(self.clips) if len(self.clips) > 1 else 0.0
 
 
 # A reader yields the items of a benchmark from its `Files`, with the paths of their videos as the publishers
@@ -1438,8 +1449,8 @@ def outcome(item: Item, prediction):
     if "choice" in prediction:
         choice = prediction["choice"]
         return choice is not None and item.options[choice] == item.options[item.answer]
-    # An open answer, or an error.
-    return plain_words(prediction.get("reply", "")) == plain_words(item.answer)
+    # An open answer; what could not be read has none.
+    return "reply" in prediction and plain_words(prediction["reply"]) == plain_words(item.answer)
 
 
 def plain_words(text):
@@ -1491,7 +1502,7 @@ def write_submission(path, items, predictions):
 def ranking_figures(bench, items, predictions):
     """mAP (and nDCG), with chance as random scores on the same labels get it.
 
-    The interval is the normal one of a mean, over queries or classes.
+    The interval is the normal one of a mean over classes, or over the videos as queries.
     """
     # A video that was not read ranks last.
     unread = [-1e9] * len(items[0].options)

@@ -352,7 +352,7 @@ class Objective(nn.Module):
         if "ccl" in losses:
             terms["ccl"] = self.cycle(x.detach(), y, pair)
         if "contrastive" in losses:
-            terms["contrastive"] = self.contrastive(y, fx[pair])
+            terms["contrastive"] = self.contrastive(y, fx[pair], pair)
         return terms
 
     def vtg(self, visual, batch) -> Tensor:
@@ -395,12 +395,15 @@ class Objective(nn.Module):
         """Mean absolute difference of each sample. Standardising subtracts one mean from both, so only the spread counts."""
         return ((a - b) / self.loss.feature_std).abs().flatten(1).mean(1)
 
-    def contrastive(self, y: Tensor, fx: Tensor, tau: float = 0.07) -> Tensor:
+    def contrastive(self, y: Tensor, fx: Tensor, pair: Tensor, tau: float = 0.07) -> Tensor:
         """InfoNCE (X,) of pooled F(x) against every y of the micro batch: it depends on what else is in there."""
         a = F.normalize(fx.float().mean((1, 2, 3)), dim=-1)
         b = F.normalize(y.float().mean((1, 2, 3)), dim=-1)
         own = torch.arange(len(a), device=a.device)
-        return F.cross_entropy(a @ b.T / tau, own, reduction="none")
+        # Another view of the same moment is no negative.
+        sibling = (pair[:, None] == pair).fill_diagonal_(False)
+        logits = (a @ b.T / tau).masked_fill(sibling, -math.inf)
+        return F.cross_entropy(logits, own, reduction="none")
 
     @torch.no_grad()
     def measure_feature_std(self, loader, samples=256):
@@ -1345,7 +1348,8 @@ def show_result(run, model, tokenizer, rows):
     cfg = run.cfg
     with run.autocast():
         if cfg.toy_folder:
-            toy_benchmark(model, tokenizer, cfg.toy_folder, cfg.stage, cfg.out, cfg.init)
+            base = base_folder(cfg) if cfg.stage > 0 else None
+            toy_benchmark(model, tokenizer, cfg.toy_folder, cfg.stage, cfg.out, cfg.init, base)
         else:
             show_own_samples(model, tokenizer, rows, cfg.stage, cfg.out)
 
