@@ -386,17 +386,16 @@ def transfer(model, tokenizer, rows, picture):
     exo, mapped, unmapped = exo_features(model, tokenizer, rows)
     figures = {}
     for name, estimate in {"": mapped, "_x": unmapped}.items():
-        scenes = rank_exo_clips(exo[::CLIPS], estimate[::CLIPS])
-        moments = [rank_exo_clips(*scene) for scene in zip(exo.split(CLIPS), estimate.split(CLIPS))]
-        for group, ranked in {"": [scenes], "_scene": moments}.items():
-            # Clip number i is the right one in row i; the rank of the nearest is 1.
-            ranks = [1 + order.index(i) for orders in ranked for i, order in enumerate(orders)]
-            candidates = len(ranked[0])
-            figures |= proportion(f"transfer{group}{name}_top1", np.equal(ranks, 1), 1 / candidates)
-            figures[f"transfer{group}{name}_median_rank"] = float(np.median(ranks))
-            figures[f"transfer{group}{name}_median_rank_chance"] = (candidates + 1) / 2
+        # Among the scenes.
+        orders = rank_exo_clips(exo[::CLIPS], estimate[::CLIPS])
+        figures |= rank_figures(f"transfer{name}", own_ranks(orders), candidates=len(orders))
         if estimate is mapped:
-            show_transfer(picture, rows[::CLIPS], scenes)
+            show_transfer(picture, rows[::CLIPS], orders)
+        # Among the moments of a scene.
+        ranks = []
+        for scene, estimates in zip(exo.split(CLIPS), estimate.split(CLIPS)):
+            ranks += own_ranks(rank_exo_clips(scene, estimates))
+        figures |= rank_figures(f"transfer_scene{name}", ranks, candidates=CLIPS)
     return figures
 
 
@@ -409,12 +408,25 @@ def rank_exo_clips(exo, estimate):
     return orders
 
 
+def own_ranks(orders):
+    """The rank of clip i in the i-th order; the nearest has rank 1."""
+    return [1 + order.index(i) for i, order in enumerate(orders)]
+
+
+def rank_figures(name, ranks, candidates):
+    """How often the own clip is the nearest, and its median rank, beside what chance gives."""
+    return proportion(f"{name}_top1", np.equal(ranks, 1), 1 / candidates) | {
+        f"{name}_median_rank": float(np.median(ranks)),
+        f"{name}_median_rank_chance": (candidates + 1) / 2}
+
+
 def show_transfer(path, rows, orders):
     """Six moments, a row each: the ego clip, its exo clip, and the three exo clips that are nearest to F(x), the true one
     in a green frame."""
     titles = ("ego: x", "exo: y", "nearest to F(x)", "second", "third")
     width = 2 * 96 + 16
     sheet = [np.concatenate([written(title, width, GREY) for title in titles], axis=1)]
+    ranks = own_ranks(orders)
     for i in spread(range(len(rows)), 6):
         tiles = []
         near = orders[i][:3]
@@ -424,8 +436,7 @@ def show_transfer(path, rows, orders):
             tile = np.full((96 + 16, width, 3), GREEN if number == i else WHITE, np.uint8)
             tile[8:-8, 8:-8] = frames
             tiles.append(tile)
-        rank = 1 + orders[i].index(i)
-        caption = f"rank {rank} of {len(rows)}: {rows[i]['text']}"
+        caption = f"rank {ranks[i]} of {len(rows)}: {rows[i]['text']}"
         sheet += [np.concatenate(tiles, axis=1), written(caption, len(tiles) * width, GREY)]
     path.write_bytes(encode_png(np.concatenate(sheet)))
 

@@ -60,7 +60,7 @@ from model import (BLOCKS, PRESETS, Exo2Ego, choose_attention, feature_kl, finge
 class Stage:
     """What trains, on what, towards what."""
     name: str
-    trains: dict[str, float]            # part -> peak learning rate; every other part is frozen
+    trains: dict[str, float]            # part -> peak learning rate; all else is frozen ("loss": what a loss alone needs)
     split: str                          # of the micro-world; --data replaces it
     view: str                           # what a sample shows: text | exo | ego | pair
     losses: dict[str, float]            # weight of each term
@@ -371,7 +371,7 @@ class Objective(nn.Module):
         return losses * weights
 
     def kl(self, y: Tensor, fx: Tensor, estimate: Tensor) -> Tensor:
-        """KL(exo || F(ego)) of each pair (X,), on the tokens that the decoder reads or on the patches."""
+        """KL(exo || F(ego)) of each pair (X,): of tokens that the decoder reads (`estimate` is con_exo(F(x))), or of patches."""
         if self.cfg.kl_space == "connector":
             with torch.no_grad():
                 target = self.model.exo_connector(y)                        # (X, 1521, 4096)
@@ -548,7 +548,7 @@ class Run:
     device: torch.device
     bf16: bool
     attention: str = ""                                         # which backend, and why
-    total: int = 0                                              # steps of all its stages
+    steps: int = 0                                              # of all its stages
     provenance: dict = field(default_factory=lambda: dict(base=None, base_hash=None, init=None))
     inherited: set = field(default_factory=set)                 # names of tensors that earlier stages trained
     stop: float = 0.0                                           # when a signal asked it to stop
@@ -577,7 +577,8 @@ def initial_model(run):
         model = Exo2Ego(PRESETS[cfg.preset])
         return model, Tokenizer(toy_tokenizer(cfg.toy_folder, toy_world(cfg.toy_folder)))
 
-    # What the stage starts from, and the parts that it adds to it.
+    # `source` is the checkpoint that this stage goes on from; `added` are the parts that it adds. `base` has the weights
+    # that no stage trains: published ones, or stage 0's.
     base = base_folder(cfg)
     published = base is not None and (base / "config.json").is_file()
     if cfg.stage == 1:
@@ -590,6 +591,7 @@ def initial_model(run):
         # Instruction tuning may go on from instruction tuning, with other data.
         source, state = init_checkpoint(cfg.init, 2, 3)
         added = {} if cfg.no_lora else {"lora": True}
+    # What builds on nothing is itself the base of what comes after it.
     if state["base"] is None:
         base = source
     model, state = load_checkpoint(source, base, cfg.vision, **added)
@@ -900,7 +902,7 @@ def save_checkpoint(run, objective, optimizers, step, trained, skipped):
     state = run.provenance | signature(part) | dict(
         stage=cfg.stage,
         step=step,
-        steps=run.total,
+        steps=run.steps,
         model=asdict(objective.model.cfg),
         config=asdict(cfg),
         recipe=recipe_of(cfg),
@@ -994,13 +996,13 @@ def refuse_another_run(run, folder):
                             f"another --out or remove the folder")
     # More steps than the run was meant to have go on from where it is, on the schedule of the new length.
     before = state["steps"]
-    if run.total < before or run.total > before and cfg.stage == 0:
-        raise DataError(f"{cfg.out} holds a run of {before} steps, this one has {run.total}: --steps may only grow, "
+    if run.steps < before or run.steps > before and cfg.stage == 0:
+        raise DataError(f"{cfg.out} holds a run of {before} steps, this one has {run.steps}: --steps may only grow, "
                         f"and not in stage 0; choose another --out")
-    if run.total > before and run.rank == 0:
+    if run.steps > before and run.rank == 0:
         stage, = stages_of(cfg)
-        old, new = (schedule(state["step"], length, stage) for length in (before, run.total))
-        print(f"{folder} goes on to step {run.total} instead of {before}: at step {state['step']} the rate jumps from "
+        old, new = (schedule(state["step"], length, stage) for length in (before, run.steps))
+        print(f"{folder} goes on to step {run.steps} instead of {before}: at step {state['step']} the rate jumps from "
               f"{old:.3f} to {new:.3f} of its peak")
 
 
@@ -1177,8 +1179,8 @@ def validate(run, objective, loader, step, log):
         for batch in loader.batch(i):
             batch = batch.to(run.device)
             with run.autocast():
-                # With as many tokens as ranks, the factor world cancels: the plain sum comes back.
-                vtg = objective(batch, run.world, run.world)["vtg"]
+                # A loss comes times world / tokens. As many tokens as ranks make that 1: the plain sum comes back.
+                vtg = objective(batch, supervised=run.world, samples=run.world)["vtg"]
             sums += torch.stack([vtg, batch.weights.sum()])
     objective.train()
     total, tokens = run.sum(sums)
@@ -1199,21 +1201,26 @@ class StepCounts(NamedTuple):
 
     @classmethod
     def of(cls, micro_batches, run) -> StepCounts:
-        own = [[batch.weights.sum(), batch.samples, len(batch.skipped), len(batch.ids), run.stop > 0]
-               for batch in micro_batches]
+        own = [cls(
+            supervised=batch.weights.sum(),
+            samples=batch.samples,
+            skipped=len(batch.skipped),
+            tokens=len(batch.ids),
+            stop=run.stop > 0) for batch in micro_batches]
         total = torch.tensor(own).sum(0)
         return cls(*run.sum(total.to(run.device)))
 
 
-def run_stage(run, model, tokenizer, stage, loader, first, length, folder, log):
-    """Steps `first` to `first + length` of the run, or what the checkpoint `folder` has left of them."""
+def run_stage(run, model, tokenizer, stage, loader, before, steps, folder, log):
+    """The `steps` steps of a stage, or what the checkpoint `folder` has left of them. `done` and `step` count within the
+    stage, `run_step` from 1 on through all stages of the run, of which `before` steps came earlier."""
     cfg = run.cfg
-    objective, trained, done = prepare_objective(run, model, tokenizer, stage, loader, first, folder)
+    objective, trained, done = prepare_objective(run, model, tokenizer, stage, loader, before, folder)
     if run.rank == 0:
-        describe(run, objective, loader, length, log)
+        describe(run, objective, loader, steps, log)
     wrapped, trained, optimizers = prepare_training(run, objective, trained)
     validation = make_loader(run, stage, model, tokenizer, validation=True) if cfg.val_every or cfg.val_data else None
-    batches = loader.stream(done, length, cfg.workers, cfg.overfit, cfg.timeout)
+    batches = loader.stream(done, steps, cfg.workers, cfg.overfit, cfg.timeout)
     # After the DataLoader is made, which draws a random number.
     if done:
         load_optimizers(folder, optimizers, run.rank, run.device)
@@ -1221,7 +1228,7 @@ def run_stage(run, model, tokenizer, stage, loader, first, length, folder, log):
 
     for step, micro_batches in enumerate(batches, start=done):
         # 1) learning rate: linear warm-up, then a cosine down to the stage's floor
-        lr_scale = schedule(step, length, stage)
+        lr_scale = schedule(step, steps, stage)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * lr_scale
@@ -1244,35 +1251,35 @@ def run_stage(run, model, tokenizer, stage, loader, first, length, folder, log):
         # 4) clip, refuse NaN by the names of the samples, update
         norm = nn.utils.clip_grad_norm_(trained.values(), 1.0)
         norm = float(gather_full_tensor(norm))
-        refuse_nan(losses["loss"], norm, first + step + 1, micro_batches)
+        run_step = before + step + 1
+        refuse_nan(losses["loss"], norm, run_step, micro_batches)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
         # 5) one line of log.jsonl; too many unreadable samples end the run
-        number = first + step + 1
         log.skip(micro_batches, int(counts.skipped), (step + 1) * stage.batch, cfg.max_bad)
-        row = dict(step=number, steps=run.total, lr=lr_scale * max(stage.trains.values()), grad_norm=norm)
-        log.step(step + 1, length, counts.samples, counts.tokens, losses, row)
+        row = dict(step=run_step, steps=run.steps, lr=lr_scale * max(stage.trains.values()), grad_norm=norm)
+        log.step(step + 1, steps, counts.samples, counts.tokens, losses, row)
 
         # 6) validate, save
-        last = step + 1 == length
-        if validation and (last or cfg.val_every and number % cfg.val_every == 0):
-            validate(run, objective, validation, number, log)
-        due = cfg.save_every and number % cfg.save_every == 0
+        last = step + 1 == steps
+        if validation and (last or cfg.val_every and run_step % cfg.val_every == 0):
+            validate(run, objective, validation, run_step, log)
+        due = cfg.save_every and run_step % cfg.save_every == 0
         if due or counts.stop or last:
-            save_checkpoint(run, objective, optimizers, number, trained, log.skipped)
+            save_checkpoint(run, objective, optimizers, run_step, trained, log.skipped)
         if counts.stop:
-            sys.exit(f"stopped at step {number}, saved: the same command goes on")
+            sys.exit(f"stopped at step {run_step}, saved: the same command goes on")
 
 
-def prepare_objective(run, model, tokenizer, stage, loader, first, folder):
+def prepare_objective(run, model, tokenizer, stage, loader, before, folder):
     """-> the objective on its device, what trains, and how many steps of the stage are done."""
-    torch.manual_seed(hash((run.cfg.seed, first, run.rank)) % 2 ** 31)
+    torch.manual_seed(hash((run.cfg.seed, before, run.rank)) % 2 ** 31)
     objective = Objective(model, tokenizer, stage, run.cfg, run.world).to(run.device)
     done = 0
     if folder:
-        done = max(0, read_state(folder)["step"] - first)
+        done = max(0, read_state(folder)["step"] - before)
         restore_weights(objective, folder, run.device)
     if done == 0:
         for source, target in stage.copies:
@@ -1313,28 +1320,28 @@ def train(cfg, rank=0, world=1):
     run.attention = choose_attention(run.device, dtype, model.cfg, first_problem_of_any_rank)
 
     loaders = [make_loader(run, stage, model, tokenizer) for stage in stages]
-    lengths = [stage.steps or max(1, stage.epochs * loader.samples // stage.batch)
-               for stage, loader in zip(stages, loaders)]
-    run.total = sum(lengths)
+    stage_steps = [stage.steps or max(1, stage.epochs * loader.samples // stage.batch)
+                   for stage, loader in zip(stages, loaders)]
+    run.steps = sum(stage_steps)
     # Where an earlier call of this command has come.
     folder = resume_checkpoint(run)
     state = read_state(folder) if folder else dict(step=0, skipped=0)
     steps_taken = state["step"]
-    if steps_taken == run.total:
+    if steps_taken == run.steps:
         print(f"{folder} is finished: nothing to train")
     log_file = Path(cfg.out) / "log.jsonl"
     log = Log(log_file if rank == 0 else None, steps_taken, state["skipped"])
 
     # One stage after another, those that are not finished.
-    first = 0
-    for stage, loader, length in zip(stages, loaders, lengths):
-        if steps_taken < first + length:
+    before = 0
+    for stage, loader, steps in zip(stages, loaders, stage_steps):
+        if steps_taken < before + steps:
             with stop_gracefully_on_signals(run):
-                run_stage(run, model, tokenizer, stage, loader, first, length, folder, log)
+                run_stage(run, model, tokenizer, stage, loader, before, steps, folder, log)
             folder = None
-        first += length
+        before += steps
 
-    finished = steps_taken == run.total
+    finished = steps_taken == run.steps
     shown = "eval.json" if cfg.toy_folder else "samples.png"
     if rank == 0 and not cfg.no_eval and not (finished and (Path(cfg.out) / shown).is_file()):
         if cfg.fsdp or finished:
@@ -1361,7 +1368,10 @@ def make_missing_stage_0(cfg):
         return newest is None or read_state(newest)["step"] < read_state(newest)["steps"]
     if cfg.stage == 0 or cfg.preset == "7b" or cfg.toy_folder is None:
         return
-    if cfg.stage == 1 and cfg.init != cfg.base or not missing():
+    # A stage 1 that sets out from another run needs none.
+    if cfg.stage == 1 and cfg.init != cfg.base:
+        return
+    if not missing():
         return
     with file_lock(Path(cfg.base) / ".lock", wait=True):
         if missing():

@@ -255,6 +255,8 @@ def test_equal_texts_count_both_and_constant_scores_give_chance():
     item = eval.Item("x", [{}], "?", ["put", "take", "take", "open"], 1)
     assert eval.outcome(item, {"scores": [0, 1, 1, 0]}) == 1 and eval.outcome(item, {"scores": [0, 0, 9, 0]}) == 1
     assert eval.outcome(item, {"scores": [0, 0, 0, 0]}) == 0.5 and eval.outcome(item, {"error": "gone"}) == 0
+    assert item.chance() == 0.5
+    assert eval.outcome(eval.Item("x", [{}], "?", [], ""), {"error": "gone"}) == 0       # an empty truth, a video not read
     four = eval.Item("x", [{}], "?", list("abcd"), 2)
     assert eval.outcome(four, {"scores": [1] * 4}) == 0.25
     assert eval.outcome(eval.Item("x", [{}] * 5, "text", [], 4), {"scores": [0, 0, 0, 0, 1]}) == 1

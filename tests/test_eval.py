@@ -94,6 +94,10 @@ def test_ask_one_video(toy):
 def test_a_checkpoint_is_scored_on_the_world_it_was_trained_on(toy, tmp_path):
     _, out, _ = run(REPO / "eval.py", "--ckpt", toy / "stage3")
     assert "ego narrations exact: " in out and " of 20, chance 0.4 %" in out
+    # Scored again, stage 2 has the figures that its training left, those of its start among them.
+    after_training = json.loads((toy / "stage2/eval.json").read_text())
+    run(REPO / "eval.py", "--ckpt", toy / "stage2")
+    assert json.loads((toy / "stage2/eval.json").read_text()) == after_training and "ego_em_init" in after_training
     code, _, err = run(REPO / "eval.py", "--ckpt", toy / "stage3", "--data", toy / "stage3", check=False)
     assert code and "is no micro-world (data.py toy" in err
 
@@ -111,6 +115,10 @@ def test_a_moved_base_is_named_and_another_one_refused(toy, tmp_path):
     assert code != 0 and "--base" in err
     model, _ = load_checkpoint(tmp_path / "a" / "stage1", base=toy / "stage0")
     assert model is not None
+    # Stage 2 scores the learner of the moved run too.
+    run(REPO / "train.py", "--stage", 2, "--data", toy / "toy", "--init", tmp_path / "a/stage1", "--base", toy / "stage0",
+        "--out", tmp_path / "stage2", "--steps", 1)
+    assert "ego_em_init" in json.loads((tmp_path / "stage2/eval.json").read_text())
     code, _, err = run(REPO / "eval.py", "--ckpt", tmp_path / "a" / "stage1", "--base", toy / "stage2", check=False)
     assert code != 0 and "not the base" in err
 
@@ -189,6 +197,11 @@ def test_own_samples_do_not_stumble_over_a_text_that_training_never_read(toy, tm
     rows[2]["text"] = "word " * 300
     evaluation.show_own_samples(model, tokenizer, rows, 3, tmp_path)
     assert capsys.readouterr().out.count("  said: ") == 5
+    # Pairs without any text are a stage 2 of their own (KL and cycle): there is nothing to set a sample beside.
+    for row in rows:
+        row["text"], row["turns"] = None, []
+    evaluation.show_own_samples(model, tokenizer, rows, 2, tmp_path)
+    assert capsys.readouterr().out == "no row has a text to show a sample beside\n"
 
 
 def test_stage_2_tells_what_F_is_good_for(toy):

@@ -441,6 +441,15 @@ def test_every_ablation_runs_and_does_what_it_says(toy, tmp_path, change, presen
     assert load_checkpoint(tmp_path / "a", base=toy / "stage0")[1]["stage"] == 2        # whole, with an idle G too
 
 
+def test_another_view_of_the_moment_is_no_negative():
+    """Of moments 0, 0 and 1 each row has its own y and that of the other moment to tell apart."""
+    y, fx = torch.randn(2, 3, 1, 2, 2, 8, generator=torch.Generator().manual_seed(0))
+    found = train.Objective.contrastive(None, y, fx, torch.tensor([0, 0, 1]))
+    similar = torch.nn.functional.cosine_similarity(fx.mean((1, 2, 3))[:, None], y.mean((1, 2, 3))[None], dim=-1) / 0.07
+    want = [similar[i, rivals].logsumexp(0) - similar[i, i] for i, rivals in enumerate(([0, 2], [1, 2], [0, 1, 2]))]
+    assert torch.allclose(found, torch.stack(want), atol=1e-5)
+
+
 def test_stage_3_without_lora(toy, tmp_path):
     go(*flags(toy, 3), "--no-lora", "--out", tmp_path / "a", "--steps", 2, "--no-eval")
     assert not any("lora" in n for n in weights(tmp_path / "a"))
