@@ -180,7 +180,7 @@ def _check_row(row, where, base, allow_outside):
     turns = row.get("turns", [])
     if not isinstance(turns, list) or not all(map(_is_turn, turns)):
         raise DataError(f'{where}: "turns" is a list of {{"user": ..., "assistant": ...}}')
-    if sum((turn.get("system", "") + turn["user"]).count("<video>") for turn in turns) > 1:
+    if video_marks(turns) > 1:
         raise DataError(f"{where} has more than one <video> mark: a row shows one video")
     # JSON can spell half of a character, which no tokenizer can read.
     texts = [row["id"], row.get("text", ""), *(text for turn in turns for text in turn.values())]
@@ -190,6 +190,11 @@ def _check_row(row, where, base, allow_outside):
         half = ascii(error.object[error.start:error.end])
         raise DataError(f"{where} has half of a character ({half}): write it whole, or as plain UTF-8") from None
     return row
+
+
+def video_marks(turns):
+    """How often a conversation says where its video stands."""
+    return sum((turn.get("system", "") + turn["user"]).count("<video>") for turn in turns)
 
 
 def _is_turn(turn):
@@ -451,25 +456,25 @@ def _end_of_picture(container, stream):
 
 def _frames_at(container, stream, video, moments):
     """The frame on display at each of these ascending moments, and how to turn it."""
-    slack = 1e-4                                                # timestamps are rounded to the time base
+    rounding = 1e-4                                             # timestamps are rounded to the time base
     zero = float((stream.start_time or 0) * stream.time_base)
-    step = 0.1                                                  # seconds between frames, at least this
-    frames, shown, ahead = None, None, None
+    gap = 0.1                                                   # seconds between frames, at least this
+    frames, shown, coming = None, None, None
     for moment in moments:
         # Begin at the key frame before the moment: at first, and where that saves half a second of decoding.
-        if frames is None or ahead and _saves_decoding(stream, ahead[0].time + 0.5, zero + moment):
-            frames, shown = _seek(container, stream, zero + moment + slack)
+        if frames is None or coming and _saves_decoding(stream, coming[0].time + 0.5, zero + moment):
+            frames, shown = _seek(container, stream, zero + moment + rounding)
             if shown is None:
                 raise DataError(f"{video} holds no frame at {moment:.2f} s: truncated?", "truncated")
-            ahead = next(frames, None)
+            coming = next(frames, None)
         # Decode one frame ahead of the one on display: it says until when that one stays.
-        while ahead and ahead[0].time <= zero + moment + slack:
-            step = max(0.1, ahead[0].time - shown[0].time)
-            shown = ahead
-            ahead = next(frames, None)
+        while coming and coming[0].time <= zero + moment + rounding:
+            gap = max(0.1, coming[0].time - shown[0].time)
+            shown = coming
+            coming = next(frames, None)
         frame, damaged = shown
-        stays = max(2 * step, float((frame.duration or 0) * stream.time_base))
-        if ahead is None and frame.time + stays < zero + moment:
+        stays = max(2 * gap, float((frame.duration or 0) * stream.time_base))
+        if coming is None and frame.time + stays < zero + moment:
             raise DataError(f"{video} ends at {frame.time - zero:.2f} s, {moment:.2f} s was asked for: "
                             f"truncated?", "truncated")
         if damaged:
@@ -673,7 +678,7 @@ class Tokenizer:
         assistant's tokens and their closing </s>, nothing else. A last turn without "assistant" is a prompt
         to be continued.
         """
-        marks = sum((turn.get("system", "") + turn["user"]).count("<video>") for turn in turns)
+        marks = video_marks(turns)
         if marks > 1 or marks and video_tokens <= 0:
             raise ValueError(f"{marks} <video> marks in the questions: one at most, none without a video")
         ids, labels = [self.bos], [IGNORE]
@@ -2091,17 +2096,11 @@ def _stream_file(files, take, stream, options):
     full = Path(take["root_dir"]) / stream["relative_path"]
     small = full.parent / "downscaled/448" / full.name
     candidates = [full] if options.video_size == "full" else [small, full]
-    downloaded = [path for path in candidates if (files.root / path).is_file()]
-    if not downloaded:
-        files.count["video not downloaded"] += 1
-        return str(candidates[0])
-    # Times in the annotations are seconds, so that another rate does no harm. It is counted all the same.
-    try:
-        if abs(frame_rate(files.root / downloaded[0]) - 30) > 0.1:
-            files.count["video not at 30 fps"] += 1
-    except DataError:
-        files.count["video unreadable"] += 1                    # the rows stay: data.py check names them
-    return str(downloaded[0])
+    for path in candidates:
+        if (files.root / path).is_file():
+            return str(path)
+    files.count["video not downloaded"] += 1
+    return str(candidates[0])
 
 
 def frame_rate(video: FilePath) -> float:

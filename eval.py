@@ -260,18 +260,21 @@ def toy_benchmark(model: Exo2Ego, tokenizer: Tokenizer, data: str, stage: int, o
 
 def evaluate_narrations(model, tokenizer, rows, visual, view):
     """Exact match of whole narrations and of each of their four facts -> figures, {"said": narrations}."""
-    narrations = generate_answers(model, tokenizer, visual, [NARRATE] * len(rows))
-    truths = [row["text"] for row in rows]
-    exact = [said == truth for said, truth in zip(narrations, truths)]
-    figures = proportion(f"{view}_em", exact, NARRATION_CHANCE)
-
+    figures, narrations = exact_narrations(f"{view}_em", model, tokenizer, rows, visual)
     # A narration of another form has none of the facts right.
     found = list(map(NARRATION.fullmatch, narrations))
-    expected = list(map(NARRATION.fullmatch, truths))
+    expected = [NARRATION.fullmatch(row["text"]) for row in rows]
     for fact, count in FACTS.items():
         right = [a is not None and a[fact] == b[fact] for a, b in zip(found, expected)]
         figures |= proportion(f"{view}_{fact}", right, 1 / count)
     return figures, {"said": narrations}
+
+
+def exact_narrations(name, model, tokenizer, rows, visual):
+    """The share of rows whose narration is exact -> the figures of this score, the narrations."""
+    narrations = generate_answers(model, tokenizer, visual, [NARRATE] * len(rows))
+    exact = [said == row["text"] for said, row in zip(narrations, rows)]
+    return proportion(name, exact, NARRATION_CHANCE), narrations
 
 
 def evaluate_questions(model, tokenizer, rows, visual):
@@ -332,18 +335,13 @@ def wrong_clips(rows, item, kind, rng):
     return clips
 
 
-def exact_narrations(name, model, tokenizer, rows, visual):
-    """The share of rows whose narration is exact, as the figures of a score."""
-    narrations = generate_answers(model, tokenizer, visual, [NARRATE] * len(rows))
-    return proportion(name, [said == row["text"] for said, row in zip(narrations, rows)], NARRATION_CHANCE)
-
-
 def learner_after_init(init, base, tokenizer, rows):
     """The learner as stage 2 found it: Init has taught it, stage 1 has left it alone."""
     before, _ = load_checkpoint(init, base)
     before.eval().to(pick_device())
     visual = encode_clips(before, tokenizer, rows, "ego")
-    return exact_narrations("ego_em_init", before, tokenizer, rows, visual)
+    figures, _ = exact_narrations("ego_em_init", before, tokenizer, rows, visual)
+    return figures
 
 
 def narrate_with_mean_F(model, tokenizer, rows, visual):
@@ -351,7 +349,8 @@ def narrate_with_mean_F(model, tokenizer, rows, visual):
     their mean over all clips. A model trained on x alone is the fairer control (--no-mapping)."""
     own, mapped = visual.chunk(2, dim=1)
     mean = mapped.mean(0, keepdim=True).expand_as(mapped)
-    return exact_narrations("ego_em_mean_F", model, tokenizer, rows, torch.cat([own, mean], dim=1))
+    figures, _ = exact_narrations("ego_em_mean_F", model, tokenizer, rows, torch.cat([own, mean], dim=1))
+    return figures
 
 
 @torch.no_grad()
@@ -449,28 +448,16 @@ def typical(items, right, count=8):
 
 
 def show_samples(path, rows, predictions):
-    """A few samples on the screen, and as a contact sheet with frames of their clips: as many of them are right
-    as of all. Below what is wrong stands the truth."""
+    """A few clips of a toy benchmark, as many of them right as of all."""
     right = [row["text"] == prediction["said"] for row, prediction in zip(rows, predictions)]
-    items = []
+    shown = []
     for row, prediction in typical(list(zip(rows, predictions)), right):
-        # What it was asked, what is true, and what it said.
-        turn = row["turns"][0]
         answers = [("", row["text"], prediction["said"])]
         if "reply" in prediction:
+            turn = row["turns"][0]
             answers.append((f"{turn['user']} ", turn["assistant"], prediction["reply"]))
-        # Lines of text below the frames, each with its colour.
-        lines = []
-        for question, truth, said in answers:
-            if said == truth:
-                print(f"  ok    {question}{said}")
-                lines.append((f"right: {question}{said}", GREEN))
-            else:
-                print(f"  wrong {question}{said}   (true: {truth})")
-                lines += [(f"WRONG: {question}{said}", RED), (f"true: {truth}", GREY)]
-        frames = read_row_clip(clips_of(row)[0], num_frames=4, size=96)
-        items.append(([frames], lines))
-    contact_sheet(path, items)
+        shown.append((clips_of(row)[0], answers))
+    show_answers(path, shown, miss="WRONG")
 
 
 @torch.no_grad()
@@ -485,14 +472,31 @@ def show_own_samples(model, tokenizer, rows, stage, out):
     pixels = torch.from_numpy(np.stack(frames)).to(next(model.parameters()).device)
     encode = model.eval().encode_exo if stage == 1 else model.eval().encode_ego
     turns = [chats_of(row, "mix")[0][0] for row in rows]
-    answers = generate_answers(model, tokenizer, encode(pixels), [turn["user"] for turn in turns])
-    items = []
-    for clip, turn, said in zip(clips, turns, answers):
-        lines = [(f"said: {said}", RED), (f"true: {turn['assistant']}", GREY)]
-        print(*[f"  {line}" for line, _ in lines], sep="\n")
-        items.append(([read_row_clip(clip, num_frames=4, size=96)], lines))
-    contact_sheet(Path(out) / "samples.png", items)
+    replies = generate_answers(model, tokenizer, encode(pixels), [turn["user"] for turn in turns])
+    # Other words need not be wrong.
+    shown = [(clip, [("", turn["assistant"], said)]) for clip, turn, said in zip(clips, turns, replies)]
+    show_answers(Path(out) / "samples.png", shown, miss="said")
     print(f"pictures: {out}/samples.png\nnext: python eval.py --ckpt {out} --video FILE --ask 'What am I doing?'")
+
+
+def show_answers(path, shown, miss):
+    """Clips and the answers about them, on the screen and as a contact sheet.
+
+    `shown`: (clip, its (question, truth, what the model said)); `miss` is the word before what is not the truth.
+    """
+    items = []
+    for clip, answers in shown:
+        # Lines of text below the frames, each with its colour.
+        lines = []
+        for question, truth, said in answers:
+            if said == truth:
+                print(f"  ok    {question}{said}")
+                lines.append((f"right: {question}{said}", GREEN))
+            else:
+                print(f"  {miss:5} {question}{said}   (true: {truth})")
+                lines += [(f"{miss}: {question}{said}", RED), (f"true: {truth}", GREY)]
+        items.append(([read_row_clip(clip, num_frames=4, size=96)], lines))
+    contact_sheet(path, items)
 
 
 # ------------------------------------------------------------------------------------- 4 one video, a chat

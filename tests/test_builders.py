@@ -101,10 +101,9 @@ def test_ego_exo4d_options(tmp_path, capsys):
     assert row["ego"]["end"] - row["ego"]["start"] == pytest.approx(pooled / 9.8)
     capsys.readouterr()
     full.mkdir(parents=True)
-    numbered(full / "cam01.mp4")                                    # only the full size is there, and not at 30 a second
+    numbered(full / "cam01.mp4")                                    # only the full size is there
     rows = build("ego-exo4d", root)
     assert rows["cmu_bike_1/p1/0"]["exo"][0]["video"].endswith("frame_aligned_videos/cam01.mp4")
-    assert "video not at 30 fps: 1" in capsys.readouterr().out
 
 
 def test_a_narration_alone_gets_alpha_for_a_gap_and_two_frames_at_least(tmp_path):
@@ -498,8 +497,7 @@ def test_two_annotations_by_one_annotator_and_a_broken_video(tmp_path, capsys):
     (small / "cam01.mp4").write_bytes(b"")
     rows = build("ego-exo4d", root)
     assert len(rows) == 3
-    out = capsys.readouterr().out
-    assert "later than its take: 1" in out and "video unreadable: 1" in out
+    assert "later than its take: 1" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="--alpha 0"):
         build("ego-exo4d", root, "--alpha", "0")
 
