@@ -1848,7 +1848,6 @@ class Build:
     subject: Literal["C", "any"] = "C"              # whose actions: the camera wearer's
     keep_unsure: bool = False                       # narrations that are marked as unsure
     keep_hidden: bool = False                       # narrations of what the ego camera does not see
-    video_size: Literal["448", "full"] = "448"      # downscaled files where there are any
     prompt: Literal["base", "task", "cue"] = "cue"  # the paper's variants: + task details, + first-person cue
     chunk: float = 600                              # seconds of EgoVLP's video pieces; 0: whole videos
     file: str = ""                                  # of the conversations
@@ -2008,7 +2007,7 @@ def ego_exo4d(files, options):
             files.count["take of another split"] += 1
             return
         take = takes[uid]
-        ego, exo = _take_videos(files, take, options)
+        ego, exo = _take_videos(files, take)
         if not ego or not exo:
             files.count["take without an ego or exo video"] += 1
             return
@@ -2076,7 +2075,7 @@ def _clip_of(t, half, length):
     return {"start": start, "end": end}
 
 
-def _take_videos(files, take, options):
+def _take_videos(files, take):
     """-> the ego video (None unless there is exactly one), and {camera: exo video} of a take."""
     exo_cameras = {camera["cam_id"] for camera in take["capture"]["cameras"] if not camera["is_ego"]}
     # Glasses have several streams, of which "rgb" is the colour camera; other cameras have one, "0".
@@ -2084,23 +2083,22 @@ def _take_videos(files, take, options):
     for camera, streams in sorted(take["frame_aligned_videos"].items()):
         rgb, plain = streams.get("rgb", {}), streams.get("0", {})
         if rgb.get("relative_path"):
-            ego.append(_stream_file(files, take, rgb, options))
+            ego.append(_stream_file(files, take, rgb))
         if camera in exo_cameras and plain.get("relative_path"):
-            exo[camera] = _stream_file(files, take, plain, options)
+            exo[camera] = _stream_file(files, take, plain)
     return ego[0] if len(ego) == 1 else None, exo
 
 
-def _stream_file(files, take, stream, options):
-    """The file of a stream: the downscaled one, if it is there and `--video-size` allows it."""
-    # The downscaled copy has 448 pixels on its short side.
+def _stream_file(files, take, stream):
+    """The file of a stream: the downscaled one, if it is there."""
+    # It has 448 pixels on its short side.
     full = Path(take["root_dir"]) / stream["relative_path"]
     small = full.parent / "downscaled/448" / full.name
-    candidates = [full] if options.video_size == "full" else [small, full]
-    for path in candidates:
+    for path in (small, full):
         if (files.root / path).is_file():
             return str(path)
     files.count["video not downloaded"] += 1
-    return str(candidates[0])
+    return str(small)
 
 
 def frame_rate(video: FilePath) -> float:
@@ -2418,8 +2416,7 @@ def conversations(files, options):
 
 
 BUILDERS = {    # command: the builder, and the flags of Build that it takes besides --root and --out
-    "ego-exo4d": (ego_exo4d, ("split", "alpha", "beta", "views", "subject", "keep_unsure", "keep_hidden",
-                              "video_size")),
+    "ego-exo4d": (ego_exo4d, ("split", "alpha", "beta", "views", "subject", "keep_unsure", "keep_hidden")),
     "egoclip": (egoclip, ("chunk",)),
     **{name: (source.build, source.flags) for name, source in EGOIT.items()},
     "conversations": (conversations, ("file", "view"))}

@@ -193,7 +193,7 @@ BACKENDS = (
     # FlashAttention on a GPU, the appendix of this file
     "triton")
 # What "auto" is in half precision on a GPU: "triton", once `choose_attention` has checked it there.
-HALF_ON_GPU = "sdpa"
+HALF_GPU_BACKEND = "sdpa"
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, seg: Segments, *, causal: bool, window: int | None = None,
@@ -207,7 +207,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, seg: Segments, *, causal: bool, w
     """
     if backend == "auto":
         half_on_gpu = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
-        backend = os.environ.get("EXO2EGO_ATTENTION") or (HALF_ON_GPU if half_on_gpu else "sdpa")
+        backend = os.environ.get("EXO2EGO_ATTENTION") or (HALF_GPU_BACKEND if half_on_gpu else "sdpa")
     _check_attention(q, k, v, seg, causal, window, backend)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
 
@@ -529,8 +529,8 @@ def choose_attention(device, dtype, cfg, on_every_rank: Callable | None = None) 
     In half precision on a GPU our kernels are taken if they pass a check there. `on_every_rank` runs that check on all
     ranks of a run, since one choice serves them all.
     """
-    global HALF_ON_GPU
-    HALF_ON_GPU = "sdpa"
+    global HALF_GPU_BACKEND
+    HALF_GPU_BACKEND = "sdpa"
     kind = str(dtype).removeprefix("torch.")
     forced = os.environ.get("EXO2EGO_ATTENTION")
     if forced:
@@ -545,7 +545,7 @@ def choose_attention(device, dtype, cfg, on_every_rank: Callable | None = None) 
     problem = on_every_rank(check) if on_every_rank else check()
     if problem:
         return f"attention: sdpa; not triton: {problem}"
-    HALF_ON_GPU = "triton"
+    HALF_GPU_BACKEND = "triton"
     return f"attention: triton, for {kind}, after a self-check"
 
 
@@ -1272,31 +1272,36 @@ def load_checkpoint(path: AnyPath, base: AnyPath | None = None,
                     vision: AnyPath | None = None, **added) -> tuple[Exo2Ego, dict]:
     """-> Exo2Ego in eval mode, and state.json.
 
-    `path` (a run folder, a `step_*`, or published weights) has what was trained; `base` (by default the recorded one)
-    has the rest; parts that are `added` (mapping="resnet", lora=True) start fresh.
+    Parts that are `added` (mapping="resnet", lora=True) start fresh. All others are read from `path` (a run folder or a
+    `step_*` of it, or published weights) and from its `base` (by default the recorded one):
+
+        path                    base                        the weights
+        stage 0, published      none                        those of path
+        a later stage           stage 0, or published       those of base, where path has none of its own
     """
     folder = newest_checkpoint(path)
     if folder is None:
         raise FileNotFoundError(f"no checkpoint in {path}: train it first (torchrun train.py --stage N)")
-    state, root = read_state(folder), base_checkpoint_of(folder, base)
+    state = read_state(folder)
+    base = base_checkpoint_of(folder, base)                     # None: it is whole
     may_be_missing = []
     if "mapping" in added:
         may_be_missing += ["F.", "G."]
     if "lora" in added:
         may_be_missing += ["lora_"]
 
-    published = next((place for place in (folder, root) if place and (place / "config.json").is_file()), None)
+    published = next((place for place in (folder, base) if place and (place / "config.json").is_file()), None)
     if published:
-        # The base is published weights: the model is read from there, then what was trained replaces its part.
+        # They are read by readers of their own; then what was trained replaces its part.
         model = Exo2Ego.from_videollama2(published, vision=vision or state.get("vision"))
         state.setdefault("model", asdict(model.cfg))
         may_be_missing += list(model.state_dict())
         parts = {key: state["model"][key] for key in ("mapping", "lora")}
         model.add(**parts | added)
-        tensors = load_delta(folder) if root else {}
+        tensors = load_delta(folder) if base else {}
     else:
         model = Exo2Ego(replace(ModelConfig(**state["model"]), **added))
-        tensors = load_delta(root) if root else {}
+        tensors = load_delta(base) if base else {}
         tensors |= load_delta(folder)
 
     # What only a loss needs is not the model's. Every other name must fit.
@@ -1653,7 +1658,7 @@ def triton_kernels() -> dict:
     masked (with a window: all). Scores are in base 2, because exp2 is one instruction.
     """
     # Triton's interpreter looks for these names among the module's globals.
-    global tl, segment_of, head_start, tile_offsets, load, key_walk, hide, scores
+    global tl, segment_of, head_start, tile_offsets, load, key_range, hide, scores
     try:
         import triton
         import triton.language as tl
@@ -1692,17 +1697,17 @@ def triton_kernels() -> dict:
         return tl.dot(a, b, input_precision="ieee") * (scale * 1.4426950408889634)
 
     @triton.jit
-    def key_walk(first, lk, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BM: tl.constexpr,
+    def key_range(first, lk, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BM: tl.constexpr,
                  BN: tl.constexpr):
-        # Keys [lo, tail) are visible whole, [tail, hi) are to be masked.
-        lo, tail, hi = 0, lk // BN * BN, lk
+        # Keys [start, masked_from) are visible whole, [masked_from, stop) are to be masked.
+        start, masked_from, stop = 0, lk // BN * BN, lk
         if CAUSAL:
-            tail = tl.minimum(tl.maximum(first + 1, 0), lk) // BN * BN
-            hi = tl.minimum(lk, first + BM)
+            masked_from = tl.minimum(tl.maximum(first + 1, 0), lk) // BN * BN
+            stop = tl.minimum(lk, first + BM)
         if WINDOW:
-            lo = tl.maximum(first - window + 1, 0) // BN * BN
-            tail = lo
-        return lo, tail, hi
+            start = tl.maximum(first - window + 1, 0) // BN * BN
+            masked_from = start
+        return start, masked_from, stop
 
     @triton.jit
     def hide(s, i, j, lk, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
@@ -1737,9 +1742,9 @@ def triton_kernels() -> dict:
         l = tl.zeros([BM], tl.float32)
         acc = tl.zeros([BM, D], tl.float32)
         position = tile * BM + lk - lq                          # of the first query among the keys
-        lo, tail, hi = key_walk(position, lk, window, CAUSAL, WINDOW, BM, BN)
+        start, masked_from, stop = key_range(position, lk, window, CAUSAL, WINDOW, BM, BN)
         for masked in tl.static_range(1 if WINDOW else 0, 2):
-            for j in range(tail if masked else lo, hi if masked else tail, BN):
+            for j in range(masked_from if masked else start, stop if masked else masked_from, BN):
                 keys = j + tl.arange(0, BN)
                 in_k = keys < lk
                 at_k = first_k + keys * (kv_heads * D)
@@ -1791,9 +1796,9 @@ def triton_kernels() -> dict:
         # The same walk as in the forward.
         dq_i = tl.zeros([BM, D], tl.float32)
         position = tile * BM + lk - lq                          # of the first query among the keys
-        lo, tail, hi = key_walk(position, lk, window, CAUSAL, WINDOW, BM, BN)
+        start, masked_from, stop = key_range(position, lk, window, CAUSAL, WINDOW, BM, BN)
         for masked in tl.static_range(1 if WINDOW else 0, 2):
-            for j in range(tail if masked else lo, hi if masked else tail, BN):
+            for j in range(masked_from if masked else start, stop if masked else masked_from, BN):
                 keys = j + tl.arange(0, BN)
                 in_k = keys < lk
                 at_k = first_k + tile_offsets(keys, kv_heads, D)
@@ -1826,28 +1831,28 @@ def triton_kernels() -> dict:
         dk_j = tl.zeros([BN, D], tl.float32)
         dv_j = tl.zeros([BN, D], tl.float32)
 
-        # Queries [lo, full) and [whole, hi) are to be masked; [full, whole) are whole tiles that see all these keys.
+        # Queries [start, whole_from) and [whole_to, stop) are to be masked; tiles between them see all these keys.
         # Past the last query lse is inf, so p is 0. Keys past the end are not stored.
         first = tile * BN + lq - lk                             # the query at the tile's first key
-        lo, full, hi = 0, 0, lq
+        start, whole_from, stop = 0, 0, lq
         if CAUSAL:
-            lo = tl.maximum(first, 0) // BM * BM
+            start = tl.maximum(first, 0) // BM * BM
             last = tl.maximum(first + BN - 1, 0)
-            full = tl.minimum((last + BM - 1) // BM * BM, lq)
-        whole = tl.maximum(full, hi // BM * BM)
+            whole_from = tl.minimum((last + BM - 1) // BM * BM, lq)
+        whole_to = tl.maximum(whole_from, stop // BM * BM)
         if WINDOW:
-            hi = tl.minimum(lq, first + BN - 1 + window)
-            full = hi
+            stop = tl.minimum(lq, first + BN - 1 + window)
+            whole_from = stop
         group = heads // kv_heads
         for head in range(kv_head * group, (kv_head + 1) * group):
             first_q = head_start(q0, head, heads, D)
             # Part 1 is the whole tiles, parts 0 and 2 are to be masked.
             for part in tl.static_range(0 if CAUSAL else 1, 1 if WINDOW else 3):
-                begin, end = lo, full
+                begin, end = start, whole_from
                 if part == 1:
-                    begin, end = full, whole
+                    begin, end = whole_from, whole_to
                 if part == 2:
-                    begin, end = whole, hi
+                    begin, end = whole_to, stop
                 for i in range(begin, end, BM):
                     rows = i + tl.arange(0, BM)
                     in_q = rows < lq

@@ -1021,7 +1021,6 @@ class Log:
     def __init__(self, path, step, skipped=0):
         """`path` None: a rank that keeps no log."""
         self.file, self.skipped = None, skipped
-        self.best = math.inf                                    # validation loss
         self.flops = 0.0                                        # of a sample; 0 is not known
         self.peak = None                                        # TFLOP/s of all ranks' GPUs, where it is known
         if path is None:
@@ -1035,7 +1034,6 @@ class Log:
                 break                                           # a kill cut this line short
             if row["step"] <= step:
                 kept.append(line + "\n")
-                self.best = min(self.best, row.get("val_loss", math.inf))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(kept))
         self.file = open(path, "a", buffering=1)
@@ -1185,9 +1183,7 @@ def validate(run, objective, loader, step, log):
     objective.train()
     total, tokens = run.sum(sums)
     loss = total / tokens if tokens else math.nan
-    mark = " (the best so far)" if loss < log.best else ""
-    log.best = min(log.best, loss)
-    log.write(dict(step=step, val_loss=loss, best=bool(mark)), f"step {step} | val_loss {loss:.4f}{mark}")
+    log.write(dict(step=step, val_loss=loss), f"step {step} | val_loss {loss:.4f}")
 
 
 # ---------------------------------------------------------------------------------------------------------- 10 the loop

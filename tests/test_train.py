@@ -283,18 +283,15 @@ def test_stage_3_goes_on_from_a_finished_stage_3(toy, tmp_path):
 
 
 def test_validation_loss_on_ones_own_data(toy, tmp_path, capsys):
-    """Its best step is marked; it changes nothing of the run; a set smaller than a batch is whole."""
+    """It changes nothing of the run; a set smaller than a batch is whole."""
     data_ = ["--data", toy / "toy/pairs.jsonl", "--val-data", toy / "toy/val.jsonl"]
     args = [*flags(toy, 1), "--steps", 6, "--no-eval"]
     go(*args, *data_, "--val-every", 2, "--out", tmp_path / "v")
     rows = [row for row in log(tmp_path / "v") if "val_loss" in row]
     said = capsys.readouterr().out
     assert [row["step"] for row in rows] == [2, 4, 6]
-    best = float("inf")
     for row in rows:
-        assert row["best"] == (row["val_loss"] < best)
-        best = min(best, row["val_loss"])
-        assert f"step {row['step']} | val_loss {row['val_loss']:.4f}{' (the best so far)' * row['best']}\n" in said
+        assert f"step {row['step']} | val_loss {row['val_loss']:.4f}\n" in said
     go(*args, "--data", toy / "toy/pairs.jsonl", "--out", tmp_path / "plain")
     assert same(weights(tmp_path / "v"), weights(tmp_path / "plain"))
     # The plain computation, of all of its rows.
