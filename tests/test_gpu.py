@@ -1,22 +1,40 @@
-"""The script for a GPU's few minutes runs from end to end; only the card is missing."""
+"""The script for a GPU's few minutes runs from end to end, beside the other tests; only the card is missing."""
 import json
+import sys
+import tempfile
+from pathlib import Path
 
 import pytest
-from conftest import REPO, run
+from conftest import REPO, begin, run
+
+FOLDER = tempfile.TemporaryDirectory()
 
 
-@pytest.mark.skipif(__import__("sys").platform != "linux", reason="triton runs on Linux only")
-def test_every_part_runs_dry_and_its_findings_make_a_table(tmp_path):
-    run(REPO / "tests/gpu.py", "--out", tmp_path, "--dry", timeout=1200)
-    rows = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+def start():
+    return begin("gpu", REPO / "tests/gpu.py", "--out", FOLDER.name, "--dry")
+
+
+def begin_early(item):
+    if item.name.startswith("test_every_part"):
+        start()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="triton runs on Linux only")
+def test_every_part_runs_dry_and_its_findings_make_a_table():
+    process, said = start()
+    code = process.wait(timeout=1200)
+    said.seek(0)
+    assert code == 0, said.read()[-3000:]
+    found = Path(FOLDER.name) / "gpu.jsonl"
+    rows = [json.loads(line) for line in found.read_text().splitlines()]
     assert {row["part"] for row in rows} == {"correct", "speed", "tiles", "step", "compile", "run", "answer"}
     assert all(row["ok"] and row["torch"] and row["triton"] for row in rows)
     cases = [row for row in rows if row["part"] == "correct" and "case" in row]
     assert len(cases) == 4 and all(error < 1.5e-3 for row in cases for error in row["errors"].values())
     same = [row for row in rows if "equal to the bit" in row.get("what", "")]
     assert [row["differing"] for row in same] == [0, 0]
-    _, said, _ = run(REPO / "tests/gpu.py", "--table", tmp_path / "gpu.jsonl")
-    assert "4 of 4 cases" in said and "composition of transformers" in said
+    _, table, _ = run(REPO / "tests/gpu.py", "--table", found)
+    assert "4 of 4 cases" in table and "composition of transformers" in table
 
 
 def test_without_a_gpu_one_sentence_and_exit_code_2(tmp_path):

@@ -273,7 +273,7 @@ def test_export_round_trip(videollama2, tmp_path):
     spm = Path(mistral_common.__file__).parent / "data/tokenizer.model.v1"
     cfg = train.parse(["--stage", "0", "--out", str(tmp_path)])             # stage 0 saves the whole model
     objective = train.Objective(model, Tokenizer(spm), train.stages_of(cfg)[0], cfg, 1)
-    save_checkpoint(Run(cfg, 0, 1, torch.device("cpu"), False, total=2), objective, [], 1, {}, 0)
+    save_checkpoint(Run(cfg, 0, 1, torch.device("cpu"), False, steps=2), objective, [], 1, {}, 0)
     model.eval()
     export_hf(tmp_path / "step_000001", tmp_path / "hf")
     ids, pixels = torch.randint(3, 320, (14,)), torch.randn(2, 3, 28, 28)
