@@ -15,6 +15,7 @@ sys.path.insert(0, str(REPO))
 # The study's world (--noise 1), in which the tolerances of the tests were found.
 TINY = ["--corpus", "60", "--ego", "30", "--pairs", "30", "--instruct", "30", "--val", "20", "--test", "20",
         "--exo-test", "20", "--noise", "1"]
+os.environ["CUDA_VISIBLE_DEVICES"] = ""     # what is promised to the bit is promised on a CPU; a GPU has tests/gpu.py
 os.environ["OMP_NUM_THREADS"] = "1"     # bit-equality holds for one number of threads; also for commands we start
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)       # a shell's background job ignores it, and so would what it starts
