@@ -1096,23 +1096,21 @@ def _start_pool_worker():
 
 
 def progress(items, total, what):
-    """Pass items on, with a line that says how many, how fast of late, and how long it will take.
-
-    A terminal's line is written anew twice a second; a file gets a line every tenth of the way.
-    """
-    on_terminal = sys.stdout.isatty()
-    shown, when = 0, time.monotonic()                           # a while ago
+    """Pass items on. Every ten seconds and at the end a line says how many, how fast, and how long it will take."""
+    began = shown = time.monotonic()
     for done, item in enumerate(items, 1):
         yield item
         now = time.monotonic()
-        a_tenth = 10 * done // total > 10 * (done - 1) // total
-        if done == total or (now - when > 0.5 if on_terminal else a_tenth):
-            rate = (done - shown) / max(now - when, 1e-9)
-            line = f"{done}/{total} {what}, {rate:.1f} a second, {(total - done) / rate:.0f} s left"
-            end = "\r" if on_terminal and done < total else "\n"
-            print(f"{line:<60}", end=end, flush=True)
-            if now - when > 0.5:
-                shown, when = done, now
+        if now - shown > 10 or done == total:
+            shown = now
+            rate = done / max(now - began, 1e-9)
+            print(f"{done}/{total} {what}, {rate:.1f} a second, {(total - done) / rate:.0f} s left", flush=True)
+
+
+def spread(rows, count):
+    """At most `count` of the rows, evenly spread."""
+    count = min(count, len(rows))
+    return [rows[i * len(rows) // count] for i in range(count)]
 
 
 # -------------------------------------------------------------------------------------- 5 the micro-world
@@ -1687,9 +1685,8 @@ def command_show(args):
     rows = list(filter(clips_of, read_manifest(args.manifest, args.root, args.allow_outside)))
     if not rows:
         raise DataError(f"{args.manifest} has no row with a video: there is nothing to show")
-    # Rows from the whole manifest, evenly spread.
     items = []
-    for row in rows[::max(1, len(rows) // args.n)][:args.n]:
+    for row in spread(rows, args.n):
         clips = [read_row_clip(clip, num_frames=4, size=96) for clip in clips_of(row)]
         lines = [(row.get("text", ""), (0, 0, 0))]
         for turn in row.get("turns", [])[:2]:

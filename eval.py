@@ -40,7 +40,7 @@ from torch import Tensor
 
 from data import (CLIPS, COLOURS, NARRATE, PATTERNS, VERBS, DataError, Loader, Tokenizer,
                   chats_of, clips_of, contact_sheet, convert, encode_png, file_lock, frame_rate, progress,
-                  read_manifest, read_manifests, read_row_clip, read_text, toy_split, toy_world,
+                  read_manifest, read_manifests, read_row_clip, read_text, spread, toy_split, toy_world,
                   verbalise_wearer, write_jsonl, write_text_atomic, written)
 from model import (IGNORE, VIDEO, Exo2Ego, KVCache, Segments, SharedPrefix, autocast,
                    choose_attention, feature_kl, fingerprint, git_revision, load_checkpoint,
@@ -90,7 +90,7 @@ IN_WORDS = {
     "transfer_x_top1": "own exo clip nearest to x as it is, among scenes",
     "transfer_scene_top1": "own exo clip nearest to F(x), in its scene",
     "transfer_scene_x_top1": "own exo clip nearest to x as it is, in its scene",
-    "mcq_inter": "which clip of five scenes",
+    "mcq_inter": "which clip, the other four from other scenes",
     "mcq_intra": "which of a scene's five moments",
     "qa": "questions exact"}
 
@@ -98,20 +98,16 @@ IN_WORDS = {
 def print_figures(figures):
     """A sentence for each score, with its interval, its number of items and its chance; other figures in one
     line each."""
+    scores = [name for name in figures if f"{name}_lo" in figures]
+    of_scores = {f"{name}_{part}" for name in scores for part in ("chance", "lo", "hi", "n")}
     for name, value in figures.items():
-        # A score that is no number has no interval.
-        if figures.get(f"{name}_lo") is not None:
+        # A score that is no number (None) has no interval.
+        if name in scores and value is not None:
             low, high, chance = (100 * figures[f"{name}_{part}"] for part in ("lo", "hi", "chance"))
             print(f"{IN_WORDS.get(name, name)}: {100 * value:.1f} % [{low:.1f}, {high:.1f}] of "
                   f"{figures[f'{name}_n']:,}, chance {chance:.1f} %")
-        elif f"{name.rpartition('_')[0]}_lo" not in figures:
+        elif name not in of_scores:
             print(f"   {name}: {value:.4g}" if isinstance(value, float) else f"   {name}: {value}")
-
-
-def spread(rows, count):
-    """At most `count` of the rows, evenly spread."""
-    count = min(count, len(rows))
-    return [rows[i * len(rows) // count] for i in range(count)]
 
 
 # -------------------------------------------------------------------------------------------- 2 answering
@@ -246,9 +242,9 @@ def toy_benchmark(model: Exo2Ego, tokenizer: Tokenizer, data: str, stage: int, o
 
     # How good was the model that this stage set out from? Its run has scored it on the same clips. Before stage 2 it saw
     # exo clips, so there the learner was scored above.
-    earlier = Path(init or "") / "eval.json"
-    if stage != 2 and init and earlier.is_file():
-        before = json.loads(read_text(earlier)).get(f"{view}_em", math.nan)
+    if stage != 2 and init and (Path(init) / "eval.json").is_file():
+        earlier = json.loads(read_text(Path(init) / "eval.json"))
+        before = earlier.get(f"{view}_em", math.nan)
         print(f"{view} narrations exact: {100 * before:.1f} % before this stage")
     print_figures(figures)
     pictures = ", ".join(map(str, sorted(out.glob("*.png"))))
@@ -295,7 +291,7 @@ def evaluate_questions(model, tokenizer, rows, visual):
 def choose_clip(model, tokenizer, rows, visual):
     """EgoMCQ's task: which of five clips does this narration describe?
 
-    The five are of five scenes (inter), or the five moments of one scene (intra); all have different
+    The wrong four are from other scenes (inter), or the other moments of its scene (intra); all have different
     narrations. -> figures, the outcome of each item as columns "inter" and "intra".
     """
     # An inter item needs four narrations beside the five of its own scene, or the search never ends.
@@ -321,8 +317,8 @@ def choose_clip(model, tokenizer, rows, visual):
 def wrong_clips(rows, item, kind, rng):
     """The four other candidates of an item, as row numbers."""
     # Five rows in a row are the moments of one scene.
-    first = item // 5 * 5
-    scene = range(first, first + 5)
+    first = item // CLIPS * CLIPS
+    scene = range(first, first + CLIPS)
     if kind == "intra":
         return [clip for clip in scene if clip != item]
     # Clips of other scenes are drawn until four have narrations of their own.
@@ -359,9 +355,8 @@ def exo_features(model, tokenizer, rows):
     parts = []
     for batch in iterate_batches(model, tokenizer, rows, "pair"):
         x = model.patch_features(model.ego_vit, batch.ego)
-        read = model.exo_connector
-        parts.append((model.encode_exo(batch.exo), read(model.F(x)), read(x)))
-    return map(torch.cat, zip(*parts))
+        parts.append((model.encode_exo(batch.exo), model.exo_connector(model.F(x)), model.exo_connector(x)))
+    return [torch.cat(part) for part in zip(*parts)]
 
 
 def kl_true_vs_shuffled(model, tokenizer, rows):
@@ -376,7 +371,7 @@ def kl_true_vs_shuffled(model, tokenizer, rows):
 
 
 def transfer(model, tokenizer, rows, picture):
-    """Does F(x) call up the exo view of its moment? The distance is the loss's, feature_kl.
+    """Does F(x) call up the exo view of its moment? The distance is the loss's by default: KL between connector tokens.
 
     Of 200 scenes the first moments are compared with one another, and then the five moments of each scene. -> the share
     of moments whose own exo clip is the nearest, and the median rank of it; the same for x as it is, without F.
@@ -441,9 +436,9 @@ def show_transfer(path, rows, orders):
 
 
 def typical(items, right, count=8):
-    """An evenly spread sample: the first whose share of right ones is nearest to that of all items."""
+    """Every n-th item, starting where the share of right ones is nearest to that of all items."""
     step = max(1, len(items) // count)
-    apart = [abs(np.mean(right[first::step][:count]) - np.mean(right)) for first in range(step)]
+    apart = [abs(np.mean(right[start::step][:count]) - np.mean(right)) for start in range(step)]
     return items[int(np.argmin(apart))::step][:count]
 
 
@@ -463,9 +458,10 @@ def show_samples(path, rows, predictions):
 @torch.no_grad()
 def show_own_samples(model, tokenizer, rows, stage, out):
     """Five clips of one's own data: what the model says of them beside what the row says. Stage 1 sees exo."""
-    rows = spread([row for row in rows if chats_of(row, "mix")], 5)
+    view = "exo" if stage == 1 else "ego"
+    rows = spread([row for row in rows if row.get(view) and chats_of(row, "mix")], 5)
     if not rows:
-        print("no row has a text to show a sample beside")
+        print(f"no row has an {view} clip and a text: there is no sample to show")
         return
     clips = [row["exo"][0] if stage == 1 else row["ego"] for row in rows]
     frames = [read_row_clip(clip, model.cfg.frames, model.cfg.image_size) for clip in clips]
@@ -517,7 +513,7 @@ class VideoContext:
         if visual is not None:
             self.video_tokens = visual.shape[1]
             self.pooled = visual[0].float().mean(0)                         # (W,)
-        # What a later turn must read first: see `stream`.
+        # The last token of an answer that was cut short; a later turn reads it first, see `stream`.
         self.unread = []
 
         # The prefix ends with the last visual token. Without a video it is <s> alone.
@@ -568,7 +564,7 @@ class VideoContext:
             losses = F.cross_entropy(logits, targets[where], reduction="none")
 
             # An answer has as many losses as it has labels.
-            counts = [sum(label != IGNORE for label in labels) for _, labels in chats]
+            counts = [sum(label != IGNORE for label in own_labels) for _, own_labels in chats]
             for own in losses.double().cpu().split(counts):
                 scores.append([float(own.sum()), float(mean_of_nonzero(own))])
         return -np.array(scores)
@@ -590,7 +586,8 @@ class VideoContext:
         ids, _ = self.prompt(question)
         eos = self.tokenizer.eos
         if self.cache.lens[0] > self.start:
-            # A later turn stands after the </s> of the answer before, which no decoding step has read.
+            # A token is read when the next one is asked for. So the cache lacks the end of the answer before: its </s>,
+            # and where the answer was cut short its last token.
             turn = self.tokenizer.encode(f"[INST] {question} [/INST]")
             ids = [*self.unread, eos, *turn]
         tokens, emitted = [], ""
@@ -602,7 +599,6 @@ class VideoContext:
             if not text.endswith("\ufffd"):
                 yield text[len(emitted):]
                 emitted = text
-        # The decoder has not read the last token of an answer that was cut short.
         self.unread = []
         if len(tokens) == max_new:
             self.unread = tokens[-1:]
@@ -663,11 +659,11 @@ def parse(argv):
     add("--data", help="a micro-world's folder or a manifest (those of the training), or the benchmarks' folder")
     add("--video", help="ask about this file")
     add("--ask", help="the question; without it, a chat")
-    add("--start", type=float, help="seconds")
-    add("--end", type=float, help="seconds")
+    add("--start", type=float, help="seconds, of --video")
+    add("--end", type=float, help="seconds, of --video")
     add("--bench", choices=[*BENCHES, "all"], help="DATA/<name>/ has the official files")
     add("--videos", help="where the benchmark's videos are (DATA/<name>/, or videos/ in it)")
-    add("--out", default="results", help="where predictions and scores go")
+    add("--out", default="results", help="where predictions and scores of --bench go (the toy's go to --ckpt)")
     add("--answer", choices=("likelihood", "letter", "generate"), default="likelihood",
         help="how options are chosen; open questions are always generated")
     add("--length", choices=("mean", "sum"), default="mean", help="of token log-likelihoods")
@@ -676,12 +672,18 @@ def parse(argv):
     add("--allow-outside", action="store_true", help="video paths may leave their folder")
     add("--report", action="store_true", help="OUT/report.html from what is in OUT")
     args = parser.parse_args(argv)
-    if args.ask and not args.video:
-        parser.error("--ask needs --video FILE")
+    # No flag is passed over in silence.
+    needs = dict.fromkeys(("ask", "start", "end"), "video") | {"bench": "data"}
+    needs |= dict.fromkeys(("videos", "answer", "length", "blind", "limit"), "bench")
+    for flag, other in needs.items():
+        if getattr(args, flag) != parser.get_default(flag) and not getattr(args, other):
+            parser.error(f"--{flag} needs --{other}")
+    if args.video and args.bench:
+        parser.error("--video asks about one file, --bench scores a benchmark: give one of them")
     if args.ask is not None and not args.ask.strip():
         parser.error("--ask needs a question; without --ask there is a chat")
-    if args.bench and not args.data:
-        parser.error("--bench needs --data DIR")
+    if args.limit is not None and args.limit < 1:
+        parser.error(f"--limit {args.limit}: 1 or more is needed")
     return args
 
 
@@ -722,27 +724,28 @@ def use_checkpoint(args):
             clip = {"video": args.video, "start": args.start, "end": args.end}
             chat(model, ckpt.tokenizer, clip, args.ask)
         else:
-            score_toy(ckpt, args)
+            score_toy(ckpt, args, run)
 
 
-def score_toy(ckpt, args):
+def score_toy(ckpt, args, out):
     """The toy benchmark of a checkpoint, on the micro-world in --data or the one it was trained on; of the rows of a
-    manifest, five are shown beside the truth."""
-    state, run = ckpt.state, ckpt.folder.parent
+    manifest, five are shown beside the truth. What it finds lies in the folder that --ckpt names: of a run, or of one
+    of its steps."""
+    state = ckpt.state
     print(f"{ckpt.folder}: stage {state['stage']}, step {state['step']} of {state['steps']}")
     config = state.get("config", {})                # published weights have none
     data = [args.data] if args.data else config.get("data", ["out/toy"])
     if data[0].endswith(".jsonl"):
         root = None if args.data else config["root"]
         rows = read_manifests(data, root, args.allow_outside or config.get("allow_outside", False))
-        show_own_samples(ckpt.model, ckpt.tokenizer, rows, state["stage"], run)
+        show_own_samples(ckpt.model, ckpt.tokenizer, rows, state["stage"], out)
         return
     # The run that this one started from may have moved, or been trained again.
     init = config.get("init")
     source = init and newest_checkpoint(init)
     if not source or fingerprint(source) != state["init"]:
         init = None
-    toy_benchmark(ckpt.model, ckpt.tokenizer, data[0], state["stage"], run, init, args.base)
+    toy_benchmark(ckpt.model, ckpt.tokenizer, data[0], state["stage"], out, init, args.base)
 
 
 def run_benches(ckpt, args):

@@ -133,9 +133,13 @@ PRESETS = {
 
 
 def pick_device() -> torch.device:
-    """This process's GPU, else Apple's, else the CPU."""
+    """This process's GPU, else Apple's, else the CPU. ValueError: there are more processes than GPUs."""
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        number = int(os.environ.get("LOCAL_RANK", 0))
+        if number >= torch.cuda.device_count():
+            raise ValueError(f"process {number + 1} of this machine finds {torch.cuda.device_count()} GPUs, and each needs "
+                             f"one of its own: a smaller --nproc_per_node")
+        return torch.device("cuda", number)
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 

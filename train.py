@@ -60,7 +60,7 @@ from model import (BLOCKS, PRESETS, Exo2Ego, choose_attention, feature_kl, finge
 class Stage:
     """What trains, on what, towards what."""
     name: str
-    trains: dict[str, float]            # part -> peak learning rate; all else is frozen ("loss": what a loss alone needs)
+    trains: dict[str, float]            # part -> peak learning rate, all else is frozen; "loss": a loss's own parameters
     split: str                          # of the micro-world; --data replaces it
     view: str                           # what a sample shows: text | exo | ego | pair
     losses: dict[str, float]            # weight of each term
@@ -146,9 +146,9 @@ class TrainConfig:
     base: str | None = None                         # untouched weights, a folder (stage0 beside --out)
     vision: str | None = None                       # a CLIP directory, where --base has no vision tower
     tokenizer: str | None = None                    # a tokenizer.model (the one beside the weights)
-    init: str | None = None                         # checkpoint to start from (stage{N-1} beside --out)
+    init: str | None = None                         # checkpoint to start from (stage 1: --base; stage{N-1} beside --out)
     out: str | None = None                          # run folder (out/stage{N})
-    steps: int | None = None                        # optimiser steps
+    steps: int | None = None                        # optimiser steps; in stage 0 of each of its four rows
     epochs: int | None = None                       # instead of steps
     batch: int | None = None                        # samples a step over all ranks
     micro_batch: int | None = None                  # samples a forward of one rank (batch / ranks)
@@ -170,9 +170,9 @@ class TrainConfig:
     overfit: bool = False                           # train on the first batch only
     no_eval: bool = False                           # skip the benchmark at the end
     no_kl: bool = False                             # the paper's ablation: no KL(exo || F(ego))
-    no_cycle: bool = False                          # the paper's ablation: no cycle consistency; G stays as it is
+    no_cycle: bool = False                          # the paper's ablation: no cycle consistency; G is not trained
     forward_cycle_only: bool = False                # the paper's ablation: |G(F(x)) - x| alone
-    no_mapping: bool = False                        # the paper's ablation: x alone, neither F nor G
+    no_mapping: bool = False                        # the paper's ablation: the LLM reads x alone, neither F nor G
     mapping: Literal["resnet", "mlp"] = "resnet"    # of which blocks F and G are; mlp is an ablation
     no_lora: bool = False                           # the paper's ablation: stage 3 without LoRA
     contrastive: float | None = None                # weight of InfoNCE between F(x) and y (0)
@@ -188,8 +188,8 @@ class TrainConfig:
         return None if self.data[0].endswith(".jsonl") else self.data[0]
 
 
-# Flags that may differ when a run resumes: they do not change what it computes. But nothing checks that micro_batch stays
-# where the negatives of a loss are the micro batch (--contrastive, stage 0's clip), and more steps stretch the schedule.
+# Flags that may differ when a run resumes. Most do not change what it computes. Two can: more steps stretch the schedule,
+# and where the negatives of a loss are the micro batch (--contrastive, stage 0's clip), another micro_batch has others.
 # base and init are known by their hashes.
 MAY_CHANGE = {"out", "save_every", "keep", "val_data", "val_every", "workers", "timeout", "micro_batch", "no_eval", "max_bad",
               "fsdp", "checkpoint_activations", "base", "init", "steps"}
@@ -207,10 +207,19 @@ def parse(argv: list[str] | None = None) -> TrainConfig:
     cfg = TrainConfig(**vars(parser.parse_args(argv)))
     for name, value in vars(cfg).items():
         flag = "--" + name.replace("_", "-")
-        if type(value) in (int, float) and name not in MAY_BE_ZERO and not value > 0:
-            parser.error(f"{flag} {value}: a number above 0 is needed")
+        if type(value) in (int, float):
+            may_be_zero = name in MAY_BE_ZERO
+            if not 0 <= value < math.inf or value == 0 and not may_be_zero:
+                parser.error(f"{flag} {value}: a number {'of 0 or more' if may_be_zero else 'above 0'} is needed")
         if name in STAGE_2_ONLY and cfg.stage != 2 and value != getattr(TrainConfig, name):
             parser.error(f"{flag} is of stage 2, whose F and G stage 3 goes on with")
+    if cfg.no_lora and cfg.stage != 3:
+        parser.error("--no-lora is of stage 3: no other stage trains a LoRA")
+    if cfg.stage == 0 and cfg.toy_folder is None:
+        parser.error("stage 0 is the micro-world's own: your own data starts at stage 1, from its weights or from --base")
+    validates = cfg.val_every or cfg.val_data
+    if validates and (cfg.stage == 0 or not (cfg.val_data or cfg.toy_folder)):
+        parser.error("a validation loss needs stage 1, 2 or 3, and --val-data x.jsonl or the micro-world")
     if cfg.steps and cfg.epochs:
         parser.error("--steps and --epochs both say how long: give one of them")
     if cfg.no_mapping and cfg.contrastive:
@@ -223,17 +232,19 @@ def parse(argv: list[str] | None = None) -> TrainConfig:
         if not is_manifest and (len(cfg.data) > 1 or Path(path).is_file()):
             parser.error(f"--data {path}: a manifest is a file that ends in .jsonl, a micro-world one folder")
 
-    # What is not given lies beside --out.
+    # What is not given lies beside --out. Stage 1 starts from the base, every later stage from the one before it.
     out = Path(cfg.out or f"out/stage{cfg.stage}")
-    stage_0 = out.parent / "stage0"
-    earlier = out.parent / f"stage{max(cfg.stage - 1, 0)}"
-    optimizer = "adamw" if cfg.preset == "7b" else "muon"
+    base = cfg.base or str(out.parent / "stage0")
+    init = cfg.init or (base if cfg.stage < 2 else str(out.parent / f"stage{cfg.stage - 1}"))
+    optimizer = cfg.optimizer or ("adamw" if cfg.preset == "7b" else "muon")
+    if cfg.fsdp and (optimizer == "muon" or cfg.stage == 0):
+        parser.error("--fsdp needs --optimizer adamw (Muon wants whole matrices) and stage 1, 2 or 3")
     return replace(
         cfg,
         out=str(out),
-        base=cfg.base or str(stage_0),
-        init=cfg.init or str(earlier),
-        optimizer=cfg.optimizer or optimizer)
+        base=base,
+        init=init,
+        optimizer=optimizer)
 
 
 def stages_of(cfg) -> tuple[Stage, ...]:
@@ -363,15 +374,16 @@ class Objective(nn.Module):
         # The clip that each text tells of.
         shown = visual[batch.text_of.to(visual.device)]
         logits, targets = self.model.text_logits(shown, batch.ids, batch.labels, batch.lens)
-        # A narration of two exo views counts twice. Weights and targets are those of the supervised tokens, in order; a
-        # stand-in text has a target and no weight, and their product is empty.
+        losses = F.cross_entropy(logits.float(), targets, reduction="none")
+        # The weight of each supervised token, in order: a narration of two exo views counts twice. (The first token of a
+        # batch is nobody's target.) A stand-in text has one loss and no weight; its product is empty, so it adds nothing.
         weights = batch.weights[1:]
         weights = weights[weights > 0].to(logits.device)
-        losses = F.cross_entropy(logits.float(), targets, reduction="none")
         return losses * weights
 
     def kl(self, y: Tensor, fx: Tensor, estimate: Tensor) -> Tensor:
-        """KL(exo || F(ego)) of each pair (X,): of tokens that the decoder reads (`estimate` is con_exo(F(x))), or of patches."""
+        """KL(exo || F(ego)) of each pair (X,), between the connector's tokens, which the decoder reads (`estimate` is
+        con_exo(F(x))), or with --kl-space vit between the patches."""
         if self.cfg.kl_space == "connector":
             with torch.no_grad():
                 target = self.model.exo_connector(y)                        # (X, 1521, 4096)
@@ -416,7 +428,7 @@ class Objective(nn.Module):
             indices = range(i, min(i + loader.micro, samples))
             frames = loader.micro_batch(indices).exo.to(std.device)
             y = self.model.patch_features(self.model.exo_vit, frames)
-            y = y.flatten(0, 1).cpu().double()                              # (m T, h, w, D)
+            y = y.flatten(0, 1).cpu().double()                              # (samples * T, h, w, D)
             n += len(y)
             total = total + y.sum(0)
             squares = squares + y.square().sum(0)
@@ -426,8 +438,8 @@ class Objective(nn.Module):
     # ------------------------------------------------------------------------------------------ 4 stage 0's stand-ins
     def language(self, batch):
         """Instead of a download: the decoder learns to read scattered, noisy words that stand before a text."""
-        words = [self.tokenizer.encode(text) for text in batch.texts]
-        mixture = scatter_words(words, self.model.cfg.visual_tokens, self.model.cfg.vocab)
+        ids = [self.tokenizer.encode(text) for text in batch.texts]
+        mixture = scatter_words(ids, self.model.cfg.visual_tokens, self.model.cfg.vocab)
         embedding = self.model.decoder.embedding.weight
         visual = mixture.to(embedding.device) @ embedding                   # (B, slots, W)
         return {"vtg": self.vtg(visual + 0.1 * torch.randn_like(visual), batch)}
@@ -438,12 +450,11 @@ class Objective(nn.Module):
         features = self.model.patch_features(self.model.exo_vit, batch.exo[:, ::2])         # (B, T/2, h, w, D)
         image = self.loss.image(rearrange(features, "b t h w d -> (b t) (h w) d").amax(1))
 
-        # Narrations as bags of words.
-        words = [self.tokenizer.encode(text) for text in batch.texts]
-        lengths = [0] + [len(word_ids) for word_ids in words[:-1]]
-        starts = torch.tensor(lengths, device=image.device).cumsum(0)
-        flat = torch.tensor(sum(words, []), device=image.device)
-        text = self.loss.words(flat, starts)
+        # Narrations as bags of words: all ids in a row, and where each narration starts.
+        ids = [self.tokenizer.encode(text) for text in batch.texts]
+        lengths = torch.tensor([0] + [len(own) for own in ids], device=image.device)
+        starts = lengths.cumsum(0)[:-1]
+        text = self.loss.words(torch.tensor(sum(ids, []), device=image.device), starts)
 
         image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
         logits = self.loss.log_scale.exp() * image @ text.T                                 # (B*T/2, B)
@@ -461,20 +472,20 @@ class Objective(nn.Module):
 
 
 def scatter_words(texts, slots, vocab) -> Tensor:
-    """The weight of each word in each place of a video's tokens (B, slots, vocab): the words of a text, each spread over
-    few or many places, among fainter words of another text. The toy decoder learns to read this."""
+    """The weight of each word in each place of a video's tokens (B, slots, vocab): the words of a text (their ids), each
+    spread over few or many places, among fainter words of another text. The toy decoder learns to read this."""
     mixture = torch.zeros(len(texts), slots, vocab)
-    for row, own, other in zip(mixture, texts, texts[-1:] + texts):
+    others = texts[-1:] + texts[:-1]                            # the text before it in the batch
+    for row, own, other in zip(mixture, texts, others):
         strong = torch.empty(len(own)).uniform_(0.7, 1.3)
         faint = torch.empty(len(other)).uniform_(0, 0.5)
         weight = torch.cat([strong, faint])
         # A small focus puts a word into one place, a large one into all of them.
         focus = 10 ** torch.empty(len(weight), 1).uniform_(-1.5, 1)
         spread = torch._standard_gamma(focus.expand(-1, slots)) + 1e-6                      # (words, slots)
-        share = spread.sum(1, keepdim=True)
-        spread = 0.35 * slots * weight[:, None] * spread / share
-        words = torch.tensor(own + other)
-        row.index_add_(1, words, spread.T.contiguous())
+        total = spread.sum(1, keepdim=True)
+        spread = 0.35 * slots * weight[:, None] * spread / total
+        row.index_add_(1, torch.tensor(own + other), spread.T.contiguous())
     return mixture
 
 
@@ -487,7 +498,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 state = self.state[p]
-                momentum = state.setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 0.05)
+                if "momentum" not in state:
+                    state["momentum"] = torch.zeros_like(p)
+                momentum = state["momentum"].lerp_(p.grad, 0.05)
                 # Nesterov: the gradient, moved towards the momentum.
                 ahead = p.grad.lerp(momentum, 0.95)
                 update = orthogonal(ahead.flatten(1)).view_as(p)
@@ -503,8 +516,9 @@ def orthogonal(m: Tensor) -> Tensor:
         # A = x x^T
         # B = -4.7750 A + 2.0315 A A
         # x = 3.4445 x + B x
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+        a = x @ x.T
+        b = torch.addmm(a, a, a, beta=-4.7750, alpha=2.0315)
+        x = torch.addmm(x, b, x, beta=3.4445)
     return x.T if m.shape[0] > m.shape[1] else x
 
 
@@ -577,34 +591,19 @@ def initial_model(run):
         model = Exo2Ego(PRESETS[cfg.preset])
         return model, Tokenizer(toy_tokenizer(cfg.toy_folder, toy_world(cfg.toy_folder)))
 
-    # `source` is the checkpoint that this stage goes on from; `added` are the parts that it adds. `base` has the weights
-    # that no stage trains: published ones, or stage 0's.
-    base = base_folder(cfg)
-    published = base is not None and (base / "config.json").is_file()
-    if cfg.stage == 1:
-        source, state = init_checkpoint(base if published else cfg.init, 0)
-        added = {}
-    elif cfg.stage == 2:
-        source, state = init_checkpoint(cfg.init, 1)
-        added = {} if cfg.no_mapping else {"mapping": cfg.mapping}
-    else:
-        # Instruction tuning may go on from instruction tuning, with other data.
-        source, state = init_checkpoint(cfg.init, 2, 3)
-        added = {} if cfg.no_lora else {"lora": True}
-    # What builds on nothing is itself the base of what comes after it.
-    if state["base"] is None:
-        base = source
+    source, base, added = starting_point(cfg)
     model, state = load_checkpoint(source, base, cfg.vision, **added)
     tokenizer = Tokenizer(cfg.tokenizer or source)
-
     vocab = model.cfg.vocab
     if tokenizer.size > vocab:
         raise DataError(f"{tokenizer.path}: {tokenizer.size} pieces, the decoder {vocab}: pass its --tokenizer")
+    published = (base / "config.json").is_file()
     sizes = replace(model.cfg, mapping="none", lora=False)
     if not published and sizes != PRESETS[cfg.preset]:
         raise DataError(f"{source} has other sizes than --preset {cfg.preset}: pass its own preset")
 
-    # What the checkpoints of this run record of where it began. Of a run they record its folder: the newest step counts.
+    # What the checkpoints of this run record of where it began. They record the folder of the base's run, not its step:
+    # whoever loads them takes the newest.
     recorded_base = base if published else base.parent
     run.provenance |= dict(
         init=fingerprint(source),
@@ -621,15 +620,42 @@ def initial_model(run):
     return model, tokenizer
 
 
+def starting_point(cfg):
+    """-> the checkpoint that a stage goes on from, the one with the weights that no stage trains (published ones, or stage
+    0's), and the parts that the stage adds."""
+    base = base_folder(cfg)
+    if cfg.stage == 1:
+        source, state = init_checkpoint(cfg.init, 0)
+        added = {}
+    elif cfg.stage == 2:
+        source, state = init_checkpoint(cfg.init, 1)
+        added = {} if cfg.no_mapping else {"mapping": cfg.mapping}
+    else:
+        # Instruction tuning may go on from instruction tuning, with other data.
+        source, state = init_checkpoint(cfg.init, 2, 3)
+        added = {} if cfg.no_lora else {"lora": True}
+    # A checkpoint that builds on no other holds all weights: it is the base.
+    if state["base"] is None:
+        base = source
+    return source, base, added
+
+
 def base_folder(cfg):
-    """The checkpoint with the untouched weights: --base, or the one that --init recorded."""
+    """The checkpoint with the untouched weights: --base if it is given, else the one that --init recorded, else stage0
+    beside --out. None if it is not there; stage 0 has none."""
+    if cfg.stage == 0:
+        return None
     base = newest_checkpoint(cfg.base)
-    if base is None and Path(cfg.base) != Path(cfg.out).parent / "stage0":
-        raise DataError(f"--base {cfg.base}: there are no weights")
+    if Path(cfg.base) != Path(cfg.out).parent / "stage0":
+        if base is None:
+            raise DataError(f"--base {cfg.base}: there are no weights")
+        return base
     init = newest_checkpoint(cfg.init)
-    if base is None and init is not None:
-        base = newest_checkpoint(init.parent / (read_state(init)["base"] or ""))
-    return base
+    if init is None:
+        return base
+    # A checkpoint that builds on no other is itself the base.
+    recorded = read_state(init)["base"]
+    return (newest_checkpoint(init.parent / recorded) if recorded else init) or base
 
 
 def init_checkpoint(init, *stages: int):
@@ -677,8 +703,8 @@ def make_loader(run, stage, model, tokenizer, validation=False) -> Loader:
     manifests = cfg.data
     batch = stage.batch
     micro = cfg.micro_batch
-    if validation and (cfg.stage == 0 or not (cfg.val_data or cfg.toy_folder)):
-        raise DataError("a validation loss needs stage 1, 2 or 3, and --val-data x.jsonl or the micro-world")
+    if (micro or batch // run.world) == 1 and stage.losses.keys() & {"clip", "contrastive"}:
+        raise DataError("InfoNCE compares the samples of a micro batch with one another: --micro-batch 2 or more")
     if validation and cfg.val_data:
         manifests = [cfg.val_data]
     elif cfg.toy_folder:
@@ -686,7 +712,9 @@ def make_loader(run, stage, model, tokenizer, validation=False) -> Loader:
     rows = read_manifests(manifests, cfg.root, cfg.allow_outside)
     if validation:
         # A small set is a batch, too: every rank has a share of each.
-        micro = min(micro or batch // run.world, max(1, len(rows) // run.world))
+        if len(rows) < run.world:
+            raise DataError(f"{manifests[0]} has {len(rows)} rows, fewer than the {run.world} ranks that share them")
+        micro = min(micro or batch // run.world, len(rows) // run.world)
         batch = micro * run.world
     elif cfg.shuffle_pairs and stage.view == "pair":
         rows = shuffle_pairs(rows, cfg.seed)
@@ -719,6 +747,8 @@ def hash_with_skip_lists(manifests) -> str:
 
 def shuffle_pairs(rows, seed) -> list[dict]:
     """The control: every ego clip gets the exo clips of another row (a cyclic shift in random order)."""
+    if not all("exo" in row for row in rows):
+        return rows                                             # the loader names the row that lacks them
     order = np.random.default_rng(seed).permutation(len(rows))
     partner = dict(zip(order, np.roll(order, 1)))
     return [row | {"exo": rows[partner[i]]["exo"]} for i, row in enumerate(rows)]
@@ -726,7 +756,7 @@ def shuffle_pairs(rows, seed) -> list[dict]:
 
 # ---------------------------------------------------------------------------------------------------- 7 ranks, wrapping
 def start_process():
-    """Rank and world size, as torchrun tells. The process takes its share of the cores, and its GPU."""
+    """Rank and world size, as torchrun tells. The process takes its share of the cores."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
     rank = int(os.environ.get("RANK", 0))
@@ -734,8 +764,6 @@ def start_process():
     if "OMP_NUM_THREADS" not in os.environ:
         neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(max(1, os.cpu_count() // neighbours))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(pick_device())
     return rank, world
 
 
@@ -827,8 +855,6 @@ def wrap(run, objective) -> nn.Module:
         elif not cfg.compile:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=keep_products)
 
-    if cfg.fsdp and (cfg.optimizer == "muon" or cfg.stage == 0):
-        raise DataError("--fsdp needs --optimizer adamw (Muon wants whole matrices) and stage 1, 2 or 3")
     if cfg.fsdp:
         for module in [*blocks, objective]:
             fully_shard(module)
@@ -871,7 +897,7 @@ def save_checkpoint(run, objective, optimizers, step, trained, skipped):
     It is written under a temporary name, synced, and renamed: a killed save never looks finished.
     """
     cfg = run.cfg
-    # The random state of every rank; the list is also where they are received.
+    # The random state of every rank.
     own = random_state(run.device).to(run.device)
     rng = [own.clone() for _ in range(run.world)]
     if run.world > 1:
@@ -893,13 +919,13 @@ def save_checkpoint(run, objective, optimizers, step, trained, skipped):
 
     # The files under a temporary name.
     folder = Path(cfg.out) / f"step_{step:06d}"
-    part = folder.with_name(f"part_{folder.name}")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    save_file(tensors, part / "model.safetensors")
-    save_file(resume, part / "optim.safetensors")
-    shutil.copyfile(objective.tokenizer.path, part / "tokenizer.model")
-    state = run.provenance | signature(part) | dict(
+    unfinished = folder.with_name(f"part_{folder.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    save_file(tensors, unfinished / "model.safetensors")
+    save_file(resume, unfinished / "optim.safetensors")
+    shutil.copyfile(objective.tokenizer.path, unfinished / "tokenizer.model")
+    state = run.provenance | signature(unfinished) | dict(
         stage=cfg.stage,
         step=step,
         steps=run.steps,
@@ -907,14 +933,14 @@ def save_checkpoint(run, objective, optimizers, step, trained, skipped):
         config=asdict(cfg),
         recipe=recipe_of(cfg),
         skipped=skipped)
-    (part / "state.json").write_text(json.dumps(state, indent=1))
+    (unfinished / "state.json").write_text(json.dumps(state, indent=1))
 
     # On disk, before the folder takes its name.
-    for file in part.iterdir():
+    for file in unfinished.iterdir():
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())
     shutil.rmtree(folder, ignore_errors=True)
-    os.rename(part, folder)
+    os.rename(unfinished, folder)
     for old in sorted(folder.parent.glob("step_[0-9]*"))[:-cfg.keep]:
         shutil.rmtree(old)
 
@@ -1098,7 +1124,7 @@ class Log:
         self.write(row, text)
 
 
-# TFLOP/s of cards in bfloat16, as their makers give them for dense matrices.
+# TFLOP/s of cards in bfloat16, as their makers give them for dense matrices. The first name that is in a card's counts.
 PEAK_TFLOPS = {"A100": 312, "H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 2250}
 
 
@@ -1106,7 +1132,7 @@ def count_flops(objective, batch) -> float:
     """FLOPs a sample of the matrix products of a step, forward and backward (what --checkpoint-activations computes again
     does not count). A twin on the meta device, which has shapes and no numbers, takes the micro batch."""
     from torch.utils.flop_counter import FlopCounterMode        # here, because it registers an exit hook
-    # Copying replaces every tensor by one without numbers.
+    # deepcopy's memo: for what it finds here it takes the value instead of a copy.
     twins = {id(objective.tokenizer): objective.tokenizer}
     for p in objective.parameters():
         twins[id(p)] = nn.Parameter(torch.empty(p.shape, device="meta"), p.requires_grad)
@@ -1117,7 +1143,7 @@ def count_flops(objective, batch) -> float:
         module.__dict__.pop("forward", None)                    # set by an earlier row of stage 0
     ego, exo = (clips if clips is None else clips.to("meta") for clips in (batch.ego, batch.exo))
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: convolution_backward_flops})
-    # The counter knows products, not the fused kernels of attention: torch's formula, then.
+    # The counter knows products, not the fused kernels of attention: torch's formula, then, which the variable asks for.
     plain = mock.patch.dict(os.environ, EXO2EGO_ATTENTION="sdpa")
     with torch.random.fork_rng(devices=[]), plain, sdpa_kernel(SDPBackend.MATH), counter:
         twin(replace(batch, ego=ego, exo=exo), 1, 1)["loss"].backward()
@@ -1125,7 +1151,8 @@ def count_flops(objective, batch) -> float:
 
 
 def convolution_backward_flops(grad, x, weight, bias, stride, padding, dilation, transposed, outside, groups, wanted, **_):
-    """Each gradient costs what the forward did. torch's own count forgets that groups do not mix."""
+    """Each of the `wanted` gradients costs what the forward did. torch's own count forgets that groups do not mix. The
+    tensors are given as their shapes."""
     positions = x[0] * math.prod((x if transposed else grad)[2:])
     return 2 * positions * math.prod(weight) * sum(wanted[:2])
 
@@ -1177,7 +1204,7 @@ def validate(run, objective, loader, step, log):
         for batch in loader.batch(i):
             batch = batch.to(run.device)
             with run.autocast():
-                # A loss comes times world / tokens. As many tokens as ranks make that 1: the plain sum comes back.
+                # A loss is a sum times world / count. With `world` as the count it is the plain sum.
                 vtg = objective(batch, supervised=run.world, samples=run.world)["vtg"]
             sums += torch.stack([vtg, batch.weights.sum()])
     objective.train()
@@ -1248,7 +1275,7 @@ def run_stage(run, model, tokenizer, stage, loader, before, steps, folder, log):
         norm = nn.utils.clip_grad_norm_(trained.values(), 1.0)
         norm = float(gather_full_tensor(norm))
         run_step = before + step + 1
-        refuse_nan(losses["loss"], norm, run_step, micro_batches)
+        refuse_nan(losses, norm, run_step, micro_batches)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -1271,8 +1298,10 @@ def run_stage(run, model, tokenizer, stage, loader, before, steps, folder, log):
 
 def prepare_objective(run, model, tokenizer, stage, loader, before, folder):
     """-> the objective on its device, what trains, and how many steps of the stage are done."""
+    # Each rank draws noise and dropout of its own. Parameters that a loss brings are rank 0's: DDP copies them.
     torch.manual_seed(hash((run.cfg.seed, before, run.rank)) % 2 ** 31)
     objective = Objective(model, tokenizer, stage, run.cfg, run.world).to(run.device)
+    # A checkpoint may also stand where the stage before it ended: then none of this one's steps are done.
     done = 0
     if folder:
         done = max(0, read_state(folder)["step"] - before)
@@ -1296,11 +1325,12 @@ def prepare_training(run, objective, trained):
     return wrapped, trained, make_optimizers(trained, rates, run.cfg.optimizer)
 
 
-def refuse_nan(loss, norm, step, micro_batches):
-    """End the run before an update spoils the weights; the samples of the step may show why."""
-    if not math.isfinite(loss + norm):
+def refuse_nan(losses, norm, step, micro_batches):
+    """End the run before an update spoils the weights; the terms, and this rank's samples of the step, may show why."""
+    if not math.isfinite(losses["loss"] + norm):
+        terms = ", ".join(f"{name} {value:g}" for name, value in losses.items())
         names = [batch.names for batch in micro_batches]
-        raise DataError(f"step {step}: loss {loss}, norm {norm} in {names}")
+        raise DataError(f"step {step}: {terms}, gradient norm {norm:g} in {names}")
 
 
 # ------------------------------------------------------------------------------------------------------------- 11 main
@@ -1322,27 +1352,27 @@ def train(cfg, rank=0, world=1):
     # Where an earlier call of this command has come.
     folder = resume_checkpoint(run)
     state = read_state(folder) if folder else dict(step=0, skipped=0)
-    steps_taken = state["step"]
-    if steps_taken == run.steps:
+    resumed_at = state["step"]
+    was_finished = resumed_at == run.steps
+    if was_finished:
         print(f"{folder} is finished: nothing to train")
     log_file = Path(cfg.out) / "log.jsonl"
-    log = Log(log_file if rank == 0 else None, steps_taken, state["skipped"])
+    log = Log(log_file if rank == 0 else None, resumed_at, state["skipped"])
 
-    # One stage after another, those that are not finished.
+    # One stage after another, those that are not finished. The first of them goes on from the checkpoint.
     before = 0
     for stage, loader, steps in zip(stages, loaders, stage_steps):
-        if steps_taken < before + steps:
+        if resumed_at < before + steps:
             with stop_gracefully_on_signals(run):
                 run_stage(run, model, tokenizer, stage, loader, before, steps, folder, log)
             folder = None
         before += steps
 
-    finished = steps_taken == run.steps
     shown = "eval.json" if cfg.toy_folder else "samples.png"
-    if rank == 0 and not cfg.no_eval and not (finished and (Path(cfg.out) / shown).is_file()):
-        if cfg.fsdp or finished:
+    if rank == 0 and not cfg.no_eval and not (was_finished and (Path(cfg.out) / shown).is_file()):
+        if cfg.fsdp or was_finished:
             # Read the result: with FSDP this process holds a share of it, and a finished run has trained nothing.
-            model, _ = load_checkpoint(cfg.out, vision=cfg.vision)
+            model, _ = load_checkpoint(cfg.out, base_folder(cfg), cfg.vision)
         show_result(run, model.to(run.device), tokenizer, loaders[-1].rows)
 
 
@@ -1351,8 +1381,7 @@ def show_result(run, model, tokenizer, rows):
     cfg = run.cfg
     with run.autocast():
         if cfg.toy_folder:
-            base = base_folder(cfg) if cfg.stage > 0 else None
-            toy_benchmark(model, tokenizer, cfg.toy_folder, cfg.stage, cfg.out, cfg.init, base)
+            toy_benchmark(model, tokenizer, cfg.toy_folder, cfg.stage, cfg.out, cfg.init, base_folder(cfg))
         else:
             show_own_samples(model, tokenizer, rows, cfg.stage, cfg.out)
 
@@ -1387,13 +1416,14 @@ def explain(error, out, world):
     """The sentence of an error that a user can mend; any other error is raised again."""
     if isinstance(error, KeyboardInterrupt):
         return "stopped: the same command goes on"
-    text = (str(error) or repr(error)).splitlines()[0][:300]
     if isinstance(error, DataError):
         return str(error)
+    text = (str(error) or repr(error)).splitlines()[0][:300]
     if isinstance(error, (OSError, SafetensorError)) and not isinstance(error, FileNotFoundError):
         return f"{getattr(error, 'filename', None) or out} cannot be written or read: {text}"
     if not isinstance(error, RuntimeError):
-        # Perhaps it is a bug, and then its place helps.
+        # Perhaps it is a bug, and then its place helps; but for what a loader's worker had to say, which data.py's
+        # _raise_if_error passes on.
         at = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(at.filename).name}:{at.lineno}"
         return str(error) if at.name == "_raise_if_error" else f"{error} ({place})"
@@ -1411,6 +1441,8 @@ def main(argv=None):
     if cfg.preset != "7b":
         tune_malloc()
     try:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(pick_device())
         make_missing_stage_0(cfg)
         # Rank 0 holds the run folder: a second run into it is refused.
         lock = contextlib.nullcontext()

@@ -147,6 +147,33 @@ def test_a_chat_says_how_to_leave_and_begins_again_when_it_is_full(toy):
     assert code and "--ask needs a question; without --ask there is a chat" in err
 
 
+@pytest.mark.parametrize("args, words", [
+    (["--ask", "What?"], "--ask needs --video"), (["--start", "1"], "--start needs --video"), (["--bench", "egomcq"], "--bench needs --data"),
+    (["--blind"], "--blind needs --bench"), (["--limit", "3"], "--limit needs --bench"), (["--answer", "letter"], "--answer needs --bench"),
+    (["--bench", "egomcq", "--data", ".", "--video", "v.mp4"], "give one of them"),
+    (["--bench", "egomcq", "--data", ".", "--limit", "0"], "--limit 0: 1 or more")])
+def test_no_flag_is_passed_over_in_silence(capsys, args, words):
+    with pytest.raises(SystemExit):
+        evaluation.main(args)
+    assert words in capsys.readouterr().err
+
+
+def test_a_step_has_results_of_its_own(toy, tmp_path):
+    """They do not stand for those of the run that goes on from it."""
+    for name in ("stage0", "stage1"):
+        shutil.copytree(toy / name, tmp_path / name)
+    step = newest_checkpoint(tmp_path / "stage1")
+    (tmp_path / "stage1/eval.json").write_text("{}")
+    _, out, _ = run(REPO / "eval.py", "--ckpt", step, "--data", toy / "toy")
+    assert (tmp_path / "stage1/eval.json").read_text() == "{}" and f"figures: {step}/eval.json" in out
+    assert json.loads((step / "eval.json").read_text())["exo_em_n"] == 20
+
+
+def test_a_figure_beside_a_score_is_printed_too(capsys):
+    evaluation.print_figures(evaluation.proportion("qa", [1, 0], 0.5) | {"qa_seconds": 3.5, "rest": None})
+    assert re.fullmatch(r"questions exact: 50.0 % .* chance 50.0 %\n   qa_seconds: 3.5\n   rest: None\n", capsys.readouterr().out)
+
+
 def test_ego_video_is_not_for_the_demonstrator(toy):
     video = toy / "toy" / "val" / "ego" / "0.mp4"
     _, out, _ = run(REPO / "eval.py", "--ckpt", toy / "stage1", "--video", video, "--ask", "What am I doing?")
@@ -202,7 +229,7 @@ def test_own_samples_do_not_stumble_over_a_text_that_training_never_read(toy, tm
     for row in rows:
         row["text"], row["turns"] = None, []
     evaluation.show_own_samples(model, tokenizer, rows, 2, tmp_path)
-    assert capsys.readouterr().out == "no row has a text to show a sample beside\n"
+    assert capsys.readouterr().out == "no row has an ego clip and a text: there is no sample to show\n"
 
 
 def test_stage_2_tells_what_F_is_good_for(toy):

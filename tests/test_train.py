@@ -553,7 +553,7 @@ def test_a_non_finite_loss_stops_and_names_the_samples(toy, tmp_path):
     (file.parent / "state.json").write_text(json.dumps(state | {"sha256": {}}))         # else the change is seen
     code, _, err = run(REPO / "train.py", "--stage", 1, "--data", toy / "toy", "--init", tmp_path / "stage0", "--base",
                        tmp_path / "stage0", "--out", tmp_path / "n", "--steps", 3, check=False)
-    assert code != 0 and "loss nan" in err and "pairs/" in err
+    assert code != 0 and "vtg nan, loss nan, gradient norm nan" in err and "pairs/" in err
 
 
 REFUSED = [
@@ -571,6 +571,14 @@ REFUSED = [
     (["--stage", "1", "--val-data", "{toy}/no.jsonl"], "no.jsonl is not there"), (["--stage", "3", "--init", "{toy}/stage1"], "finished stage 2 or 3"),
     (["--stage", "1", "--data", "{toy}/toy/world.json"], "a manifest is a file that ends in .jsonl"),
     (["--stage", "1", "--out", "{toy}/stage1", "--seed", "9"], "seed=0"),
+    (["--stage", "2", "--kl-weight", "-5"], "--kl-weight -5.0: a number of 0 or more"), (["--stage", "1", "--max-bad", "nan"], "--max-bad nan: a"),
+    (["--stage", "1", "--lr", "inf"], "--lr inf: a number above 0"), (["--stage", "1", "--no-lora"], "--no-lora is of stage 3"),
+    (["--stage", "0", "--data", "{tmp}/missing.jsonl"], "stage 0 is the micro-world's own"),
+    (["--stage", "0", "--val-every", "2"], "a validation loss needs stage 1"),
+    (["--stage", "1", "--data", "{toy}/toy/pairs.jsonl", "--val-every", "2"], "and --val-data x.jsonl or the micro-world"),
+    (["--stage", "1", "--fsdp"], "--fsdp needs --optimizer adamw"),
+    (["--stage", "2", "--contrastive", "1", "--micro-batch", "1"], "InfoNCE compares the samples of a micro batch"),
+    (["--stage", "2", "--shuffle-pairs", "--data", "{toy}/toy/instruct.jsonl"], 'lacks "exo", which this stage needs'),
     (["--stage", "1", "--data", "{tmp}/missing.jsonl", "--steps", "40"], "--max-bad")]
 
 
@@ -592,6 +600,50 @@ def test_bad_input_gets_one_sentence(toy, tmp_path, args, words):
     code, _, err = run(REPO / "train.py", *base, *args, *steps, *outside, check=False)
     assert code == 2 and words in err and "Traceback" not in err
     assert newest_checkpoint(tmp_path / "out") is None
+
+
+def test_more_processes_than_gpus_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with pytest.raises(SystemExit):
+        train.main(["--stage", "1"])
+    assert "process 3 of this machine finds 2 GPUs" in capsys.readouterr().err
+
+
+def test_validation_rows_must_reach_all_ranks(toy, tmp_path):
+    row = (toy / "toy/val.jsonl").read_text().splitlines()[0]
+    (tmp_path / "one.jsonl").write_text(row + "\n")
+    cfg = train.parse([str(a) for a in [*flags(toy, 1), "--val-data", tmp_path / "one.jsonl"]])
+    run_, (stage,) = train.Run(cfg, 0, 2, torch.device("cpu"), False), train.stages_of(cfg)
+    with pytest.raises(data.DataError, match="one.jsonl has 1 rows, fewer than the 2 ranks"):
+        train.make_loader(run_, stage, None, None, validation=True)
+
+
+def test_the_base_is_the_one_given_then_the_one_recorded_then_stage0(toy, tmp_path):
+    """A run of another folder goes on with the base that it was trained on, whatever out/stage0 holds."""
+    def base(*more):
+        return train.base_folder(train.parse([str(a) for a in ["--stage", 2, "--out", tmp_path / "stage2", *more]]))
+    shutil.copytree(toy / "stage0", tmp_path / "stage0")
+    assert base() == newest_checkpoint(tmp_path / "stage0")
+    recorded = base("--init", toy / "stage1")
+    assert recorded.samefile(newest_checkpoint(toy / "stage0"))
+    shutil.copytree(toy / "stage0", tmp_path / "given")
+    assert base("--init", toy / "stage1", "--base", tmp_path / "given") == newest_checkpoint(tmp_path / "given")
+    # Init is whole: it is the base of stage 1.
+    cfg = train.parse([str(a) for a in ["--stage", 1, "--out", tmp_path / "stage1", "--init", toy / "stage0"]])
+    assert train.base_folder(cfg) == newest_checkpoint(toy / "stage0")
+
+
+def test_a_finished_run_is_scored_though_its_base_has_moved(toy, tmp_path):
+    for name in ("stage0", "stage1"):
+        shutil.copytree(toy / name, tmp_path / "a" / name)
+    shutil.move(tmp_path / "a/stage0", tmp_path / "moved")
+    (tmp_path / "a/stage1/eval.json").unlink()
+    _, out, _ = run(REPO / "train.py", "--stage", 1, "--data", toy / "toy", "--out", tmp_path / "a/stage1", "--steps", 3,
+                    "--base", tmp_path / "moved", "--init", tmp_path / "moved")
+    assert "is finished" in out and (tmp_path / "a/stage1/eval.json").is_file()
 
 
 def test_a_finished_run_says_so_and_a_busy_folder_is_refused(toy):
