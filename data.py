@@ -38,7 +38,7 @@ from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal, get_args, get_type_hints
+from typing import Literal, NamedTuple, get_args, get_type_hints
 
 import av
 import numpy as np
@@ -149,8 +149,8 @@ def _without_bad_clips(rows, skip_list, base):
             row["exo"] = views
         kept.append(row)
     if bad_videos:
-        print(f"{skip_list}: {len(rows) - len(kept)} of {len(rows)} rows are left out, and bad exo views of "
-              f"others; after a change of the files run data.py check again")
+        print(f"{skip_list}: {len(rows) - len(kept)} of {len(rows)} rows are left out, and the bad exo views of "
+              f"others if they have any; after a change of the files run data.py check again")
     return kept
 
 
@@ -286,8 +286,8 @@ IMAGES = {b"\x89PNG": "png_pipe", b"\xff\xd8\xff": "jpeg_pipe"}
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 # A title need not be UTF-8. PyAV 19 reads it as it is; earlier versions have to be told.
 AS_IT_IS = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
-# How a stored picture is to be shown, by EXIF's number: (a, b, c, d) moves pixel (x, y) to the place
-# (a x + c y, b x + d y). Those of 2, 4, 5 and 7 are mirrored.
+# How a stored picture is to be shown, by EXIF's number: (a, b, c, d), in the order of FFmpeg's display matrix, moves
+# pixel (x, y) to the place (a x + c y, b x + d y). Those of 2, 4, 5 and 7 are mirrored.
 UPRIGHT = (1, 0, 0, 1)
 ORIENTATIONS = {
     1: UPRIGHT,
@@ -425,11 +425,11 @@ def _video_stream(container, video):
 
 
 def _seconds(container, stream, video):
-    """Length of the picture: as the header says, else up to the end of its last packet."""
+    """Length of the picture: as the header says, or a tag of the stream, or up to the end of its last packet."""
     if stream.duration:
         return float(stream.duration * stream.time_base)
     begin = float((stream.start_time or 0) * stream.time_base)
-    # Matroska has the moment of the end instead, in a tag of the stream.
+    # Matroska has the moment of the end in a tag.
     tag = re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", ""))
     if tag:
         return 3600 * int(tag[1]) + 60 * int(tag[2]) + float(tag[3]) - begin
@@ -458,21 +458,22 @@ def _frames_at(container, stream, video, moments):
     """The frame on display at each of these ascending moments, and how to turn it."""
     rounding = 1e-4                                             # timestamps are rounded to the time base
     zero = float((stream.start_time or 0) * stream.time_base)
-    gap = 0.1                                                   # seconds between frames, at least this
+    gap = 0.1                                                   # how long a frame stayed of late; 0.1 s at least
     frames, shown, coming = None, None, None
     for moment in moments:
         # Begin at the key frame before the moment: at first, and where that saves half a second of decoding.
-        if frames is None or coming and _saves_decoding(stream, coming[0].time + 0.5, zero + moment):
+        if frames is None or (coming and _saves_decoding(stream, coming.frame.time + 0.5, zero + moment)):
             frames, shown = _seek(container, stream, zero + moment + rounding)
             if shown is None:
                 raise DataError(f"{video} holds no frame at {moment:.2f} s: truncated?", "truncated")
             coming = next(frames, None)
         # Decode one frame ahead of the one on display: it says until when that one stays.
-        while coming and coming[0].time <= zero + moment + rounding:
-            gap = max(0.1, coming[0].time - shown[0].time)
+        while coming and coming.frame.time <= zero + moment + rounding:
+            gap = max(0.1, coming.frame.time - shown.frame.time)
             shown = coming
             coming = next(frames, None)
         frame, damaged = shown
+        # The last frame of a file need not say how long it stays.
         stays = max(2 * gap, float((frame.duration or 0) * stream.time_base))
         if coming is None and frame.time + stays < zero + moment:
             raise DataError(f"{video} ends at {frame.time - zero:.2f} s, {moment:.2f} s was asked for: "
@@ -504,19 +505,25 @@ def _seek(container, stream, until):
         container.seek(target, stream=stream)
         frames = _decoded(container, stream)
         shown = next(frames, None)
-        found = shown is not None and shown[0].time <= until
+        found = shown is not None and shown.frame.time <= until
         if found or target == first:
             return frames, shown
         back = 2 * back + 1
 
 
+class Decoded(NamedTuple):
+    """A frame, and whether it is damaged: what is predicted from a damaged frame is, too."""
+    frame: av.VideoFrame
+    damaged: bool
+
+
 def _decoded(container, stream):
-    """Each frame, and whether it is damaged: what is predicted from a damaged frame is, too."""
+    """Each frame of a stream that says when it is shown."""
     damaged = False
     for frame in container.decode(stream):
-        damaged = frame.is_corrupt or damaged and not frame.key_frame
+        damaged = frame.is_corrupt or (damaged and not frame.key_frame)
         if frame.pts is not None:
-            yield frame, damaged
+            yield Decoded(frame, damaged)
 
 
 def _display_matrix(frame):
@@ -577,7 +584,7 @@ def _images_at(files, rate, moments):
     """The image on display at each of these moments, `rate` images a second, and how to turn it."""
     for moment in moments:
         path = files[min(int(moment * rate + 1e-3), len(files) - 1)]
-        head = _head(path, 1 << 16)                             # with all that its camera wrote
+        head = _head(path, 1 << 16)                             # EXIF's orientation stands in there
         options = {"protocol_whitelist": "file"}
         with av.open(f"file:{path}", format=_image_format(head), options=options) as container:
             frame = next(container.decode(_video_stream(container, path)), None)
@@ -586,11 +593,11 @@ def _images_at(files, rate, moments):
         yield frame, ORIENTATIONS[_exif_orientation(head)]
 
 
-def _exif_orientation(jpeg):
-    """The orientation that a camera wrote into a JPEG, 1 to 8; 1 if there is none, as in a PNG. (PyAV before 19 tells
-    turns from mirrors in no other way.)"""
+def _exif_orientation(head):
+    """The orientation that a camera wrote into the head of a JPEG, 1 to 8; 1 if there is none, as in a PNG. (PyAV before
+    19 tells turns from mirrors in no other way.)"""
     # An entry of EXIF's first table: tag 0x112, type 3, one value; big-endian (MM) or little-endian (II).
-    entry = re.search(rb"Exif\0\0(?:MM.*?\x01\x12\0\x03\0{3}\x01\0(.)|II.*?\x12\x01\x03\0\x01\0{3}(.)\0)", jpeg, re.S)
+    entry = re.search(rb"Exif\0\0(?:MM.*?\x01\x12\0\x03\0{3}\x01\0(.)|II.*?\x12\x01\x03\0\x01\0{3}(.)\0)", head, re.S)
     value = entry[entry.lastindex][0] if entry else 1
     return value if value in ORIENTATIONS else 1
 
@@ -679,7 +686,7 @@ class Tokenizer:
         to be continued.
         """
         marks = video_marks(turns)
-        if marks > 1 or marks and video_tokens <= 0:
+        if marks > 1 or (marks and video_tokens <= 0):
             raise ValueError(f"{marks} <video> marks in the questions: one at most, none without a video")
         ids, labels = [self.bos], [IGNORE]
         for number, turn in enumerate(turns):
@@ -714,7 +721,7 @@ class Batch:
     """One micro batch of E ego clips (moments), X exo clips and S packed texts."""
     ego: Tensor                         # (E, T, 3, S, S) uint8, or None
     exo: Tensor                         # (X, T, 3, S, S) uint8, or None
-    ego_of: Tensor                      # (samples,) the moment of each sample: exo clip i is of ego clip ego_of[i]
+    ego_of: Tensor                      # (samples,) the moment of each sample; in pairs exo clip i is of ego clip ego_of[i]
     ids: Tensor                         # (tokens,) packed
     labels: Tensor                      # (tokens,) IGNORE where not supervised
     weights: Tensor                     # (tokens,) for how many samples a supervised token counts, else 0
@@ -738,8 +745,8 @@ class Batch:
         return replace(self, **{k: v.pin_memory() for k, v in self.tensors().items()})
 
     def with_stand_in_text(self, video_tokens):
-        """This batch, which has no text, with a text of one token that weighs nothing: all ranks must run the decoder, and
-        here its loss is a sum over no tokens, 0."""
+        """This batch, which has no text, with a text of one token that weighs nothing. In the decoder ranks wait for one
+        another, so all must run it; here its loss is a sum over no tokens, 0."""
         ids = torch.tensor([VIDEO] * video_tokens + [1], device=self.ids.device)
         return replace(
             self,
@@ -790,7 +797,7 @@ class Loader:
 
     A sample is (row, exo view) for view="exo" and "pair", a row for view="ego"; the views of a row are
     adjacent. `text` picks what is supervised: "text" narrates, "turns" answers (a row without turns
-    narrates), "mix" alternates between the two; view="text" reads no video at all.
+    narrates), "mix" alternates between the two. With view="text" no video is read at all.
     """
 
     def __init__(
@@ -938,8 +945,8 @@ class Loader:
             row = self.rows[place]
             # The random times of a clip are drawn from (seed, epoch, row): all views of a moment have the same.
             draw = (self.seed, number // self.samples, place)
-            # It names the moment, too, which the views of a narration share. Where exo clips are read alone, each has
-            # visual tokens of its own, and so a text of its own.
+            # The samples of a pair's moment share its ego clip and its text. Where exo clips are read alone, each has
+            # visual tokens of its own, and so it is a moment by itself, with a text of its own.
             key = (*draw, index) if self.view == "exo" else draw
             # Other samples of this micro batch may have read the ego clip.
             wanted = {}
@@ -955,8 +962,9 @@ class Loader:
                 if key not in moments:
                     moments[key] = Moment(len(moments), row, *self.prompt(row, index))
                 return moments[key], clips
-            # Any sample will do: it is shown in the order of the first epoch.
-            number = int(np.random.default_rng([self.seed, index, attempt]).integers(self.samples))
+            # Another sample of this epoch, whichever.
+            other = np.random.default_rng([self.seed, index, attempt]).integers(self.samples)
+            number = index - index % self.samples + int(other)
         raise DataError(f"ten samples in a row cannot be read, the last: {skipped[-1]}")
 
     def _frames(self, clip, draw):
@@ -1019,7 +1027,7 @@ def chats_of(row, text):
 def is_too_long(row, text, tokenizer, video_tokens, cfg):
     """Whether a chat of this row has more tokens than the model reads."""
     for turns in chats_of(row, text):
-        # A text has no more tokens than bytes, and a turn of the template less than 64: most chats are short.
+        # A text has no more tokens than bytes, and the template adds less than 64 to it: most chats are short.
         most = sum(len(said.encode()) + 64 for turn in turns for said in turn.values())
         if video_tokens + most > cfg.max_length:
             ids, _ = tokenizer.chat(turns, video_tokens)
@@ -1161,7 +1169,7 @@ TOY_FOLDER = "out/toy"
 
 @dataclass(frozen=True)
 class World:
-    """The knobs of the micro-world: clips a split (no scene is in two), then what the study turns."""
+    """The knobs of the micro-world: how many clips each split has (no scene is in two splits), and how hard it is."""
     seed: int = 0               # of all scenes
     corpus: int = 5000          # exo clips from any angle, narrated: the stand-in for VideoLLaMA2's corpora
     ego: int = 1000             # ego clips, narrated: the stand-in for EgoClip
@@ -1171,7 +1179,7 @@ class World:
     test: int = 2000            # ego + exo: for results of the learner
     exo_test: int = 1000        # exo: for results of the demonstrator
     exo_cams: int = 2           # fixed exo cameras of a training pair
-    noise: float = 0.4          # head motion, roll, zoom and light of the ego camera, 0 = a steady head, 1 = the study
+    noise: float = 0.4          # head motion, roll, zoom and light of the ego camera, 0 = a steady head, 1 = tests/study
     fov: float = 1.0            # field of view of the ego camera; smaller sees less
     scale: float = 1.0          # multiplies the training clips
     narrated: float = 1.0       # share of the pairs that have a text: synchronized video is the cheaper part
@@ -1228,8 +1236,8 @@ def questions(verb, colour, pattern, hand, rng):
 
 
 class Camera:
-    """An affine camera per frame: pixel = origin + M (x, y) - 0.6 scale * height. Table units, x right, y
-    away."""
+    """An affine camera per frame: pixel = origin + M (x, y), and 0.6 scale * height further up. Table units, x right,
+    y away."""
 
     def __init__(self, centre, angle, zoom, tilt):
         # Turn the table under the camera; `tilt` flattens what lies further away.
@@ -1257,7 +1265,7 @@ def exo_camera(azimuth, zoom):
 def ego_camera(hand, world, rng) -> Camera:
     """Rides on the head: the gaze follows the acting hand late, and the head walks, rolls and zooms."""
     noise = world.noise
-    # One draw a clip: where the head is, how it is rolled, how near it is.
+    # One draw a clip: where the head is, how it is rolled, how near it is. (Of the last two the first number is used.)
     steady = [rng.normal(0, spread * noise, (CLIPS, 2)).repeat(CLIP_FRAMES, 0)
               for spread in (0.08, 0.12, 0.08)]
     aim, roll, zoom = steady
@@ -1285,7 +1293,7 @@ class Canvas:
         self.rgb = np.full((SCENE_FRAMES, SIDE, SIDE, 3), background, np.float32)
 
     def stamp(self, points, which, shape, colour, height=0.0):
-        """Blend `colour` around `points` (F, 2) of the table at a height above it, in the frames `which`.
+        """Blend `colour` around `points` (F, 2) of the table at a height above it, in the f frames `which`.
 
         `shape(x, y)` is the distance to its edge, negative inside, in table units. colour: RGB, or a function
         (x, y) -> (..., 3).
@@ -1293,7 +1301,7 @@ class Canvas:
         # Where each pixel lies from the shape's centre, in table units.
         camera = self.camera
         at = camera.pixels(points, height)[which, :, None]                              # (f, 2, 1)
-        apart = (np.arange(SIDE) - at).astype(np.float32)
+        apart = (np.arange(SIDE) - at).astype(np.float32)                               # (f, 2, 48)
         dx = apart[:, 0, None, :]
         dy = apart[:, 1, :, None]
         inverse = camera.inverse[which][:, :, :, None, None]
@@ -1515,7 +1523,8 @@ def make_scene(world, split, scene, out):
         number = scene * CLIPS + i
         facts = (verb, *plan["blocks"][target], hand)
         turns = questions(*facts, rng)
-        if split not in ("corpus", "instruct"):                 # only these two ask for the narration, too
+        # The first question asks for the narration: only these two splits have it.
+        if split not in ("corpus", "instruct"):
             turns = turns[1:]
         row = {"id": f"{split}/{scene}/{i}"}
         # With --narrated 0.1 one pair in ten has a text.
@@ -1685,6 +1694,8 @@ def command_show(args):
     rows = list(filter(clips_of, read_manifest(args.manifest, args.root, args.allow_outside)))
     if not rows:
         raise DataError(f"{args.manifest} has no row with a video: there is nothing to show")
+    if args.n < 1:
+        raise DataError(f"--n {args.n}: 1 or more is needed")
     items = []
     for row in spread(rows, args.n):
         clips = [read_row_clip(clip, num_frames=4, size=96) for clip in clips_of(row)]

@@ -15,9 +15,7 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
-import copy
 import ctypes
-import hashlib
 import json
 import math
 import re
@@ -51,8 +49,8 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from data import (DataError, Loader, Tokenizer, add_flags, die_with_parent, file_lock, read_manifests, toy_split,
                   toy_tokenizer, toy_world)
 from eval import show_own_samples, toy_benchmark
-from model import (BLOCKS, PRESETS, Exo2Ego, choose_attention, feature_kl, fingerprint, git_revision, load_checkpoint,
-                   load_delta, newest_checkpoint, pick_device, read_state, signature)
+from model import (BLOCKS, PRESETS, Exo2Ego, choose_attention, feature_kl, file_hash, fingerprint, git_revision,
+                   load_checkpoint, load_delta, newest_checkpoint, pick_device, read_state, signature)
 
 
 # --------------------------------------------------------------------------------------------------- 1 the stage table
@@ -697,41 +695,48 @@ def freeze(objective, stage, bf16):
     return trained
 
 
-def make_loader(run, stage, model, tokenizer, validation=False) -> Loader:
-    """The samples of a stage, with room for the visual tokens of [x ; F(x)] or of one view."""
+def training_loader(run, stage, model, tokenizer) -> Loader:
+    """The samples of a stage: of its split of the micro-world, or of --data."""
     cfg = run.cfg
     manifests = cfg.data
-    batch = stage.batch
-    micro = cfg.micro_batch
-    if (micro or batch // run.world) == 1 and stage.losses.keys() & {"clip", "contrastive"}:
-        raise DataError("InfoNCE compares the samples of a micro batch with one another: --micro-batch 2 or more")
-    if validation and cfg.val_data:
-        manifests = [cfg.val_data]
-    elif cfg.toy_folder:
-        manifests = [toy_split(cfg.toy_folder, "val" if validation else stage.split, toy_world(cfg.toy_folder))]
+    if cfg.toy_folder:
+        manifests = [toy_split(cfg.toy_folder, stage.split, toy_world(cfg.toy_folder))]
     rows = read_manifests(manifests, cfg.root, cfg.allow_outside)
-    if validation:
-        # A small set is a batch, too: every rank has a share of each.
-        if len(rows) < run.world:
-            raise DataError(f"{manifests[0]} has {len(rows)} rows, fewer than the {run.world} ranks that share them")
-        micro = min(micro or batch // run.world, len(rows) // run.world)
-        batch = micro * run.world
-    elif cfg.shuffle_pairs and stage.view == "pair":
+    if cfg.shuffle_pairs and stage.view == "pair":
         rows = shuffle_pairs(rows, cfg.seed)
     run.provenance.setdefault("manifest", hash_with_skip_lists(manifests))
+    micro = cfg.micro_batch or stage.batch // run.world
+    if micro == 1 and stage.losses.keys() & {"clip", "contrastive"}:
+        raise DataError("InfoNCE compares the samples of a micro batch with one another: --micro-batch 2 or more")
+    return make_loader(run, stage, model, tokenizer, rows=rows, batch=stage.batch, micro=cfg.micro_batch)
+
+
+def validation_loader(run, stage, model, tokenizer) -> Loader:
+    """The samples of the validation loss: of --val-data, or of the micro-world."""
+    cfg = run.cfg
+    manifest = cfg.val_data or toy_split(cfg.toy_folder, "val", toy_world(cfg.toy_folder))
+    rows = read_manifests([manifest], cfg.root, cfg.allow_outside)
+    if len(rows) < run.world:
+        raise DataError(f"{manifest} has {len(rows)} rows, fewer than the {run.world} ranks that share them")
+    # A small set is a batch, too: every rank has a share of it.
+    micro = min(cfg.micro_batch or stage.batch // run.world, len(rows) // run.world)
+    return make_loader(run, stage, model, tokenizer, rows=rows, batch=micro * run.world, micro=micro, train=False)
+
+
+def make_loader(run, stage, model, tokenizer, **options) -> Loader:
+    """A loader of what the stage shows, with room for the visual tokens of [x ; F(x)] or of one view."""
     # The learner reads x and F(x), everybody else one view.
     connectors = 2 if stage.view != "exo" and model.F is not None else 1
     return Loader(
-        rows, model.cfg, tokenizer,
+        cfg=model.cfg,
+        tokenizer=tokenizer,
         view=stage.view,
         text=stage.text,
-        batch=batch,
-        micro=micro,
-        seed=cfg.seed,
+        seed=run.cfg.seed,
         rank=run.rank,
         world=run.world,
-        train=not validation,
-        video_tokens=connectors * model.cfg.visual_tokens)
+        video_tokens=connectors * model.cfg.visual_tokens,
+        **options)
 
 
 def hash_with_skip_lists(manifests) -> str:
@@ -740,8 +745,7 @@ def hash_with_skip_lists(manifests) -> str:
     for manifest in map(Path, manifests):
         for file in (manifest, manifest.with_suffix(".bad.jsonl")):
             if file.is_file() and file.stat().st_size:
-                with open(file, "rb") as opened:
-                    hashes.append(hashlib.file_digest(opened, "sha256").hexdigest()[:16])
+                hashes.append(file_hash(file)[:16])
     return "+".join(hashes)
 
 
@@ -1098,12 +1102,13 @@ class Log:
         else:
             unit = 1 if sys.platform == "darwin" else 1024
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        work = samples * self.flops / 1e12                      # TFLOP
         row = row | losses | dict(
             skipped=self.skipped,
             seconds=took,
             clips_per_second=samples / took,
             tokens_per_second=tokens / took,
-            tflops=samples * self.flops / took / 1e12,
+            tflops=work / took,
             max_memory_bytes=memory)
         # The screen gets every tenth step.
         text = ""
@@ -1113,12 +1118,11 @@ class Log:
             each = (now - when) / (done - shown)
             self.shown = done, now
             values = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
-            tflops = samples * self.flops / each / 1e12
             speed = f"{each:.3f} s/step | {samples / each:.0f} clips/s"
-            if self.flops:
-                speed += f" | {tflops:.3g} TFLOP/s"
-            if self.flops and self.peak:
-                speed += f", {100 * tflops / self.peak:.0f} % of the peak"
+            if work:
+                speed += f" | {work / each:.3g} TFLOP/s"
+            if work and self.peak:
+                speed += f", {100 * work / each / self.peak:.0f} % of the peak"
             seconds_left = (length - done) * each
             text = f"step {done}/{length} | {values} | {speed} | ETA {seconds_left:.0f} s"
         self.write(row, text)
@@ -1132,15 +1136,10 @@ def count_flops(objective, batch) -> float:
     """FLOPs a sample of the matrix products of a step, forward and backward (what --checkpoint-activations computes again
     does not count). A twin on the meta device, which has shapes and no numbers, takes the micro batch."""
     from torch.utils.flop_counter import FlopCounterMode        # here, because it registers an exit hook
-    # deepcopy's memo: for what it finds here it takes the value instead of a copy.
-    twins = {id(objective.tokenizer): objective.tokenizer}
-    for p in objective.parameters():
-        twins[id(p)] = nn.Parameter(torch.empty(p.shape, device="meta"), p.requires_grad)
-    for buffer in objective.buffers():
-        twins[id(buffer)] = torch.empty(buffer.shape, device="meta")
-    twin = copy.deepcopy(objective, twins)
-    for module in twin.modules():
-        module.__dict__.pop("forward", None)                    # set by an earlier row of stage 0
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model = Exo2Ego(objective.model.cfg)
+        twin = Objective(model, objective.tokenizer, objective.stage, objective.cfg, objective.world)
+    freeze(twin, objective.stage, bf16=False)
     ego, exo = (clips if clips is None else clips.to("meta") for clips in (batch.ego, batch.exo))
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: convolution_backward_flops})
     # The counter knows products, not the fused kernels of attention: torch's formula, then, which the variable asks for.
@@ -1242,7 +1241,7 @@ def run_stage(run, model, tokenizer, stage, loader, before, steps, folder, log):
     if run.rank == 0:
         describe(run, objective, loader, steps, log)
     wrapped, trained, optimizers = prepare_training(run, objective, trained)
-    validation = make_loader(run, stage, model, tokenizer, validation=True) if cfg.val_every or cfg.val_data else None
+    validation = validation_loader(run, stage, model, tokenizer) if cfg.val_every or cfg.val_data else None
     batches = loader.stream(done, steps, cfg.workers, cfg.overfit, cfg.timeout)
     # After the DataLoader is made, which draws a random number.
     if done:
@@ -1345,7 +1344,7 @@ def train(cfg, rank=0, world=1):
     dtype = torch.bfloat16 if bf16 else torch.float32
     run.attention = choose_attention(run.device, dtype, model.cfg, first_problem_of_any_rank)
 
-    loaders = [make_loader(run, stage, model, tokenizer) for stage in stages]
+    loaders = [training_loader(run, stage, model, tokenizer) for stage in stages]
     stage_steps = [stage.steps or max(1, stage.epochs * loader.samples // stage.batch)
                    for stage, loader in zip(stages, loaders)]
     run.steps = sum(stage_steps)

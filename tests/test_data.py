@@ -491,3 +491,6 @@ def test_show_of_rows_without_a_video_says_so(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"id": "a", "text": "Camera-wearer taps."}\n')
     code, _, err = run(REPO / "data.py", "show", tmp_path / "a.jsonl", "--out", tmp_path / "s.png", check=False)
     assert code and "has no row with a video: there is nothing to show" in err and "Traceback" not in err
+    (tmp_path / "a.jsonl").write_text('{"id": "a", "ego": {"video": "v.mp4"}}\n')
+    code, _, err = run(REPO / "data.py", "show", tmp_path / "a.jsonl", "--n", 0, check=False)
+    assert code and err == "data.py: --n 0: 1 or more is needed\n"

@@ -205,7 +205,7 @@ def stage_2(toy, *more):
 def test_the_cycles_constant_is_the_spread_of_exo_features(toy):
     cfg, run_, phase, model, tokenizer = stage_2(toy)
     for micro in (32, 8, 1):
-        loader = train.make_loader(replace(run_, cfg=replace(cfg, micro_batch=micro)), phase, model, tokenizer)
+        loader = train.training_loader(replace(run_, cfg=replace(cfg, micro_batch=micro)), phase, model, tokenizer)
         objective = train.Objective(model, tokenizer, phase, cfg, 1)
         objective.measure_feature_std(loader)
         with torch.no_grad():
@@ -218,7 +218,7 @@ def test_the_cycles_constant_is_the_spread_of_exo_features(toy):
 
 def test_a_loss_of_a_fork_needs_a_weight_and_a_term_of_every_sample(toy, monkeypatch):
     cfg, run_, phase, model, tokenizer = stage_2(toy, "--batch", "4")
-    batch = train.make_loader(run_, phase, model, tokenizer).batch(0)[0]
+    batch = train.training_loader(run_, phase, model, tokenizer).batch(0)[0]
     for losses, terms, sentence in (
             (dict(vtg=1, mine=1), {"vtg": torch.zeros(4)}, "the loss 'mine' has no term from views()"),
             (dict(vtg=1), {"vtg": torch.zeros(4), "mine": torch.zeros(4)}, "the loss 'mine' has no weight in the stage table"),
@@ -240,7 +240,7 @@ def test_a_loss_of_a_fork_goes_with_the_mapping(monkeypatch):
 
 def test_a_connector_that_gives_other_tokens_is_said_with_both_numbers(toy):
     _, run_, phase, model, tokenizer = stage_2(toy, "--batch", "4")
-    batch = train.make_loader(run_, phase, model, tokenizer).batch(0)[0]
+    batch = train.training_loader(run_, phase, model, tokenizer).batch(0)[0]
     visual = torch.zeros(len(batch.lens), 7, model.cfg.width)
     slots = int((batch.ids == VIDEO).sum())
     with pytest.raises(ValueError, match=f"{7 * len(batch.lens)} visual tokens for {slots} places in the text"):
@@ -488,7 +488,7 @@ def ready_objective(toy, stage):
     run_ = train.Run(cfg, 0, 1, torch.device("cpu"), False)
     model, tokenizer = train.initial_model(run_)
     phase = train.stages_of(cfg)[0]
-    loader = train.make_loader(run_, phase, model, tokenizer)
+    loader = train.training_loader(run_, phase, model, tokenizer)
     objective, _, _ = train.prepare_objective(run_, model, tokenizer, phase, loader, 0, None)
     return objective, loader.batch(0)[0]
 
@@ -618,7 +618,7 @@ def test_validation_rows_must_reach_all_ranks(toy, tmp_path):
     cfg = train.parse([str(a) for a in [*flags(toy, 1), "--val-data", tmp_path / "one.jsonl"]])
     run_, (stage,) = train.Run(cfg, 0, 2, torch.device("cpu"), False), train.stages_of(cfg)
     with pytest.raises(data.DataError, match="one.jsonl has 1 rows, fewer than the 2 ranks"):
-        train.make_loader(run_, stage, None, None, validation=True)
+        train.validation_loader(run_, stage, None, None)
 
 
 def test_the_base_is_the_one_given_then_the_one_recorded_then_stage0(toy, tmp_path):

@@ -72,7 +72,7 @@ def gradients(ckpt, world, stage1, base, at: str) -> dict:
         model = load_checkpoint(ckpt)[0]
     objective = train.Objective(model, tokenizer, phase, cfg, 1)
     train.freeze(objective, phase, False)
-    loader = train.make_loader(run, phase, model, tokenizer)
+    loader = train.training_loader(run, phase, model, tokenizer)
     objective.measure(loader)
     batch, norms = loader.micro_batch(range(32)), {}
     for name, weight in phase.losses.items():
