@@ -37,7 +37,6 @@ from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache, partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal, NamedTuple, get_args, get_type_hints
 
 import av
@@ -48,14 +47,13 @@ from av.video.reformatter import VideoReformatter
 from einops import rearrange, repeat
 from torch import Tensor
 
-from model import IGNORE, PRESETS, VIDEO, newest_checkpoint
+from model import IGNORE, PRESETS, VIDEO, AnyPath, newest_checkpoint
 
 try:
     import fcntl
 except ModuleNotFoundError:
     sys.exit("Exo2Ego runs on Linux and macOS; on Windows, in WSL")
 
-FilePath = str | os.PathLike
 
 
 class DataError(ValueError):
@@ -67,7 +65,7 @@ class DataError(ValueError):
 
 
 # ------------------------------------------------------------------------------------------------- 1 a row
-def read_manifest(path: FilePath, root=None, allow_outside=False, skip=True) -> list:
+def read_manifest(path: AnyPath, root=None, allow_outside=False, skip=True) -> list:
     """The rows of a JSON-lines manifest, checked, with an absolute path for every video, and "where" each
     one stands.
 
@@ -219,7 +217,7 @@ def _check_clip(clip, where):
         raise DataError(f'{where}: "fps" is {fps!r}: images a second, more than 0')
 
 
-def read_text(path: FilePath) -> str:
+def read_text(path: AnyPath) -> str:
     """A text file, which is UTF-8 whatever the machine's language; a byte order mark is no part of it."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
@@ -230,7 +228,7 @@ def read_text(path: FilePath) -> str:
 
 
 @contextmanager
-def atomic_write(path: FilePath):
+def atomic_write(path: AnyPath):
     """A temporary name to write to; it becomes `path` at the end: a killed write never looks finished."""
     part = Path(f"{path}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
@@ -238,19 +236,19 @@ def atomic_write(path: FilePath):
     os.replace(part, path)
 
 
-def write_text_atomic(path: FilePath, text):
+def write_text_atomic(path: AnyPath, text):
     """A text file that is never seen half written."""
     with atomic_write(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
-def write_jsonl(path: FilePath, rows: Iterable):
+def write_jsonl(path: AnyPath, rows: Iterable):
     """Rows as JSON lines."""
     write_text_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 @contextmanager
-def file_lock(path: FilePath, wait: bool):
+def file_lock(path: AnyPath, wait: bool):
     """Hold a lock file (a POSIX record lock: it is gone with its process, even after kill -9).
 
     Without `wait` a second holder is refused, with the process id of the first.
@@ -314,7 +312,7 @@ class Video:
 
 
 def read_clip(
-        video: FilePath,
+        video: AnyPath,
         start,                                  # seconds; None: the start of the video
         end,                                    # seconds; None: its end
         num_frames: int,
@@ -345,7 +343,7 @@ def read_clip(
         return out
 
 
-def clip_span(video: FilePath, start, end, length):
+def clip_span(video: AnyPath, start, end, length):
     """Start and end of the clip in seconds, cut at the ends of the video; one without length is refused."""
     begin = max(start or 0.0, 0.0)
     stop = length if end is None else min(end, length)
@@ -363,7 +361,7 @@ def read_row_clip(clip, num_frames, size, rng=None):
 
 
 @contextmanager
-def open_video(video: FilePath, fps=None) -> Iterator[Video]:
+def open_video(video: AnyPath, fps=None) -> Iterator[Video]:
     """The one way to a video, a file or a folder of images at `fps` (default: VideoLLaMA2's 3).
 
     One decoding thread: slice threads deadlock in loader workers. DataError names the video, also where it turns out
@@ -399,8 +397,8 @@ def _open_container(video):
             raise
         raise DataError(
             f"{video} is damaged, or no .mp4, .mov, .mkv, .webm or .avi ({error.strerror}). Most others are "
-            f"copied into one by  ffmpeg -i {Path(video).name} -c copy {Path(video).stem}.mp4  (or encoded "
-            f"again, without -c copy)") from None
+            f"copied into one by  ffmpeg -i {Path(video).name} -c copy new.mp4  (or encoded again, without "
+            f"-c copy)") from None
 
 
 def _video_stream(container, video):
@@ -654,7 +652,7 @@ class Tokenizer:
     """A sentencepiece vocabulary and Mistral-Instruct's chat template; every checkpoint holds its own:
     <s>[INST] <video> question [/INST] answer</s>[INST] question [/INST] answer</s>, with a new line after <video>."""
 
-    def __init__(self, path: FilePath):
+    def __init__(self, path: AnyPath):
         """`path`: a sentencepiece tokenizer.model, or a folder that holds one (of a run its newest checkpoint)."""
         self.path = Path(newest_checkpoint(path) or path)
         if self.path.is_dir():
@@ -897,7 +895,7 @@ class Loader:
         return [self.micro_batch(range(start, min(start + self.micro, end))) for start in starts]
 
     def micro_batch(self, indices: range) -> Batch:
-        """Read the clips of these samples; one that cannot be read is named and replaced by a real one."""
+        """Read the clips of these samples. In training one that cannot be read is named and replaced by a real one."""
         # Samples may share a moment: its ego clip and its text are read once.
         moments = {}
         ego, exo, ego_of, skipped = [], [], [], []
@@ -936,8 +934,8 @@ class Loader:
     def _read(self, index, moments, skipped):
         """-> the moment of a sample, and the frames of the clips that the batch lacks.
 
-        A clip that cannot be read is noted in `skipped`, and another sample takes its place: which one is a
-        pure function of the seed, the sample and the attempt.
+        In training a clip that cannot be read is noted in `skipped`, and another sample takes its place: which one is
+        a pure function of the seed, the sample and the attempt. An evaluation needs every clip.
         """
         number = index
         for attempt in range(1, 11):
@@ -957,10 +955,14 @@ class Loader:
             try:
                 clips = {name: self._frames(clip, draw) for name, clip in wanted.items()}
             except DataError as error:
+                if not self.train:
+                    raise DataError(f"an evaluation needs every clip: {row['id']}: {error}") from None
                 skipped.append(f"{row['id']}: {error}")
             else:
                 if key not in moments:
-                    moments[key] = Moment(len(moments), row, *self.prompt(row, index))
+                    # With "mix" the rows of an epoch take turns; all views of a row have the same text.
+                    turn = (number - view) // int(self.views[place])
+                    moments[key] = Moment(len(moments), row, *self.prompt(row, turn))
                 return moments[key], clips
             # Another sample of this epoch, whichever.
             other = np.random.default_rng([self.seed, index, attempt]).integers(self.samples)
@@ -972,12 +974,12 @@ class Loader:
         rng = np.random.default_rng(draw) if self.train else None
         return read_row_clip(clip, self.cfg.frames, self.cfg.image_size, rng)
 
-    def prompt(self, row, index):
-        """ids and labels of a row; empty for a row without text."""
+    def prompt(self, row, turn):
+        """ids and labels of a row, of its chats the one whose turn it is; empty for a row without text."""
         chats = chats_of(row, self.text)
         if not chats:
             return [], []
-        return self.tokenizer.chat(chats[index % len(chats)], self.video_tokens)
+        return self.tokenizer.chat(chats[turn % len(chats)], self.video_tokens)
 
     def stream(self, start, stop, workers=1, repeat=False, timeout=600.0) -> Iterator:
         """batch(start) ... batch(stop - 1), read ahead by workers, which have `timeout` seconds for each;
@@ -1360,9 +1362,19 @@ def block_paint(colour: str, pattern: str):
     return paint
 
 
-def act(plan: dict, rng):
-    """Motion of the scene, frame by frame: hands (F, 2) and their heights (F,); positions (2, F, 2), heights
-    and gaps (2, F) of the blocks; and an action (verb, block, hand, its frames, its beat) for each clip."""
+@dataclass
+class Motion:
+    """What moves in a scene, in each of its F = 40 frames, in table units."""
+    hands: dict                     # "left" and "right": where the hand is (F, 2)
+    lift: dict                      # "left" and "right": its height (F,)
+    blocks: np.ndarray              # where the two blocks are (2, F, 2)
+    height: np.ndarray              # their heights (2, F)
+    gap: np.ndarray                 # between the halves of a block that is cut (2, F)
+    actions: list                   # of each clip: verb, block, hand, its frames, its beat
+
+
+def act(plan: dict, rng) -> Motion:
+    """The hands and blocks of a scene, as its five moments move them."""
     # Idle hands lie at their places, and tremble.
     hands, lift = {}, {}
     for side, sign in SIGN.items():
@@ -1400,7 +1412,7 @@ def act(plan: dict, rng):
         else:
             lift[side][f] = 0.4
         actions.append((verb, target, side, f, beat))
-    return SimpleNamespace(hands=hands, lift=lift, blocks=blocks, height=height, gap=gap, actions=actions)
+    return Motion(hands, lift, blocks, height, gap, actions)
 
 
 def render(plan, motion, camera, ego, wall, gain=1.0):
@@ -1541,7 +1553,7 @@ def make_scene(world, split, scene, out):
     return rows
 
 
-def toy_split(out: FilePath, split, world=World()) -> Path:
+def toy_split(out: AnyPath, split, world=World()) -> Path:
     """The manifest of one split of the micro-world, rendered when first needed (under a lock)."""
     out = Path(out)
     manifest = out / f"{split}.jsonl"
@@ -1579,7 +1591,7 @@ def _claim_world(out, world):
             raise DataError(f"{out} holds a world with {key}={made[key]}, not {value}: use another --out")
 
 
-def toy_world(out: FilePath) -> World:
+def toy_world(out: AnyPath) -> World:
     """The knobs of the world in this folder. The default folder is made when it is first needed; any other
     name that is not a world may be a slip of the pen."""
     file = Path(out) / "world.json"
@@ -1646,7 +1658,7 @@ def written(text, width, colour):
     return repeat(dots, "h w c -> (h up) (w across) c", up=2, across=2)
 
 
-def contact_sheet(path: FilePath, items: list):
+def contact_sheet(path: AnyPath, items: list):
     """A PNG of items (clips, lines) in two columns: each clip (T, 3, S, S) is a strip of frames, one below
     the other, and the lines of (text, RGB) stand below them."""
     tiles = [_tile(clips, lines) for clips, lines in items]
@@ -2109,7 +2121,7 @@ def _stream_file(files, take, stream):
     return str(small)
 
 
-def frame_rate(video: FilePath) -> float:
+def frame_rate(video: AnyPath) -> float:
     """Mean frames a second of a video, as its header says."""
     with open_video(video) as opened:
         return opened.rate
@@ -2241,9 +2253,10 @@ def in_first_person(text):
         r"(of|to|for|with|from|at|by|behind|beside|near) you": r"\1 me",
         r"you(?= (?:an?|the|my|and|or|to|in|on|at|with|from|of|for)\b|[.,;:!?)]|$)": "me",
         r"you": "I"}
+    starts_a_sentence = text[:1].isupper()
     for theirs, ours in changes.items():
         text = re.sub(rf"(?i)\b{theirs}(?!\w)", ours, text)
-    return text
+    return text[:1].upper() + text[1:] if starts_a_sentence else text
 
 
 @cache
@@ -2466,7 +2479,7 @@ def command_check(args):
     odd = [row for row in rows if _strange_keys(row) or not chats_of(row, "mix")]
     if odd:
         print(f"{len(odd)} rows have keys that nothing reads, or no text (stage 2 alone can use them): "
-              f"{_name_of(odd[0])} has {', '.join(odd[0])}")
+              f"{_name_of(odd[0])} has {', '.join(key for key in odd[0] if key != 'where')}")
     counts = ", ".join(f"{kind}: {number}" for kind, number in kinds.most_common())
     print(f"{len(rows) - len(skip_list)} of {len(rows)} rows are good; {counts or 'nothing is wrong'}")
     share = len(skip_list) / len(rows)

@@ -851,7 +851,8 @@ def feature_kl(exo: Tensor, estimate: Tensor, tau: float = 1.0) -> Tensor:
 
 # -------------------------------------------------------------------------------------------------- 7 Decoder (Mistral)
 class LoRALinear(nn.Linear):
-    """y = x W^T, plus alpha / rank * dropout(x) A^T B^T once `add_lora` was called."""
+    """y = x W^T, plus alpha / rank * dropout(x) A^T B^T once `add_lora` was called. A and B are float32: with a bfloat16 W
+    it runs under `autocast`."""
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         self.register_parameter("lora_a", None)
@@ -861,7 +862,7 @@ class LoRALinear(nn.Linear):
         self.lora_scale = alpha / rank
         self.lora_dropout = dropout
         device = self.weight.device
-        # A is random, in float32 whatever the weight is stored in.
+        # A is random.
         a = torch.randn(rank, self.in_features, device=device, dtype=torch.float32)
         a = a * self.in_features ** -0.5
         # B is zero: the layer starts as it was.
@@ -1061,8 +1062,8 @@ class Exo2Ego(nn.Module):
 
     @classmethod
     def from_videollama2(cls, path, dtype: torch.dtype | None = None, vision=None) -> Exo2Ego:
-        """The published VideoLLaMA2-7B-16F layout: its ViT and connector become both visual encoders. Without a ViT
-        (plain Mistral, fresh connectors) it comes from `vision`, a CLIP directory."""
+        """The published VideoLLaMA2-7B-16F layout: its ViT and connector become both visual encoders. `vision`, a CLIP
+        directory, is read instead of its ViT; a directory without one (plain Mistral, fresh connectors) needs it."""
         return exo2ego_from_videollama2(path, dtype, vision)
 
     def add(self, mapping: str = "none", lora: bool = False):
@@ -1106,14 +1107,14 @@ class Exo2Ego(nn.Module):
         """Embeddings of packed ids (tokens,), in which each VIDEO id stands for one visual token, in order."""
         device = self.decoder.embedding.weight.device
         embeddings = self.decoder.embed(ids.clamp(min=0).to(device))
+        slots = (ids == VIDEO).nonzero().squeeze(1).to(device)
+        given = 0 if visual is None else visual.shape[0] * visual.shape[1]
+        if given != len(slots):
+            raise ValueError(f"{given} visual tokens for {len(slots)} places in the text: a connector gives other than "
+                             f"ModelConfig.visual_tokens, or a view is not counted where the Loader is made")
         if visual is None:
             return embeddings
-        slots = (ids == VIDEO).nonzero().squeeze(1).to(embeddings.device)
-        visual = visual.flatten(0, 1).to(embeddings.dtype)                  # (B * n, W)
-        if len(visual) != len(slots):
-            raise ValueError(f"{len(visual)} visual tokens for {len(slots)} places in the text: a connector gives other "
-                             f"than ModelConfig.visual_tokens, or a view is not counted where the Loader is made")
-        return embeddings.index_copy(0, slots, visual)
+        return embeddings.index_copy(0, slots, visual.flatten(0, 1).to(embeddings.dtype))
 
     def text_logits(self, visual, ids, labels, lens):
         """Logits where a label is (supervised, vocab), and their targets: position t predicts t + 1.
@@ -1228,7 +1229,7 @@ def git_revision():
         changed = git("diff", "--quiet", "HEAD").returncode
     except OSError:
         return None
-    return commit + "+" * changed if commit else None
+    return commit + "+" * (changed != 0) if commit else None
 
 
 def file_hash(file) -> str:
@@ -1281,7 +1282,7 @@ def load_delta(path, name="model.safetensors"):
 
 def load_checkpoint(path: AnyPath, base: AnyPath | None = None,
                     vision: AnyPath | None = None, **added) -> tuple[Exo2Ego, dict]:
-    """-> Exo2Ego in eval mode, and state.json.
+    """-> Exo2Ego in eval mode, and state.json. Where weights are bfloat16, run it under `autocast`.
 
     Parts that are `added` (mapping="resnet", lora=True) start fresh. All others are read from `path` (a run folder or a
     `step_*` of it, or published weights) and from its `base` (by default the recorded one):
@@ -1306,6 +1307,7 @@ def load_checkpoint(path: AnyPath, base: AnyPath | None = None,
         # They are read by readers of their own; then what was trained replaces its part.
         model = Exo2Ego.from_videollama2(published, vision=vision or state.get("vision"))
         state.setdefault("model", asdict(model.cfg))
+        # A checkpoint of ours has its own of some of these names, and all of the parts that are added now.
         may_be_missing += list(model.state_dict())
         parts = {key: state["model"][key] for key in ("mapping", "lora")}
         model.add(**parts | added)

@@ -286,6 +286,30 @@ def test_an_unreadable_clip_is_named_and_replaced(toy):
     assert one.rows[bad]["id"] not in batch.names
 
 
+def test_an_evaluation_needs_every_clip(toy):
+    one = loader(toy, view="ego", split="ego", train=False)
+    one.rows[0] = one.rows[0] | {"ego": {"video": "/nowhere.mp4"}}
+    with pytest.raises(DataError, match="an evaluation needs every clip: ego/0/0: /nowhere.mp4"):
+        one.batch(0)
+
+
+def test_mix_takes_turns_whatever_the_micro_batch(toy):
+    """All views of a row have one text, and both kinds of text are learned."""
+    one = loader(toy, view="pair")
+    rows = [row | {"turns": [{"user": "What?", "assistant": "A tap."}]} for row in one.rows]
+    for view in ("pair", "exo"):
+        supervised = []
+        for micro in (1, 2, 8):
+            one.__init__(rows, one.cfg, one.tokenizer, view=view, text="mix", batch=8, micro=micro)
+            texts = {}
+            for batch in one.batch(0):
+                for name, labels in zip(batch.names, batch.labels.split(batch.lens)):
+                    texts.setdefault(name, set()).add(one.tokenizer.decode(labels[labels >= 0].tolist()))
+            supervised.append(texts)
+        assert supervised[0] == supervised[1] == supervised[2] and all(len(said) == 1 for said in supervised[0].values())
+        assert {said == {"A tap."} for said in supervised[0].values()} == {True, False}
+
+
 def test_a_substitute_keeps_texts_beside_their_videos(toy):
     """Every clip of six made unreadable in turn: each text still reads the clip of its own row."""
     rows = loader(toy, view="exo").rows[:6]
@@ -414,7 +438,7 @@ def test_check_says_what_nothing_reads(tmp_path):
                                         {"id": "c", "ego": {"video": "v.mp4"}}])
     said = run("data.py", "check", tmp_path / "m.jsonl")[1]
     assert "2 rows have keys that nothing reads, or no text (stage 2 alone can use them): " in said
-    assert "m.jsonl line 1 ('a') has id, ego, turn, where" in said and "3 of 3 rows are good; nothing is wrong" in said
+    assert "m.jsonl line 1 ('a') has id, ego, turn\n" in said and "3 of 3 rows are good; nothing is wrong" in said
 
 
 def test_progress_in_a_file_is_a_line_a_tenth(capsys):

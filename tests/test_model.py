@@ -148,6 +148,11 @@ def test_supervised_logits_are_the_full_ones_shifted():
     assert torch.equal(targets, ids[-3:]) and torch.allclose(logits, model.decoder.logits(hidden)[-4:-1], atol=1e-6)
 
 
+def test_places_for_a_video_need_a_video():
+    with pytest.raises(ValueError, match="0 visual tokens for 2 places in the text"):
+        Exo2Ego(TOY).insert_visual_tokens(None, torch.tensor([1, VIDEO, VIDEO, 5]))
+
+
 def test_frames_that_are_normalised_already_are_refused():
     with pytest.raises(ValueError, match="frames are uint8, 0 to 255"):
         Exo2Ego(PRESETS["toy"]).encode_ego(torch.rand(1, 4, 3, 48, 48))

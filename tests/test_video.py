@@ -376,7 +376,7 @@ def test_another_container_gets_the_way_out(tmp_path, suffix, codec):
             video.width, video.height, video.pix_fmt = 48, 48, "yuv420p"
             out.mux(video.encode(av.VideoFrame.from_ndarray(picture(3), format="rgb24")))
             out.mux(video.encode())
-    with pytest.raises(DataError, match=rf"no \.mp4, \.mov, \.mkv, \.webm or \.avi .* ffmpeg -i v\.{suffix} -c copy v\.mp4"):
+    with pytest.raises(DataError, match=rf"no \.mp4, \.mov, \.mkv, \.webm or \.avi .* ffmpeg -i v\.{suffix} -c copy new\.mp4"):
         read_clip(path, None, None, 2, SIDE)
 
 
