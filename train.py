@@ -1329,7 +1329,8 @@ def refuse_nan(losses, norm, step, micro_batches):
     if not math.isfinite(losses["loss"] + norm):
         terms = ", ".join(f"{name} {value:g}" for name, value in losses.items())
         names = [batch.names for batch in micro_batches]
-        raise DataError(f"step {step}: {terms}, gradient norm {norm:g} in {names}")
+        raise DataError(f"step {step}: {terms}, gradient norm {norm:g}: try a lower --lr, or --dtype float32; the samples "
+                        f"were {names}")
 
 
 # ------------------------------------------------------------------------------------------------------------- 11 main
