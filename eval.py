@@ -238,8 +238,8 @@ def toy_benchmark(model: Exo2Ego, tokenizer: Tokenizer, data: str, stage: int, o
     write_jsonl(out / "predictions.jsonl", predictions)
     show_samples(out / "samples.png", rows, predictions)
 
-    # How good was the model that this stage set out from? Its run has scored it on the same clips. Before stage 2 it saw
-    # exo clips, so there the learner was scored above.
+    # How good was the model that this stage set out from? Its run has scored it on the same clips. But stage 1 has scored
+    # exo clips: for stage 2 learner_after_init has done it above.
     if stage != 2 and init and (Path(init) / "eval.json").is_file():
         earlier = json.loads(read_text(Path(init) / "eval.json"))
         before = earlier.get(f"{view}_em", math.nan)
@@ -461,11 +461,20 @@ def show_own_samples(model, tokenizer, rows, stage, out):
     if not rows:
         print(f"no row has an {view} clip and a text: there is no sample to show")
         return
-    clips = [row["exo"][0] if stage == 1 else row["ego"] for row in rows]
-    frames = [read_row_clip(clip, model.cfg.frames, model.cfg.image_size) for clip in clips]
+    clips, frames, turns = [], [], []
+    for row in rows:
+        clip = row["exo"][0] if stage == 1 else row["ego"]
+        try:
+            frames.append(read_row_clip(clip, model.cfg.frames, model.cfg.image_size))
+        except DataError as error:
+            print(f"not shown: {error}")
+            continue
+        clips.append(clip)
+        turns.append(chats_of(row, "mix")[0][0])
+    if not clips:
+        return
     pixels = torch.from_numpy(np.stack(frames)).to(next(model.parameters()).device)
     encode = model.eval().encode_exo if stage == 1 else model.eval().encode_ego
-    turns = [chats_of(row, "mix")[0][0] for row in rows]
     replies = generate_answers(model, tokenizer, encode(pixels), [turn["user"] for turn in turns])
     # Other words need not be wrong.
     shown = [(clip, [("", turn["assistant"], said)]) for clip, turn, said in zip(clips, turns, replies)]
@@ -670,7 +679,7 @@ def parse(argv):
     add("--allow-outside", action="store_true", help="video paths may leave their folder")
     add("--report", action="store_true", help="OUT/report.html from what is in OUT")
     args = parser.parse_args(argv)
-    # No flag is passed over in silence.
+    # These flags do nothing without another one.
     needs = dict.fromkeys(("ask", "start", "end"), "video") | {"bench": "data"}
     needs |= dict.fromkeys(("videos", "answer", "length", "blind", "limit"), "bench")
     for flag, other in needs.items():
@@ -693,7 +702,7 @@ def main(argv=None):
             use_checkpoint(args)
         if args.report:
             print(write_report(Path(args.out)))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"eval.py: {error}")
     except KeyboardInterrupt:
         sys.exit("\neval.py: stopped")

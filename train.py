@@ -3,7 +3,7 @@
     torchrun train.py --stage 1                        # makes the micro-world and stage 0 if they are missing
     torchrun --nproc_per_node 2 train.py --stage 2     # any number of processes: the same batches
 
-The same command again resumes, bit for bit. Every step is one object in out/stageN/log.jsonl.
+The same command again resumes, bit for bit. Every step is one object in out/stageN/log.jsonl, every validation another.
 """
 from __future__ import annotations
 
@@ -195,6 +195,13 @@ MAY_BE_ZERO = {"stage", "seed", "workers", "max_bad", "contrastive", "kl_weight"
 STAGE_2_ONLY = {"no_kl", "no_cycle", "forward_cycle_only", "no_mapping", "mapping", "contrastive", "shuffle_pairs",
                 "kl_space", "kl_weight", "ccl_weight", "kl_temperature"}
 
+# What an ablation takes away leaves these flags without effect.
+CLASHES = {
+    "no_kl": ("kl_weight", "kl_space", "kl_temperature"),
+    "no_cycle": ("ccl_weight", "forward_cycle_only"),
+    "no_mapping": ("kl_weight", "kl_space", "kl_temperature", "ccl_weight",
+                   "forward_cycle_only", "contrastive")}
+
 
 def parse(argv: list[str] | None = None) -> TrainConfig:
     """The command line: one flag a field. Unknown, abbreviated and misspelt flags are refused by name."""
@@ -220,8 +227,12 @@ def parse(argv: list[str] | None = None) -> TrainConfig:
         parser.error("a validation loss needs stage 1, 2 or 3, and --val-data x.jsonl or the micro-world")
     if cfg.steps and cfg.epochs:
         parser.error("--steps and --epochs both say how long: give one of them")
-    if cfg.no_mapping and cfg.contrastive:
-        parser.error("--contrastive compares F(x) with y, and --no-mapping has no F")
+    for ablation, idle in CLASHES.items():
+        for name in idle:
+            if getattr(cfg, ablation) and getattr(cfg, name) != getattr(TrainConfig, name):
+                parser.error(f"--{name} does nothing with --{ablation}: give one of them".replace("_", "-"))
+    if cfg.val_data and not cfg.val_data.endswith(".jsonl"):
+        parser.error(f"--val-data {cfg.val_data}: a manifest is a file that ends in .jsonl")
     manifests = [*cfg.data, cfg.val_data] if cfg.val_data else cfg.data
     for path in manifests:
         is_manifest = path.endswith(".jsonl")
@@ -309,7 +320,8 @@ class Objective(nn.Module):
 
     def forward(self, batch, supervised, samples):
         """-> {"loss": the weighted sum, and each term} of one micro batch, as its share of the whole step, which holds
-        `supervised` tokens (each counted once for every sample it serves) and `samples` samples."""
+        `supervised` tokens and `samples` samples. (A sample of stage 2 is a moment's ego clip with one of its exo views; the
+        text of a moment is read once, and its tokens count once for each of its samples.)"""
         if self.stage.loss_fn == "language":
             terms = self.language(batch)
         elif self.stage.loss_fn == "clip":
@@ -374,7 +386,7 @@ class Objective(nn.Module):
         logits, targets = self.model.text_logits(shown, batch.ids, batch.labels, batch.lens)
         losses = F.cross_entropy(logits.float(), targets, reduction="none")
         # The weight of each supervised token, in order: a narration of two exo views counts twice. (The first token of a
-        # batch is nobody's target.) A stand-in text has one loss and no weight; its product is empty, so it adds nothing.
+        # batch is nobody's target.) A stand-in text has one loss and no weight: (1,) * (0,) is empty and adds nothing.
         weights = batch.weights[1:]
         weights = weights[weights > 0].to(logits.device)
         return losses * weights
@@ -450,8 +462,8 @@ class Objective(nn.Module):
 
         # Narrations as bags of words: all ids in a row, and where each narration starts.
         ids = [self.tokenizer.encode(text) for text in batch.texts]
-        lengths = torch.tensor([0] + [len(own) for own in ids], device=image.device)
-        starts = lengths.cumsum(0)[:-1]
+        lengths = torch.tensor([len(own) for own in ids], device=image.device)
+        starts = lengths.cumsum(0) - lengths
         text = self.loss.words(torch.tensor(sum(ids, []), device=image.device), starts)
 
         image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
@@ -562,7 +574,7 @@ class Run:
     attention: str = ""                                         # which backend, and why
     steps: int = 0                                              # of all its stages
     provenance: dict = field(default_factory=lambda: dict(base=None, base_hash=None, init=None))
-    inherited: set = field(default_factory=set)                 # names of tensors that earlier stages trained
+    inherited: set = field(default_factory=set)                 # tensors that its checkpoints hold, trained here or not
     stop: float = 0.0                                           # when a signal asked it to stop
 
     def autocast(self):
@@ -621,53 +633,52 @@ def initial_model(run):
 def starting_point(cfg):
     """-> the checkpoint that a stage goes on from, the one with the weights that no stage trains (published ones, or stage
     0's), and the parts that the stage adds."""
-    base = base_folder(cfg)
     if cfg.stage == 1:
-        source, state = init_checkpoint(cfg.init, 0)
+        source = init_checkpoint(cfg.init, 0)
         added = {}
     elif cfg.stage == 2:
-        source, state = init_checkpoint(cfg.init, 1)
+        source = init_checkpoint(cfg.init, 1)
         added = {} if cfg.no_mapping else {"mapping": cfg.mapping}
     else:
         # Instruction tuning may go on from instruction tuning, with other data.
-        source, state = init_checkpoint(cfg.init, 2, 3)
+        source = init_checkpoint(cfg.init, 2, 3)
         added = {} if cfg.no_lora else {"lora": True}
-    # A checkpoint that builds on no other holds all weights: it is the base.
-    if state["base"] is None:
-        base = source
-    return source, base, added
+    return source, base_folder(cfg), added
 
 
 def base_folder(cfg):
-    """The checkpoint with the untouched weights: --base if it is given, else the one that --init recorded, else stage0
-    beside --out. None if it is not there; stage 0 has none."""
+    """The checkpoint with the untouched weights: --init if it holds them all, else --base if it is given, else the one
+    that --init recorded, else stage0 beside --out. None if it is not there; stage 0 has none."""
     if cfg.stage == 0:
         return None
     base = newest_checkpoint(cfg.base)
-    if Path(cfg.base) != Path(cfg.out).parent / "stage0":
-        if base is None:
-            raise DataError(f"--base {cfg.base}: there are no weights")
-        return base
+    given = Path(cfg.base) != Path(cfg.out).parent / "stage0"   # else it is what `parse` has filled in
+    if given and base is None:
+        raise DataError(f"--base {cfg.base}: there are no weights")
     init = newest_checkpoint(cfg.init)
-    if init is None:
+    recorded = read_state(init)["base"] if init else None
+    # A checkpoint that builds on no other holds all weights: it is the base.
+    if init and recorded is None:
+        return init
+    if given or recorded is None:
         return base
-    # A checkpoint that builds on no other is itself the base.
-    recorded = read_state(init)["base"]
-    return (newest_checkpoint(init.parent / recorded) if recorded else init) or base
+    return newest_checkpoint(init.parent / recorded) or base
 
 
 def init_checkpoint(init, *stages: int):
-    """The last checkpoint of the finished run `init` of one of these stages, and its state; all else is refused."""
+    """The last checkpoint of the finished run `init` of one of these stages; all else is refused."""
     wanted = " or ".join(map(str, stages))
     folder = newest_checkpoint(init)
     if folder is None:
-        raise DataError(f"--init {init}: no checkpoint there; torchrun train.py --stage {stages[0]} --out {init}")
+        weights = "pass --base WEIGHTS, or " if stages[0] == 0 else ""
+        raise DataError(f"--init {init}: no checkpoint there; {weights}torchrun train.py "
+                        f"--stage {stages[0]} --out {init}")
     state = read_state(folder)
     step, steps = state["step"], state["steps"]
     if state["stage"] not in stages or step < steps:
         raise DataError(f"--init {init} is of stage {state['stage']} at step {step} of {steps}; "
                         f"stage {stages[0] + 1} starts from a finished stage {wanted}")
-    return folder, state
+    return folder
 
 
 def part_of(name):
@@ -705,9 +716,9 @@ def training_loader(run, stage, model, tokenizer) -> Loader:
     if cfg.shuffle_pairs and stage.view == "pair":
         rows = shuffle_pairs(rows, cfg.seed)
     run.provenance.setdefault("manifest", hash_with_skip_lists(manifests))
-    micro = cfg.micro_batch or stage.batch // run.world
-    if micro == 1 and stage.losses.keys() & {"clip", "contrastive"}:
-        raise DataError("InfoNCE compares the samples of a micro batch with one another: --micro-batch 2 or more")
+    if (cfg.micro_batch or stage.batch // run.world) == 1 and stage.losses.keys() & {"clip", "contrastive"}:
+        raise DataError("InfoNCE compares the samples of a micro batch with one another: "
+                        "--micro-batch 2 or more")
     return make_loader(run, stage, model, tokenizer, rows=rows, batch=stage.batch, micro=cfg.micro_batch)
 
 
@@ -717,7 +728,8 @@ def validation_loader(run, stage, model, tokenizer) -> Loader:
     manifest = cfg.val_data or toy_split(cfg.toy_folder, "val", toy_world(cfg.toy_folder))
     rows = read_manifests([manifest], cfg.root, cfg.allow_outside)
     if len(rows) < run.world:
-        raise DataError(f"{manifest} has {len(rows)} rows, fewer than the {run.world} ranks that share them")
+        raise DataError(f"{manifest} has {len(rows)} rows, fewer than the {run.world} ranks "
+                        f"that share them")
     # A small set is a batch, too: every rank has a share of it.
     micro = min(cfg.micro_batch or stage.batch // run.world, len(rows) // run.world)
     return make_loader(run, stage, model, tokenizer, rows=rows, batch=micro * run.world, micro=micro, train=False)
@@ -1083,8 +1095,9 @@ class Log:
         # Of a short run a few may be bad.
         self.skipped += number
         if self.skipped > max_bad * max(seen, 500):
-            raise DataError(f"{self.skipped} of {seen} samples could not be read, more than --max-bad {max_bad}; "
-                            f"the lines above name them, python data.py check all of them")
+            raise DataError(f"{self.skipped} of {seen} samples could not be read, more than "
+                            f"--max-bad {max_bad}; the lines above name them, python data.py check "
+                            f"all of them; a new run leaves those out")
 
     def start(self, done: int):
         """A stage begins, or goes on after its first `done` steps; then their skipped samples still count."""
@@ -1159,7 +1172,7 @@ def convolution_backward_flops(grad, x, weight, bias, stride, padding, dilation,
 def describe(run, objective, loader, length, log):
     """Before the first step of a stage: the arithmetic, what trains, and what the model is fed."""
     stage, micro = objective.stage, loader.micro
-    arithmetic = f"{stage.batch // micro} micro batches x {micro} on {run.world} ranks"
+    arithmetic = f"{stage.batch // micro} micro batches x {micro} in all, on {run.world} ranks"
     print(f"\n== stage {run.cfg.stage}: {stage.name} == {length} steps x {stage.batch} of {loader.samples} samples "
           f"({arithmetic})")
     # Parameters of each part, trained and frozen.
@@ -1192,7 +1205,8 @@ def describe(run, objective, loader, length, log):
 
 @torch.no_grad()
 def validate(run, objective, loader, step, log):
-    """Text loss per token on the first validation clips, of as many as eight training batches; ranks share them."""
+    """Text loss per token on the first validation clips, at most as many as eight training batches hold; ranks share
+    them."""
     sums = torch.zeros(2, device=run.device)
     # Ranks stay in step, each with a share of every whole batch. One process also reads the last, short one.
     batches = loader.samples / loader.batch_size
@@ -1329,8 +1343,8 @@ def refuse_nan(losses, norm, step, micro_batches):
     if not math.isfinite(losses["loss"] + norm):
         terms = ", ".join(f"{name} {value:g}" for name, value in losses.items())
         names = [batch.names for batch in micro_batches]
-        raise DataError(f"step {step}: {terms}, gradient norm {norm:g}: try a lower --lr, or --dtype float32; the samples "
-                        f"were {names}")
+        raise DataError(f"step {step}: {terms}, gradient norm {norm:g}: try a lower --lr, "
+                        f"or --dtype float32; the samples were {names}")
 
 
 # ------------------------------------------------------------------------------------------------------------- 11 main
@@ -1354,7 +1368,7 @@ def train(cfg, rank=0, world=1):
     state = read_state(folder) if folder else dict(step=0, skipped=0)
     resumed_at = state["step"]
     was_finished = resumed_at == run.steps
-    if was_finished:
+    if was_finished and rank == 0:
         print(f"{folder} is finished: nothing to train")
     log_file = Path(cfg.out) / "log.jsonl"
     log = Log(log_file if rank == 0 else None, resumed_at, state["skipped"])
@@ -1368,8 +1382,9 @@ def train(cfg, rank=0, world=1):
             folder = None
         before += steps
 
-    shown = "eval.json" if cfg.toy_folder else "samples.png"
-    if rank == 0 and not cfg.no_eval and not (was_finished and (Path(cfg.out) / shown).is_file()):
+    result = Path(cfg.out) / ("eval.json" if cfg.toy_folder else "samples.png")
+    already_shown = was_finished and result.is_file()
+    if rank == 0 and not cfg.no_eval and not already_shown:
         if cfg.fsdp or was_finished:
             # Read the result: with FSDP this process holds a share of it, and a finished run has trained nothing.
             model, _ = load_checkpoint(cfg.out, base_folder(cfg), cfg.vision)
@@ -1381,7 +1396,8 @@ def show_result(run, model, tokenizer, rows):
     cfg = run.cfg
     with run.autocast():
         if cfg.toy_folder:
-            toy_benchmark(model, tokenizer, cfg.toy_folder, cfg.stage, cfg.out, cfg.init, base_folder(cfg))
+            init = cfg.init if cfg.stage > 0 else None
+            toy_benchmark(model, tokenizer, cfg.toy_folder, cfg.stage, cfg.out, init, base_folder(cfg))
         else:
             show_own_samples(model, tokenizer, rows, cfg.stage, cfg.out)
 
@@ -1402,7 +1418,7 @@ def make_missing_stage_0(cfg):
         if missing():
             # A later stage that has no start should say so now, not when stage 0 is done.
             if cfg.stage > 1:
-                init_checkpoint(cfg.init, cfg.stage - 1)
+                starting_point(cfg)
             train(parse([
                 "--stage", "0",
                 "--preset", cfg.preset,
@@ -1413,12 +1429,13 @@ def make_missing_stage_0(cfg):
 
 
 def explain(error, out, world):
-    """The sentence of an error that a user can mend; any other error is raised again."""
+    """The sentence of an error that a user can mend; a RuntimeError that nobody foresaw is raised again."""
     if isinstance(error, KeyboardInterrupt):
         return "stopped: the same command goes on"
     if isinstance(error, DataError):
         return str(error)
     text = (str(error) or repr(error)).splitlines()[0][:300]
+    # A file that is missing is named by the error itself, below.
     if isinstance(error, (OSError, SafetensorError)) and not isinstance(error, FileNotFoundError):
         return f"{getattr(error, 'filename', None) or out} cannot be written or read: {text}"
     if not isinstance(error, RuntimeError):

@@ -195,6 +195,15 @@ def test_ones_own_data_is_shown_after_training_and_asked_for(toy, tmp_path):
     assert len(re.findall(r"^  (?:ok|said) ", out, re.M)) == 5
 
 
+def test_a_sample_that_cannot_be_read_is_not_shown(toy, tmp_path, capsys):
+    model, tokenizer = load(toy / "stage3")
+    rows = read_manifest(toy / "toy" / "instruct.jsonl")[:5]
+    rows[1]["ego"] = {"video": "/nowhere.mp4"}
+    evaluation.show_own_samples(model, tokenizer, rows, 3, tmp_path)
+    said = capsys.readouterr().out
+    assert "not shown: /nowhere.mp4 cannot be read" in said and len(re.findall(r"^  (?:ok|said) ", said, re.M)) == 4
+
+
 def test_ctrl_c_while_scoring_is_one_line(toy, monkeypatch):
     """The signal arrives while the benchmark works: on a tiny world a real one would often come too late."""
     def interrupted(*_, **__):
