@@ -1107,7 +1107,8 @@ class Log:
         self.shown = done, self.clock                           # the step of the last line, and when it was
 
     def step(self, done, length, samples, tokens, losses, row):
-        """Step number `done` of `length` is over."""
+        """Step number `done` of `length` is over. Its time runs from the end of the step before: with waiting for data, and
+        with a validation or a save that came between."""
         now = time.monotonic()
         took, self.clock = now - self.clock, now
         if torch.cuda.is_available():

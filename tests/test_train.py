@@ -556,36 +556,56 @@ def test_a_non_finite_loss_stops_and_names_the_samples(toy, tmp_path):
     assert code != 0 and "vtg nan, loss nan, gradient norm nan" in err and "pairs/" in err
 
 
-REFUSED = [
-    (["--stage", "2", "--init", "{toy}/stage0"], "of stage 0"), (["--stage", "5"], "--stage: invalid choice: 5"),
-    (["--stage", "1", "--preset", "huge"], "--preset: invalid choice: 'huge'"), (["--stage", "1", "--bach", "3"], "--bach"),
-    (["--stage", "1", "--st", "3"], "--st"), (["--stage", "1", "--init", "{toy}/nowhere"], "no checkpoint"),
-    (["--stage", "1", "--batch", "7", "--micro-batch", "2"], "multiple"),
-    (["--stage", "1", "--data", "{toy}/no.jsonl"], "no.jsonl is not there"), (["--stage", "1", "--lr", "0"], "--lr 0.0: a number above 0"),
-    (["--stage", "1", "--micro-batch", "-2"], "--micro-batch -2: a number"), (["--stage", "0", "--preset", "7b"], "--preset 7b is of stages"),
-    (["--stage", "3", "--no-mapping"], "--no-mapping is of stage 2"), (["--stage", "1", "--kl-weight", "3"], "--kl-weight is of stage 2"),
-    (["--stage", "1", "--preset", "small"], "other sizes than --preset small"),
+# What the command line alone tells; and what takes a look at files.
+BAD_FLAGS = [
+    (["--stage", "5"], "--stage: invalid choice: 5"),
+    (["--stage", "1", "--preset", "huge"], "--preset: invalid choice: 'huge'"),
+    (["--stage", "1", "--bach", "3"], "--bach"),
+    (["--stage", "1", "--st", "3"], "--st"),
+    (["--stage", "1", "--data", "{toy}/no.jsonl"], "no.jsonl is not there"),
+    (["--stage", "1", "--lr", "0"], "--lr 0.0: a number above 0"),
+    (["--stage", "1", "--micro-batch", "-2"], "--micro-batch -2: a number"),
+    (["--stage", "3", "--no-mapping"], "--no-mapping is of stage 2"),
+    (["--stage", "1", "--kl-weight", "3"], "--kl-weight is of stage 2"),
     (["--stage", "2", "--no-mapping", "--contrastive", "1"], "--contrastive does nothing with --no-mapping"),
     (["--stage", "2", "--no-kl", "--kl-weight", "7"], "--kl-weight does nothing with --no-kl: give one of them"),
     (["--stage", "1", "--val-data", "{toy}/toy"], "toy: a manifest is a file that ends in .jsonl"),
     (["--stage", "1", "--steps", "10", "--epochs", "1"], "--steps and --epochs both say how long"),
-    (["--stage", "1", "--base", "{toy}/nowhere"], "nowhere: there are no weights"), (["--stage", "1", "--data", "{toy}/tyo"], "tyo is no micro-world"),
-    (["--stage", "1", "--val-data", "{toy}/no.jsonl"], "no.jsonl is not there"), (["--stage", "3", "--init", "{toy}/stage1"], "finished stage 2 or 3"),
+    (["--stage", "1", "--val-data", "{toy}/no.jsonl"], "no.jsonl is not there"),
     (["--stage", "1", "--data", "{toy}/toy/world.json"], "a manifest is a file that ends in .jsonl"),
-    (["--stage", "1", "--out", "{toy}/stage1", "--seed", "9"], "seed=0"),
-    (["--stage", "2", "--kl-weight", "-5"], "--kl-weight -5.0: a number of 0 or more"), (["--stage", "1", "--max-bad", "nan"], "--max-bad nan: a"),
-    (["--stage", "1", "--lr", "inf"], "--lr inf: a number above 0"), (["--stage", "1", "--no-lora"], "--no-lora is of stage 3"),
-    (["--stage", "0", "--data", "{tmp}/missing.jsonl"], "stage 0 is the micro-world's own"),
+    (["--stage", "2", "--kl-weight", "-5"], "--kl-weight -5.0: a number of 0 or more"),
+    (["--stage", "1", "--max-bad", "nan"], "--max-bad nan: a"),
+    (["--stage", "1", "--lr", "inf"], "--lr inf: a number above 0"),
+    (["--stage", "1", "--no-lora"], "--no-lora is of stage 3"),
+    (["--stage", "0", "--data", "{tmp}/rows.jsonl"], "stage 0 is the micro-world's own"),
     (["--stage", "0", "--val-every", "2"], "a validation loss needs stage 1"),
     (["--stage", "1", "--data", "{toy}/toy/pairs.jsonl", "--val-every", "2"], "and --val-data x.jsonl or the micro-world"),
-    (["--stage", "1", "--fsdp"], "--fsdp needs --optimizer adamw"),
+    (["--stage", "1", "--fsdp"], "--fsdp needs --optimizer adamw")]
+REFUSED = [
+    (["--stage", "2", "--init", "{toy}/stage0"], "of stage 0"),
+    (["--stage", "1", "--init", "{toy}/nowhere"], "no checkpoint"),
+    (["--stage", "1", "--batch", "7", "--micro-batch", "2"], "multiple"),
+    (["--stage", "0", "--preset", "7b"], "--preset 7b is of stages"),
+    (["--stage", "1", "--preset", "small"], "other sizes than --preset small"),
+    (["--stage", "1", "--base", "{toy}/nowhere"], "nowhere: there are no weights"),
+    (["--stage", "1", "--data", "{toy}/tyo"], "tyo is no micro-world"),
+    (["--stage", "3", "--init", "{toy}/stage1"], "finished stage 2 or 3"),
+    (["--stage", "1", "--out", "{toy}/stage1", "--seed", "9"], "seed=0"),
     (["--stage", "2", "--contrastive", "1", "--micro-batch", "1"], "InfoNCE compares the samples of a micro batch"),
     (["--stage", "2", "--shuffle-pairs", "--data", "{toy}/toy/instruct.jsonl"], 'lacks "exo", which this stage needs'),
     (["--stage", "1", "--data", "{tmp}/missing.jsonl", "--steps", "40"], "--max-bad")]
 
 
+@pytest.mark.parametrize("args, words", BAD_FLAGS)
+def test_flags_that_do_not_fit_get_one_sentence(toy, tmp_path, capsys, args, words):
+    (tmp_path / "rows.jsonl").touch()
+    with pytest.raises(SystemExit) as ended:
+        train.parse([a.format(toy=toy, tmp=tmp_path) for a in args])
+    assert ended.value.code == 2 and words in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("args, words", REFUSED)
-def test_bad_input_gets_one_sentence(toy, tmp_path, args, words):
+def test_bad_input_gets_one_sentence(toy, tmp_path, capsys, args, words):
     row = {"exo": [{"video": "gone.mp4"}], "text": "t"}
     (tmp_path / "missing.jsonl").write_text("".join(json.dumps(row | {"id": str(i)}) + "\n" for i in range(12)) + "".join(
         (toy / "toy/pairs.jsonl").read_text().replace("pairs/", f"{toy}/toy/pairs/").splitlines(True)))
@@ -599,8 +619,9 @@ def test_bad_input_gets_one_sentence(toy, tmp_path, args, words):
         base += ["--out", tmp_path / "out"]
     steps = [] if "--steps" in args else ["--steps", 3]
     outside = ["--allow-outside"] if "missing" in str(args) else []
-    code, _, err = run(REPO / "train.py", *base, *args, *steps, *outside, check=False)
-    assert code == 2 and words in err and "Traceback" not in err
+    with pytest.raises(SystemExit) as ended:
+        go(*base, *args, *steps, *outside)
+    assert ended.value.code == 2 and words in capsys.readouterr().err
     assert newest_checkpoint(tmp_path / "out") is None
 
 
