@@ -694,7 +694,7 @@ class RegNetBlock(nn.Module):
         super().__init__()
         self.conv1 = ConvNorm(c_in, c_out, 1)
         self.conv2 = ConvNorm(c_out, c_out, 3)
-        self.se = SqueezeExcite(c_out, c_in // 4)
+        self.se = SqueezeExcite(c_out, c_in // 4)                           # timm: a quarter of the input's width
         self.conv3 = ConvNorm(c_out, c_out, 1)
         self.downsample = ConvNorm(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         nn.init.zeros_(self.conv3.bn.weight)
@@ -791,9 +791,9 @@ class FCBlock(nn.Module):
 class Mapping(nn.Module):
     """F: ego -> exo or G: exo -> ego on the ViT's patches, frame by frame: (B, T, h, w, D) -> the same shape.
 
-    "resnet" is CycleGAN's generator: 1x1 convolution, stride-2 convolutions, nine ResNet blocks, up-convolutions, 1x1
-    convolution; widths and norms are our choice. "mlp" has as many FC blocks, on each patch alone. There is no skip
-    connection around it all: F must not start as a copy (measured).
+    "resnet" is CycleGAN's generator: 1x1 convolution, stride-2 convolutions, ResNet blocks (nine in the paper),
+    up-convolutions, 1x1 convolution; widths and norms are our choice. "mlp" has as many FC blocks, on each patch alone.
+    A LayerNorm ends both. There is no skip connection around it all: F must not start as a copy (measured).
     """
     def __init__(self, cfg: ModelConfig, kind="resnet"):
         super().__init__()
@@ -899,8 +899,8 @@ class KVCache:
 class SharedPrefix(KVCache):
     """A cache whose sequences all start with the tokens of one video, which is read once, whatever is asked about it.
 
-    `prefix` holds that one sequence. Without `keep` nothing is stored, so only one layer's copies of the video's keys
-    exist at a time, and one forward pass is all that it serves, as scoring needs. Generating takes many passes: `keep`.
+    `prefix` holds that one sequence. In the first pass each layer copies its keys and values once a sequence. Scoring takes
+    one pass: without `keep` the copies are gone after their layer. Generating takes many: `keep` stores them.
     """
     def __init__(self, prefix: KVCache, sequences: int, keep: bool):
         super().__init__(sequences)
@@ -938,6 +938,7 @@ def rope(x, cos, sin) -> Tensor:
 
 class DecoderBlock(nn.Module):
     """Mistral's: RMSNorm, grouped-query attention with RoPE, RMSNorm, SwiGLU."""
+    # An attribute, as in ViTBlock.
     attention = staticmethod(attention)
     # The number of tokens changes at every step: train.py compiles these blocks for any shape.
     tokens_vary = True
@@ -1005,7 +1006,7 @@ class Decoder(nn.Module):
         angle = positions[:, None].float() * self.cfg.rope_theta ** (-channel / half)
         cos = angle.cos()[:, None]                                          # (tokens, 1, 64)
         sin = angle.sin()[:, None]
-        # The cache, if there is one, is told by each block what it computed.
+        # Each block adds its keys and values to the cache, if there is one; its lengths change when all blocks have.
         x = embeddings
         for block in self.blocks:
             x = block(x, seg, cos, sin, cache)
@@ -1125,7 +1126,8 @@ class Exo2Ego(nn.Module):
         x = self.insert_visual_tokens(visual, ids)
         positions = torch.cat([torch.arange(n) for n in lens]).to(x.device)
         hidden = self.decoder(x, Segments.packed(lens, x.device), positions)
-        # A sequence's first token is never supervised, so this shift never crosses from one sequence to the next.
+        # Position t where the label of t + 1 counts. A sequence's first token (<s>) is never supervised, so this shift
+        # never crosses from one sequence to the next.
         where = (labels[1:] != IGNORE).nonzero().squeeze(1)
         targets = labels[1:][where].to(hidden.device)
         return self.decoder.logits(hidden[where.to(hidden.device)]), targets
