@@ -132,31 +132,6 @@ PRESETS = {
 }
 
 
-def pick_device() -> torch.device:
-    """This process's GPU, else Apple's, else the CPU. ValueError: there are more processes than GPUs."""
-    if torch.cuda.is_available():
-        number = int(os.environ.get("LOCAL_RANK", 0))
-        if number >= torch.cuda.device_count():
-            raise ValueError(f"process {number + 1} of this machine finds {torch.cuda.device_count()} GPUs, and each needs "
-                             f"one of its own: a smaller --nproc_per_node")
-        return torch.device("cuda", number)
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def autocast(device, bf16):
-    """The context of a forward pass: products in bfloat16 if asked for, norms and losses in float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-
-
-def to_device_and_dtype(model, device, bf16) -> Exo2Ego:
-    """Move a model to a device. With `bf16` float16 becomes bfloat16, and float32 and bfloat16 stay; without it all
-    weights become float32. (There are no buffers.)"""
-    for p in model.parameters():
-        kept = torch.bfloat16 if p.dtype == torch.float16 else p.dtype
-        p.data = p.data.to(device, kept if bf16 else torch.float32)
-    return model
-
-
 # --------------------------------------------------------------------------------------------------------- 2 attention
 @dataclass(frozen=True)
 class Segments:
@@ -223,92 +198,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, seg: Segments, *, causal: bool, w
         return _segmentwise(kernel, q, k, v, seg, causal, window, scale)
 
 
-def _check_attention(q, k, v, seg, causal, window, backend):
-    # What the caller asks for.
-    if backend not in BACKENDS:
-        raise ValueError(f"attention backend (or EXO2EGO_ATTENTION) is {backend!r}: choose one of {BACKENDS}")
-    # Shapes and dtypes.
-    if k.shape != v.shape or q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"q, k, v need one head_dim, k and v one shape: {[(*t.shape,) for t in (q, k, v)]}")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"q has {q.shape[1]} heads, k has {k.shape[1]}: the second must divide the first")
-    kinds = {(t.dtype, t.device) for t in (q, k, v)}
-    if len(kinds) > 1 or not q.is_floating_point():
-        raise ValueError(f"q, k, v need one floating dtype and one device, got {kinds}")
-    # Lengths and masks.
-    queries, keys = sum(seg.q_lens), sum(seg.k_lens)
-    if queries != len(q) or keys != len(k):
-        raise ValueError(f"seg has {queries} queries, {keys} keys; q {len(q)}, k {len(k)}")
-    if window is not None and (window < 1 or not causal):
-        raise ValueError(f"window is {window} with causal={causal}: it must be >= 1 and needs causal=True")
-    if backend == "triton":
-        _check_triton(q, seg)
-
-
-def _check_triton(q, seg):
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if not (q.is_cuda or interpreted) or seg.cu_q.device != q.device:
-        raise ValueError(f"backend triton needs q and seg on one GPU: q is on {q.device}, "
-                         f"seg on {seg.cu_q.device}; use sdpa elsewhere")
-    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"backend triton does not take q in {q.dtype}: use sdpa")
-    if q.shape[-1] not in (32, 64, 128):
-        raise ValueError(f"backend triton has head_dim 32, 64 and 128, q has {q.shape[-1]}: use sdpa")
-
-
-def _segmentwise(kernel, q, k, v, seg, causal, window, scale):
-    """Call a kernel that knows no packed sequences, on (batch, heads, tokens, D): once for all sequences, once with
-    padding, or once for each."""
-    sequences = len(seg.q_lens)
-    total = len(q)
-    if kernel is _reference:
-        return _attend_each(kernel, q, k, v, seg, causal, window, scale)
-
-    # Equal lengths, such as the frames of a ViT: one call.
-    if len(set(seg.q_lens)) == len(set(seg.k_lens)) == 1:
-        return _attend_together(kernel, q, k, v, sequences, causal, window, scale)
-
-    # Many short sequences of nearly one length: padding costs less than many small calls.
-    longest = max(seg.q_lens, default=0)
-    pad_is_cheap = total < 64 * sequences and longest * sequences < 1.4 * total
-    if causal and pad_is_cheap and seg.q_lens == seg.k_lens:
-        return _attend_padded(kernel, q, k, v, seg.q_lens, window, scale)
-    return _attend_each(kernel, q, k, v, seg, causal, window, scale)
-
-
-def _attend_together(kernel, q, k, v, sequences, causal, window, scale):
-    q, k, v = (rearrange(t, "(b t) h d -> b h t d", b=sequences) for t in (q, k, v))
-    out = kernel(q, k, v, causal, window, scale)
-    return rearrange(out, "b h t d -> (b t) h d")
-
-
-def _attend_padded(kernel, q, k, v, lens, window, scale):
-    """Padding stands at the end, where causal rows never see it."""
-    q, k, v = (pad_sequence(t.split(lens), batch_first=True) for t in (q, k, v))
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    out = kernel(q, k, v, True, window, scale).transpose(1, 2)
-    return torch.cat([sequence[:length] for sequence, length in zip(out, lens)])
-
-
-def _attend_each(kernel, q, k, v, seg, causal, window, scale):
-    pieces = []
-    sequences = zip(q.split(seg.q_lens), k.split(seg.k_lens), v.split(seg.k_lens))
-    for sequence in sequences:
-        batch = (rearrange(t, "t h d -> 1 h t d") for t in sequence)
-        out = kernel(*batch, causal, window, scale)
-        pieces.append(rearrange(out, "1 h t d -> t h d"))
-    return torch.cat(pieces) if pieces else q
-
-
-def _visible(queries: range, keys: range, window, device) -> Tensor:
-    """Which keys (columns) each query (row) sees; both are given by their places among all keys."""
-    i = torch.arange(queries.start, queries.stop, device=device)[:, None]
-    j = torch.arange(keys.start, keys.stop, device=device)[None]
-    if window is None:
-        return j <= i
-    return (j <= i) & (j > i - window)
-
-
 def _reference(q, k, v, causal, window, scale):
     """The formula, in any dtype: every other backend is tested against it in float64."""
     lq, lk = q.shape[2], k.shape[2]
@@ -325,258 +214,16 @@ def _reference(q, k, v, causal, window, scale):
     return probs.masked_fill(~mask.any(-1, keepdim=True), 0) @ v
 
 
-def _sdpa(q, k, v, causal, window, scale):
-    """torch's fused kernel, (B, H, lq, D)."""
-    dtype = q.dtype
-    lq, lk = q.shape[2], k.shape[2]
-    if lq == 0 or lk == 0:
-        return q * 0
-
-    # The first rows see no key: they are zeros.
-    if causal and lq > lk:
-        blind = lq - lk
-        seeing = _sdpa(q[:, :, blind:], k, v, causal, window, scale)
-        return F.pad(seeing, (0, 0, blind, 0))
-
-    # On a CPU torch's half-precision backward is slower than float32's.
-    half = dtype in (torch.bfloat16, torch.float16)
-    if half and q.device.type == "cpu" and torch.is_grad_enabled():
-        q, k, v = q.float(), k.float(), v.float()
-
-    # torch aligns its causal mask at the top left: that is ours only where there are as many queries as keys. A single
-    # query is the last of its sequence and sees all keys: it needs no mask.
-    last_row_sees_all = lq == 1 and window is None
-    if causal and 1 < lq == lk and window is None:
-        out = _fused(q, k, v, None, True, scale)
-    elif not causal or last_row_sees_all:
-        out = _fused(q, k, v, None, False, scale)
-    else:
-        mask = _visible(range(lk - lq, lk), range(lk), window, q.device)
-        out = _fused(q, k, v, mask, False, scale)
-    return out.to(dtype)
+def _visible(queries: range, keys: range, window, device) -> Tensor:
+    """Which keys (columns) each query (row) sees; both are given by their places among all keys."""
+    i = torch.arange(queries.start, queries.stop, device=device)[:, None]
+    j = torch.arange(keys.start, keys.stop, device=device)[None]
+    if window is None:
+        return j <= i
+    return (j <= i) & (j > i - window)
 
 
-def _fused(q, k, v, mask, square_causal, scale):
-    """F.scaled_dot_product_attention, told which heads share a key in the way that is fast where it runs."""
-    kv_heads = k.shape[1]
-    # One query: the heads that share a key become the rows of one matrix; then there are as many heads as keys have.
-    one_query = q.shape[2] == 1
-    if one_query:
-        q = rearrange(q, "b (g r) 1 d -> b g r d", g=kv_heads)
-
-    # On a GPU no fused kernel shares keys among heads with a mask, or in float32.
-    if q.is_cuda and (mask is not None or q.dtype == torch.float32):
-        group = q.shape[1] // kv_heads
-        k = k.repeat_interleave(group, dim=1)
-        v = v.repeat_interleave(group, dim=1)
-    shared = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=square_causal, scale=scale, enable_gqa=shared)
-    return rearrange(out, "b g r d -> b (g r) 1 d") if one_query else out
-
-
-# ------------------------------------------------------------------------------------ 3 FlashAttention, in plain torch
-class Tiled(torch.autograd.Function):
-    """FlashAttention-2 in plain torch: exact attention that never holds more than one tile of scores.
-
-    A tile of queries meets the keys tile by tile and keeps three running values a row: m, the largest score so far;
-    l, the sum of exp(s - m); acc, the sum of exp(s - m) v. When m grows, l and acc shrink by alpha =
-    exp(m_old - m_new); in the end o = acc / l. The backward keeps one number a row, lse = m + log l, from which the
-    probabilities come back, again tile by tile: s = scale q k^T, p = exp(s - lse), delta = rowsum(do o),
-
-        dv = p^T do     dp = do v^T     ds = scale p (dp - delta)     dq = ds k     dk = ds^T q
-
-    The heads that share a key are rows of one matrix. The Triton kernels have the same names.
-    """
-    tile = 256
-
-    @staticmethod
-    def walk(lq, lk, causal, window, device) -> Iterator:
-        """For each tile of queries its slice, and [(slice of keys, mask of what is hidden or None), ...]."""
-        for i in range(0, lq, Tiled.tile):
-            # Where these queries stand among the keys: at their end.
-            ahead = lk - lq
-            places = range(i + ahead, min(i + Tiled.tile, lq) + ahead)
-            first = max(0, places[0] - window + 1) if window else 0
-            stop = min(lk, places.stop) if causal else lk
-            tiles = []
-            for j in range(first, stop, Tiled.tile):
-                keys = range(j, min(j + Tiled.tile, lk))
-                in_window = not window or keys[0] > places[-1] - window
-                all_seen = not causal or (keys[-1] <= places[0] and in_window)
-                hidden = None if all_seen else ~_visible(places, keys, window, device)
-                tiles.append((slice(keys.start, keys.stop), hidden))
-            yield slice(i, i + len(places)), tiles
-
-    @staticmethod
-    def scores(qi, kj, hidden, scale):
-        s = (qi @ kj.mT).mul_(scale)                                        # (B * HK, group * rows, keys)
-        if hidden is not None:
-            # This writes into s: the group's heads see the same keys.
-            s.unflatten(1, (-1, len(hidden))).masked_fill_(hidden, float("-inf"))
-        return s
-
-    @staticmethod
-    def forward(ctx, q, k, v, causal, window, scale):                       # (B * HK, group, lq, D), (B * HK, lk, D)
-        group = q.shape[1]
-        o = torch.empty_like(q)
-        lse = q.new_empty(*q.shape[:3], 1)
-        for rows, tiles in Tiled.walk(q.shape[2], k.shape[1], causal, window, q.device):
-            # The running values of a tile of rows.
-            qi = q[:, :, rows].flatten(1, 2)
-            m = qi.new_full((*qi.shape[:2], 1), float("-inf"))
-            l = torch.zeros_like(m)
-            acc = torch.zeros_like(qi)
-            for keys, hidden in tiles:
-                s = Tiled.scores(qi, k[:, keys], hidden, scale)
-                m_new = torch.maximum(m, s.amax(-1, keepdim=True))
-                # Where nothing is visible yet, m is -inf, and -inf - -inf would be nan.
-                finite = m_new.masked_fill(m_new == float("-inf"), 0)
-                p = s.sub_(finite).exp_()
-                alpha = (m - finite).exp_()
-                l = l * alpha + p.sum(-1, keepdim=True)
-                acc = acc.mul_(alpha).baddbmm_(p, v[:, keys])
-                m = m_new
-            # A row without keys: o is 0, and lse = inf makes its p vanish in the backward.
-            empty = l == 0
-            o_i = acc / l.masked_fill(empty, 1)
-            lse_i = (m + l.log()).masked_fill(empty, float("inf"))
-            o[:, :, rows] = o_i.unflatten(1, (group, -1))
-            lse[:, :, rows] = lse_i.unflatten(1, (group, -1))
-        ctx.save_for_backward(q, k, v, o, lse)
-        ctx.options = causal, window, scale
-        return o
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, do):
-        q, k, v, o, lse = ctx.saved_tensors
-        causal, window, scale = ctx.options
-        dq = torch.zeros_like(q)
-        dk = torch.zeros_like(k)
-        dv = torch.zeros_like(v)
-        delta = (do * o).sum(-1, keepdim=True)
-        for rows, tiles in Tiled.walk(q.shape[2], k.shape[1], causal, window, q.device):
-            qi, do_i, lse_i, delta_i = (t[:, :, rows].flatten(1, 2) for t in (q, do, lse, delta))
-            dq_i = torch.zeros_like(qi)
-            for keys, hidden in tiles:
-                s = Tiled.scores(qi, k[:, keys], hidden, scale)
-                p = s.sub_(lse_i).exp_()
-                dp = do_i @ v[:, keys].mT
-                ds = dp.sub_(delta_i).mul_(p).mul_(scale)
-                dq_i.baddbmm_(ds, k[:, keys])
-                dk[:, keys] += ds.mT @ qi
-                dv[:, keys] += p.mT @ do_i
-            dq[:, :, rows] = dq_i.unflatten(1, (q.shape[1], -1))
-        return dq, dk, dv, None, None, None
-
-
-def _tiled(q, k, v, causal, window, scale):
-    """(B, H, t, D) in and out; half precision is raised to float32."""
-    dtype = q.dtype
-    wide = torch.promote_types(dtype, torch.float32)
-    batch, kv_heads = k.shape[:2]
-    q = rearrange(q.to(wide), "b (g r) t d -> (b g) r t d", g=kv_heads)
-    k = k.to(wide).flatten(0, 1)
-    v = v.to(wide).flatten(0, 1)
-    out = Tiled.apply(q, k, v, causal, window, scale)
-    return rearrange(out, "(b g) r t d -> b (g r) t d", b=batch).to(dtype)
-
-
-# ------------------------------------------------------------------------- which backend: a check where it runs
-# The largest deviation that passes, as a share of the largest true value.
-TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1.5e-3, torch.float32: 1e-5}
-
-
-def attention_error(backend, device, dtype, head_dim) -> float:
-    """Largest deviation from the formula in float64, of the output and the three gradients, as a share of TOLERANCE: at
-    most 1 passes, nan does not. On a ragged batch with grouped heads, causal and not; windows and caches are for
-    tests/gpu.py."""
-    lens, heads, kv_heads = (400, 5, 64), 6, 2
-    rng = torch.Generator().manual_seed(0)
-    shapes = [(sum(lens), h, head_dim) for h in (heads, kv_heads, kv_heads, heads)]
-    q, k, v, do = (torch.randn(shape, generator=rng).to(dtype) for shape in shapes)
-    seg = Segments.packed(lens, device)
-
-    def run(causal, backend, where, dtype):
-        leaves = [t.to(where, dtype).requires_grad_() for t in (q, k, v)]
-        out = attention(*leaves, seg, causal=causal, backend=backend)
-        return out.detach(), *torch.autograd.grad(out, leaves, do.to(where, dtype))
-    worst = [torch.zeros(())]
-    # Gradients also where the caller only answers questions.
-    with torch.enable_grad():
-        for causal in (True, False):
-            ours = run(causal, backend, device, dtype)
-            true = run(causal, "reference", "cpu", torch.float64)
-            for a, b in zip(ours, true):
-                apart = (a.cpu().double() - b).abs().max()
-                worst.append(apart / b.abs().max())
-    return float(torch.stack(worst).max() / TOLERANCE[dtype])
-
-
-def problem_with_triton(device, dtype, cfg):
-    """Why our kernels cannot be used on this GPU, or None."""
-    try:
-        if torch.cuda.get_device_capability(device) < (8, 0):
-            return "it needs sm_80 or newer"
-        for head_dim in {cfg.vit_width // cfg.vit_heads, cfg.decoder_head_dim}:
-            error = attention_error("triton", device, dtype, head_dim)
-            if not error <= 1:
-                return f"error {error:.2f} of the tolerance at head_dim {head_dim}"
-        return None
-    except Exception as error:
-        # Whatever stops our kernels, torch's own run, unless the device itself is dead: then this line raises.
-        torch.cuda.synchronize(device)
-        return f"{type(error).__name__}: {str(error)[:90]}"
-
-
-def choose_attention(device, dtype, cfg, on_every_rank: Callable | None = None) -> str:
-    """Decide what "auto" means, once, at start-up; returns the line to print.
-
-    In half precision on a GPU our kernels are taken if they pass a check there. `on_every_rank` runs that check on all
-    ranks of a run, since one choice serves them all.
-    """
-    global HALF_GPU_BACKEND
-    HALF_GPU_BACKEND = "sdpa"
-    kind = str(dtype).removeprefix("torch.")
-    forced = os.environ.get("EXO2EGO_ATTENTION")
-    if forced:
-        if forced not in BACKENDS:
-            raise ValueError(f"EXO2EGO_ATTENTION is {forced!r}: choose one of {BACKENDS}")
-        return f"attention: {forced}, by EXO2EGO_ATTENTION"
-    if device.type != "cuda" or dtype == torch.float32:
-        return f"attention: sdpa, for {kind} on {device.type}"
-
-    def check():
-        return problem_with_triton(device, dtype, cfg)
-    problem = on_every_rank(check) if on_every_rank else check()
-    if problem:
-        return f"attention: sdpa; not triton: {problem}"
-    HALF_GPU_BACKEND = "triton"
-    return f"attention: triton, for {kind}, after a self-check"
-
-
-def check_attention() -> int:
-    """Check the backends that this machine can run against the formula; returns how many checks failed."""
-    device = pick_device()
-    failed = 0
-    gpu = device.type == "cuda"
-    backends = ("tiled", "sdpa", "triton") if gpu else ("tiled", "sdpa")
-    for backend, dtype, head_dim in product(backends, TOLERANCE, (32, 64, 128)):
-        try:
-            error = attention_error(backend, device, dtype, head_dim)
-            found = f"error {error:.2f} of the tolerance"
-        except Exception as problem:
-            # Triton is not there, say, or the GPU is too old.
-            error, found = math.inf, f"{type(problem).__name__}: {problem}"
-        failed += not error <= 1
-        print(f"{'ok  ' if error <= 1 else 'FAIL'} {backend:6} {dtype} head_dim {head_dim}: {found}")
-    if not gpu:
-        print("not run, it needs a GPU: triton; pytest interprets and compiles it, tests/gpu.py proves it")
-    return failed
-
-
-# ------------------------------------------------------------------------------------------------------ 4 VisionEncoder
+# --------------------------------------------------------------------------------------------------------------- 3 ViT
 class ViTBlock(nn.Module):
     """Transformer block with norms first and quick-GELU, as CLIP's."""
     # An attribute, so that train.py can leave it out of torch.compile.
@@ -654,7 +301,7 @@ class VisionEncoder(nn.Module):
         return vision_encoder_from_hf(HFCheckpoint(path), dtype, alone=True)
 
 
-# ---------------------------------------------------------------------------------------------------- 5 Connector (STC)
+# --------------------------------------------------------------------------------------------------------- 4 connector
 class ConvNorm(nn.Module):
     """1x1 or depthwise 3x3 convolution and LayerNorm over channels, on grids whose channels are last (N, h, w, C)."""
     def __init__(self, c_in: int, c_out: int, kernel: int):
@@ -753,7 +400,7 @@ class Connector(nn.Module):
         return activation(F.linear(cubes, conv.weight.flatten(1), conv.bias))
 
 
-# -------------------------------------------------------------------------------------------------- 6 Mapping: F and G
+# ----------------------------------------------------------------------------------------------------------- 5 F and G
 class ChannelNorm(nn.LayerNorm):
     """LayerNorm over the channels of (N, C, h, w). CycleGAN's instance norm would erase what a feature grid means."""
     def forward(self, x):
@@ -849,7 +496,7 @@ def feature_kl(exo: Tensor, estimate: Tensor, tau: float = 1.0) -> Tensor:
     return kl.mean(-1) * tau ** 2
 
 
-# -------------------------------------------------------------------------------------------------- 7 Decoder (Mistral)
+# ----------------------------------------------------------------------------------------------------------- 6 decoder
 class LoRALinear(nn.Linear):
     """y = x W^T, plus alpha / rank * dropout(x) A^T B^T once `add_lora` was called. A and B are float32: with a bfloat16 W
     it runs under `autocast`."""
@@ -877,55 +524,6 @@ class LoRALinear(nn.Linear):
         x = F.dropout(x, self.lora_dropout, self.training)
         low = F.linear(x, self.lora_a)                                      # (tokens, 128)
         return y + F.linear(self.lora_scale * low, self.lora_b)
-
-
-class KVCache:
-    """Keys and values already computed, per layer, packed like the batch: (tokens, HK, D) each."""
-    def __init__(self, sequences: int):
-        self.lens = (0,) * sequences
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def extend(self, layer, k, v, seg):
-        """Append each sequence's new keys and values to its old ones; returns all of them, in packed order."""
-        if layer in self.layers:
-            past_k, past_v = self.layers[layer]
-            past_lens = [total - new for total, new in zip(seg.k_lens, seg.q_lens)]
-            k = interleave(past_k.split(past_lens), k.split(seg.q_lens))
-            v = interleave(past_v.split(past_lens), v.split(seg.q_lens))
-        self.layers[layer] = k, v
-        return k, v
-
-
-class SharedPrefix(KVCache):
-    """A cache whose sequences all start with the tokens of one video, which is read once, whatever is asked about it.
-
-    `prefix` holds that one sequence. In the first pass each layer copies its keys and values once a sequence. Scoring takes
-    one pass: without `keep` the copies are gone after their layer. Generating takes many: `keep` stores them.
-    """
-    def __init__(self, prefix: KVCache, sequences: int, keep: bool):
-        super().__init__(sequences)
-        self.prefix = prefix
-        self.keep = keep
-        self.lens = prefix.lens * sequences
-
-    def extend(self, layer, k, v, seg) -> tuple[Tensor, Tensor]:
-        if layer in self.layers:
-            return super().extend(layer, k, v, seg)
-        prefix_k, prefix_v = self.prefix.layers[layer]
-        sequences = len(seg.q_lens)
-        k = interleave([prefix_k] * sequences, k.split(seg.q_lens))
-        v = interleave([prefix_v] * sequences, v.split(seg.q_lens))
-        if self.keep:
-            self.layers[layer] = k, v
-        return k, v
-
-
-def interleave(past, new) -> Tensor:
-    """The past of each sequence, followed by its new tokens."""
-    pieces = []
-    for old_piece, new_piece in zip(past, new):
-        pieces += [old_piece, new_piece]
-    return torch.cat(pieces)
 
 
 def rope(x, cos, sin) -> Tensor:
@@ -1041,11 +639,7 @@ class Decoder(nn.Module):
         return decoder_from_hf(HFCheckpoint(path), dtype, alone=True)
 
 
-# What activation checkpointing, torch.compile and FSDP take as one unit.
-BLOCKS = (ViTBlock, RegNetBlock, ResBlock, FCBlock, DecoderBlock)
-
-
-# ------------------------------------------------------------------------------------------------------------ 8 Exo2Ego
+# ----------------------------------------------------------------------------------------------------------- 7 Exo2Ego
 class Exo2Ego(nn.Module):
     """The whole model: exo_vit, exo_connector, ego_vit, ego_connector, decoder; F and G from stage 2 on."""
     def __init__(self, cfg: ModelConfig):
@@ -1132,7 +726,7 @@ class Exo2Ego(nn.Module):
         targets = labels[1:][where].to(hidden.device)
         return self.decoder.logits(hidden[where.to(hidden.device)]), targets
 
-    # --------------------------------------------------------------------------------------------- 9 generate and score
+    # --------------------------------------------------------------------------------------------- 8 generate and score
     @torch.no_grad()
     def log_likelihood(self, visual, ids, labels, lens) -> Tensor:
         """log p of each sequence's supervised tokens given what stands before them, summed, in nats (B,)."""
@@ -1187,466 +781,246 @@ class Exo2Ego(nn.Module):
         return answers
 
 
-# ------------------------------------------------------------------------------------------------------- 10 checkpoints
-# The number of the format of state.json and of the names of tensors. Another one is refused by name.
-FORMAT = 3
-FOUR_FILES = ("model.py", "data.py", "train.py", "eval.py")
+# ===== a first reader can stop here =====
 
 
-def read_json(path) -> dict:
-    """A JSON file that holds an object, or ValueError with its name."""
-    try:
-        return dict(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+# -------------------------------------------------------------- A how attention runs: checks, batching, torch's kernel
+def _check_attention(q, k, v, seg, causal, window, backend):
+    # What the caller asks for.
+    if backend not in BACKENDS:
+        raise ValueError(f"attention backend (or EXO2EGO_ATTENTION) is {backend!r}: choose one of {BACKENDS}")
+    # Shapes and dtypes.
+    if k.shape != v.shape or q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"q, k, v need one head_dim, k and v one shape: {[(*t.shape,) for t in (q, k, v)]}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"q has {q.shape[1]} heads, k has {k.shape[1]}: the second must divide the first")
+    kinds = {(t.dtype, t.device) for t in (q, k, v)}
+    if len(kinds) > 1 or not q.is_floating_point():
+        raise ValueError(f"q, k, v need one floating dtype and one device, got {kinds}")
+    # Lengths and masks.
+    queries, keys = sum(seg.q_lens), sum(seg.k_lens)
+    if queries != len(q) or keys != len(k):
+        raise ValueError(f"seg has {queries} queries, {keys} keys; q {len(q)}, k {len(k)}")
+    if window is not None and (window < 1 or not causal):
+        raise ValueError(f"window is {window} with causal={causal}: it must be >= 1 and needs causal=True")
+    if backend == "triton":
+        _check_triton(q, seg)
 
 
-def newest_checkpoint(run: AnyPath):
-    """The newest `step_*` of a run folder (a save takes that name when it is whole), or the folder itself if it is a
-    checkpoint or holds published weights; None if there is none. Names order by step, for they are padded with zeros."""
-    run = Path(run)
-    if (run / "state.json").is_file() or (run / "config.json").is_file():
-        return run
-    return max(run.glob("step_[0-9]*"), default=None, key=lambda path: path.name)
+def _check_triton(q, seg):
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not (q.is_cuda or interpreted) or seg.cu_q.device != q.device:
+        raise ValueError(f"backend triton needs q and seg on one GPU: q is on {q.device}, "
+                         f"seg on {seg.cu_q.device}; use sdpa elsewhere")
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"backend triton does not take q in {q.dtype}: use sdpa")
+    if q.shape[-1] not in (32, 64, 128):
+        raise ValueError(f"backend triton has head_dim 32, 64 and 128, q has {q.shape[-1]}: use sdpa")
 
 
-def read_state(path) -> dict:
-    """state.json of a checkpoint; published weights count as a finished stage 0."""
-    if (path / "config.json").is_file():
-        return dict(stage=0, step=0, steps=0, base=None)
-    state = read_json(path / "state.json")
-    found = state.get("format", 1)
-    if found != FORMAT:
-        raise ValueError(f"{path} has format {found}, this code reads format {FORMAT}: train it again, or use the "
-                         f"code that made it (revision {state.get('git')})")
-    return state
+def _segmentwise(kernel, q, k, v, seg, causal, window, scale):
+    """Call a kernel that knows no packed sequences, on (batch, heads, tokens, D): once for all sequences, once with
+    padding, or once for each."""
+    sequences = len(seg.q_lens)
+    total = len(q)
+    if kernel is _reference:
+        return _attend_each(kernel, q, k, v, seg, causal, window, scale)
+
+    # Equal lengths, such as the frames of a ViT: one call.
+    if len(set(seg.q_lens)) == len(set(seg.k_lens)) == 1:
+        return _attend_together(kernel, q, k, v, sequences, causal, window, scale)
+
+    # Many short sequences of nearly one length: padding costs less than many small calls.
+    longest = max(seg.q_lens, default=0)
+    pad_is_cheap = total < 64 * sequences and longest * sequences < 1.4 * total
+    if causal and pad_is_cheap and seg.q_lens == seg.k_lens:
+        return _attend_padded(kernel, q, k, v, seg.q_lens, window, scale)
+    return _attend_each(kernel, q, k, v, seg, causal, window, scale)
 
 
-def git_revision():
-    """The last commit that changed the four files, with + where they differ from it; None outside a checkout."""
-    def git(*words):
-        return subprocess.run(["git", *words, "--", *FOUR_FILES], cwd=Path(__file__).parent, capture_output=True, text=True)
-    try:
-        commit = git("log", "-1", "--format=%h", "--abbrev=12").stdout.strip()
-        changed = git("diff", "--quiet", "HEAD").returncode
-    except OSError:
-        return None
-    return commit + "+" * (changed != 0) if commit else None
+def _attend_together(kernel, q, k, v, sequences, causal, window, scale):
+    q, k, v = (rearrange(t, "(b t) h d -> b h t d", b=sequences) for t in (q, k, v))
+    out = kernel(q, k, v, causal, window, scale)
+    return rearrange(out, "b h t d -> (b t) h d")
 
 
-def file_hash(file) -> str:
-    """sha256 of a whole file."""
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+def _attend_padded(kernel, q, k, v, lens, window, scale):
+    """Padding stands at the end, where causal rows never see it."""
+    q, k, v = (pad_sequence(t.split(lens), batch_first=True) for t in (q, k, v))
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    out = kernel(q, k, v, True, window, scale).transpose(1, 2)
+    return torch.cat([sequence[:length] for sequence, length in zip(out, lens)])
 
 
-def signature(folder):
-    """What a checkpoint's state.json says of how it was made, so that a change of its weights is noticed."""
-    hashes = {file.name: file_hash(file) for file in folder.glob("*.safetensors")}
-    return dict(format=FORMAT, git=git_revision(), sha256=hashes)
+def _attend_each(kernel, q, k, v, seg, causal, window, scale):
+    pieces = []
+    sequences = zip(q.split(seg.q_lens), k.split(seg.k_lens), v.split(seg.k_lens))
+    for sequence in sequences:
+        batch = (rearrange(t, "t h d -> 1 h t d") for t in sequence)
+        out = kernel(*batch, causal, window, scale)
+        pieces.append(rearrange(out, "1 h t d -> t h d"))
+    return torch.cat(pieces) if pieces else q
 
 
-def fingerprint(path: AnyPath) -> str:
-    """A short hash of the first MiB (with the header) and of the last MiB of each weight file."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(path).glob("model*.safetensors")):
-        with open(file, "rb") as opened:
-            digest.update(opened.read(1 << 20))
-            opened.seek(max(0, file.stat().st_size - (1 << 20)))
-            digest.update(opened.read())
-    return digest.hexdigest()[:16]
+def _sdpa(q, k, v, causal, window, scale):
+    """torch's fused kernel, (B, H, lq, D)."""
+    dtype = q.dtype
+    lq, lk = q.shape[2], k.shape[2]
+    if lq == 0 or lk == 0:
+        return q * 0
+
+    # The first rows see no key: they are zeros.
+    if causal and lq > lk:
+        blind = lq - lk
+        seeing = _sdpa(q[:, :, blind:], k, v, causal, window, scale)
+        return F.pad(seeing, (0, 0, blind, 0))
+
+    # On a CPU torch's half-precision backward is slower than float32's.
+    half = dtype in (torch.bfloat16, torch.float16)
+    if half and q.device.type == "cpu" and torch.is_grad_enabled():
+        q, k, v = q.float(), k.float(), v.float()
+
+    # torch aligns its causal mask at the top left: that is ours only where there are as many queries as keys. A single
+    # query is the last of its sequence and sees all keys: it needs no mask.
+    last_row_sees_all = lq == 1 and window is None
+    if causal and 1 < lq == lk and window is None:
+        out = _fused(q, k, v, None, True, scale)
+    elif not causal or last_row_sees_all:
+        out = _fused(q, k, v, None, False, scale)
+    else:
+        mask = _visible(range(lk - lq, lk), range(lk), window, q.device)
+        out = _fused(q, k, v, mask, False, scale)
+    return out.to(dtype)
 
 
-def base_checkpoint_of(path, base=None):
-    """The folder that a checkpoint builds on: `base`, or the one it recorded, known by its hash. None: it is whole."""
-    state = read_state(path)
-    if state["base"] is None:
-        return None
-    root = newest_checkpoint(base or path.parent / state["base"])
-    if root is None:
-        raise FileNotFoundError(f"{path} builds on {state['base']}, which is not there: pass --base DIR")
-    if fingerprint(root) != state["base_hash"]:
-        raise ValueError(f"{root} is not the base of {path}, its weights differ: pass --base DIR")
-    return root
+def _fused(q, k, v, mask, square_causal, scale):
+    """F.scaled_dot_product_attention, told which heads share a key in the way that is fast where it runs."""
+    kv_heads = k.shape[1]
+    # One query: the heads that share a key become the rows of one matrix; then there are as many heads as keys have.
+    one_query = q.shape[2] == 1
+    if one_query:
+        q = rearrange(q, "b (g r) 1 d -> b g r d", g=kv_heads)
+
+    # On a GPU no fused kernel shares keys among heads with a mask, or in float32.
+    if q.is_cuda and (mask is not None or q.dtype == torch.float32):
+        group = q.shape[1] // kv_heads
+        k = k.repeat_interleave(group, dim=1)
+        v = v.repeat_interleave(group, dim=1)
+    shared = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=square_causal, scale=scale, enable_gqa=shared)
+    return rearrange(out, "b g r d -> b (g r) 1 d") if one_query else out
 
 
-def load_delta(path, name="model.safetensors"):
-    """The tensors of a checkpoint's own file: those that differ from its base. A flipped bit is noticed."""
-    try:
-        recorded = read_state(path).get("sha256", {})
-        if recorded.get(name) not in (None, file_hash(path / name)):
-            raise ValueError("it has changed since it was saved")
-        return load_file(path / name)
-    except Exception as error:
-        raise ValueError(f"{path / name} cannot be read ({error}): remove {path} to fall back to the "
-                         f"checkpoint before it") from None
+# --------------------------------------------------------------------------------------- FlashAttention in plain torch
+class Tiled(torch.autograd.Function):
+    """FlashAttention-2 in plain torch: exact attention that never holds more than one tile of scores.
 
+    A tile of queries meets the keys tile by tile and keeps three running values a row: m, the largest score so far;
+    l, the sum of exp(s - m); acc, the sum of exp(s - m) v. When m grows, l and acc shrink by alpha =
+    exp(m_old - m_new); in the end o = acc / l. The backward keeps one number a row, lse = m + log l, from which the
+    probabilities come back, again tile by tile: s = scale q k^T, p = exp(s - lse), delta = rowsum(do o),
 
-def load_checkpoint(path: AnyPath, base: AnyPath | None = None,
-                    vision: AnyPath | None = None, **added) -> tuple[Exo2Ego, dict]:
-    """-> Exo2Ego in eval mode, and state.json. Where weights are bfloat16, run it under `autocast`.
+        dv = p^T do     dp = do v^T     ds = scale p (dp - delta)     dq = ds k     dk = ds^T q
 
-    Parts that are `added` (mapping="resnet", lora=True) start fresh. All others are read from `path` (a run folder or a
-    `step_*` of it, or published weights) and from its `base` (by default the recorded one):
-
-        path                    base                        the weights
-        stage 0, published      none                        those of path
-        a later stage           stage 0, or published       those of base, where path has none of its own
+    The heads that share a key are rows of one matrix. The Triton kernels have the same names.
     """
-    folder = newest_checkpoint(path)
-    if folder is None:
-        raise FileNotFoundError(f"no checkpoint in {path}: train it first (torchrun train.py --stage N)")
-    state = read_state(folder)
-    base = base_checkpoint_of(folder, base)                     # None: it is whole
-    may_be_missing = []
-    if "mapping" in added:
-        may_be_missing += ["F.", "G."]
-    if "lora" in added:
-        may_be_missing += ["lora_"]
+    tile = 256
 
-    published = next((place for place in (folder, base) if place and (place / "config.json").is_file()), None)
-    if published:
-        # They are read by readers of their own; then what was trained replaces its part.
-        model = Exo2Ego.from_videollama2(published, vision=vision or state.get("vision"))
-        state.setdefault("model", asdict(model.cfg))
-        # A checkpoint of ours has its own of some of these names, and all of the parts that are added now.
-        may_be_missing += list(model.state_dict())
-        parts = {key: state["model"][key] for key in ("mapping", "lora")}
-        model.add(**parts | added)
-        tensors = load_delta(folder) if base else {}
-    else:
-        model = Exo2Ego(replace(ModelConfig(**state["model"]), **added))
-        tensors = load_delta(base) if base else {}
-        tensors |= load_delta(folder)
+    @staticmethod
+    def walk(lq, lk, causal, window, device) -> Iterator:
+        """For each tile of queries its slice, and [(slice of keys, mask of what is hidden or None), ...]."""
+        for i in range(0, lq, Tiled.tile):
+            # Where these queries stand among the keys: at their end.
+            ahead = lk - lq
+            places = range(i + ahead, min(i + Tiled.tile, lq) + ahead)
+            first = max(0, places[0] - window + 1) if window else 0
+            stop = min(lk, places.stop) if causal else lk
+            tiles = []
+            for j in range(first, stop, Tiled.tile):
+                keys = range(j, min(j + Tiled.tile, lk))
+                in_window = not window or keys[0] > places[-1] - window
+                all_seen = not causal or (keys[-1] <= places[0] and in_window)
+                hidden = None if all_seen else ~_visible(places, keys, window, device)
+                tiles.append((slice(keys.start, keys.stop), hidden))
+            yield slice(i, i + len(places)), tiles
 
-    # What only a loss needs is not the model's. Every other name must fit.
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("loss.")}
-    try:
-        missing, unknown = model.load_state_dict(tensors, strict=False, assign=bool(published))
-    except RuntimeError as error:
-        raise ValueError(f"{folder} does not fit the model: {error}") from None
-    missing = [name for name in missing if not any(word in name for word in may_be_missing)]
-    if missing or unknown:
-        raise ValueError(f"{folder} does not fit the model: missing {missing[:3]}, unknown {unknown[:3]}")
-    return model.eval(), state
+    @staticmethod
+    def scores(qi, kj, hidden, scale):
+        s = (qi @ kj.mT).mul_(scale)                                        # (B * HK, group * rows, keys)
+        if hidden is not None:
+            # This writes into s: the group's heads see the same keys.
+            s.unflatten(1, (-1, len(hidden))).masked_fill_(hidden, float("-inf"))
+        return s
 
+    @staticmethod
+    def forward(ctx, q, k, v, causal, window, scale):                       # (B * HK, group, lq, D), (B * HK, lk, D)
+        group = q.shape[1]
+        o = torch.empty_like(q)
+        lse = q.new_empty(*q.shape[:3], 1)
+        for rows, tiles in Tiled.walk(q.shape[2], k.shape[1], causal, window, q.device):
+            # The running values of a tile of rows.
+            qi = q[:, :, rows].flatten(1, 2)
+            m = qi.new_full((*qi.shape[:2], 1), float("-inf"))
+            l = torch.zeros_like(m)
+            acc = torch.zeros_like(qi)
+            for keys, hidden in tiles:
+                s = Tiled.scores(qi, k[:, keys], hidden, scale)
+                m_new = torch.maximum(m, s.amax(-1, keepdim=True))
+                # Where nothing is visible yet, m is -inf, and -inf - -inf would be nan.
+                finite = m_new.masked_fill(m_new == float("-inf"), 0)
+                p = s.sub_(finite).exp_()
+                alpha = (m - finite).exp_()
+                l = l * alpha + p.sum(-1, keepdim=True)
+                acc = acc.mul_(alpha).baddbmm_(p, v[:, keys])
+                m = m_new
+            # A row without keys: o is 0, and lse = inf makes its p vanish in the backward.
+            empty = l == 0
+            o_i = acc / l.masked_fill(empty, 1)
+            lse_i = (m + l.log()).masked_fill(empty, float("inf"))
+            o[:, :, rows] = o_i.unflatten(1, (group, -1))
+            lse[:, :, rows] = lse_i.unflatten(1, (group, -1))
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.options = causal, window, scale
+        return o
 
-# ------------------------------------------------------------------------------------ 11 published weights, in and out
-# Our name -> theirs, as regular expressions in turn. The misspelling of CLIP's first norm is its own.
-CLIP_NAMES = (
-    (r"\.([qkv])\.", r".self_attn.\1_proj."),
-    (r"\.out\.", ".self_attn.out_proj."),
-    (r"\.fc([12])\.", r".mlp.fc\1."),
-    (r"\.norm([12])\.", r".layer_norm\1."),
-    (r"^blocks", "encoder.layers"),
-    (r"^class_token", "embeddings.class_embedding"),
-    (r"^position", "embeddings.position_embedding.weight"),
-    (r"^patch_embedding", "embeddings.patch_embedding"),
-    (r"^pre_norm", "pre_layrnorm"))
-MISTRAL_NAMES = (
-    (r"\.([qkv])\.", r".self_attn.\1_proj."),
-    (r"\.out\.", ".self_attn.o_proj."),
-    (r"\.(gate|up|down)\.", r".mlp.\1_proj."),
-    (r"\.norm1\.", ".input_layernorm."),
-    (r"\.norm2\.", ".post_attention_layernorm."),
-    (r"^blocks", "model.layers"),
-    (r"^norm", "model.norm"),
-    (r"^embedding", "model.embed_tokens"))
-
-
-def rename(name, table) -> str:
-    """Our name of a tensor -> its published one."""
-    for ours, theirs in table:
-        name = re.sub(ours, theirs, name)
-    return name
-
-
-class HFCheckpoint:
-    """A directory in Hugging Face's layout. Tensors are read one at a time: 7B are never in memory twice."""
-    def __init__(self, path: AnyPath):
-        self.path = Path(path)
-        self.config = read_json(self.path / "config.json")
-        self.where = {}                                         # name of a tensor -> its open file
-        self.used = set()
-        index = self.path / "model.safetensors.index.json"
-        shards = read_json(index).get("weight_map", {}) if index.is_file() else {"": "model.safetensors"}
-        for shard in sorted(set(shards.values())):
-            handle = self.open_shard(shard, index)
-            for name in handle.keys():
-                self.where[name] = handle
-
-    def open_shard(self, shard, index):
-        file = self.path / shard
-        if file.parent != self.path or shard == "..":
-            raise ValueError(f"{index} names {shard!r}: a shard is a plain file name in that directory")
-        pickles = sorted(self.path.glob("pytorch_model*.bin"))
-        if pickles and not file.is_file():
-            raise ValueError(f"{file} is missing, and {pickles[0].name} is a pickle, which can run code: "
-                             f"convert it once, as README shows")
-        try:
-            return safe_open(file, "pt")
-        except (OSError, SafetensorError) as error:
-            what = "cannot be read" if file.is_file() else "is missing"
-            raise ValueError(f"{file} {what} ({error}): download it again") from None
-
-    def require(self, config, **wanted):
-        """Refuse by name what the network here cannot represent. Absent and null are as wanted."""
-        for key, value in wanted.items():
-            found = config.get(key)
-            if found not in (None, value):
-                raise ValueError(f"{self.path}/config.json: {key} is {found!r}, {value!r} fits here")
-
-    def shape(self, name):
-        """Of a tensor that must be there, read from its file's header."""
-        if name not in self.where:
-            raise ValueError(f"{self.path} lacks the tensor {name}")
-        return tuple(self.where[name].get_slice(name).get_shape())
-
-    def count(self, prefix) -> int:
-        """1 + the largest number that follows this prefix in a name: how many layers there are."""
-        names = "\n".join(self.where)
-        numbers = re.findall(rf"^{re.escape(prefix)}(\d+)", names, re.MULTILINE)
-        return 1 + max(map(int, numbers), default=-1)
-
-    def load_into(self, module, prefix, table=(), dtype=None):
-        """Give every tensor of a module that was built on the meta device its value."""
-        for name, blank in module.state_dict().items():
-            theirs = prefix + rename(name, table)
-            shape = self.shape(theirs)
-            value = self.where[theirs].get_tensor(theirs)
-            if shape != blank.shape or not value.is_floating_point():
-                raise ValueError(f"{self.path}: {theirs} is {shape} {value.dtype}, not {(*blank.shape,)}")
-            value = value.to(torch.get_default_device(), dtype, copy=True)
-            owner, _, leaf = name.rpartition(".")
-            setattr(module.get_submodule(owner), leaf, nn.Parameter(value))
-            self.used.add(theirs)
-
-    def assert_all_used(self, *ignored: str):
-        """Every tensor must have found its place, but for these prefixes and RoPE's old tables."""
-        unused = set(self.where) - self.used
-        unused = sorted(name for name in unused
-                        if not name.startswith(ignored) and not name.endswith("rotary_emb.inv_freq"))
-        if unused:
-            raise ValueError(f"{self.path} has tensors that have no place here: {unused[:3]}")
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do):
+        q, k, v, o, lse = ctx.saved_tensors
+        causal, window, scale = ctx.options
+        dq = torch.zeros_like(q)
+        dk = torch.zeros_like(k)
+        dv = torch.zeros_like(v)
+        delta = (do * o).sum(-1, keepdim=True)
+        for rows, tiles in Tiled.walk(q.shape[2], k.shape[1], causal, window, q.device):
+            qi, do_i, lse_i, delta_i = (t[:, :, rows].flatten(1, 2) for t in (q, do, lse, delta))
+            dq_i = torch.zeros_like(qi)
+            for keys, hidden in tiles:
+                s = Tiled.scores(qi, k[:, keys], hidden, scale)
+                p = s.sub_(lse_i).exp_()
+                dp = do_i @ v[:, keys].mT
+                ds = dp.sub_(delta_i).mul_(p).mul_(scale)
+                dq_i.baddbmm_(ds, k[:, keys])
+                dk[:, keys] += ds.mT @ qi
+                dv[:, keys] += p.mT @ do_i
+            dq[:, :, rows] = dq_i.unflatten(1, (q.shape[1], -1))
+        return dq, dk, dv, None, None, None
 
 
-def vision_encoder_from_hf(files, dtype=None, prefix="", alone=False) -> VisionEncoder:
-    """The CLIP ViT whose tensors start with `prefix`; sizes are the tensors'. `alone`: the directory holds CLIP only,
-    so its config.json must fit and every tensor must find its place. ValueError names what does not fit."""
-    config = files.config.get("vision_config", files.config) if alone else {}
-    if any(name.startswith(f"{prefix}vision_model.") for name in files.where):
-        prefix += "vision_model."
-    # The tensors tell the sizes, config.json must agree with them.
-    width, _, patch, _ = files.shape(f"{prefix}embeddings.patch_embedding.weight")
-    tokens, _ = files.shape(f"{prefix}embeddings.position_embedding.weight")
-    image_size = math.isqrt(tokens - 1) * patch
-    layers = files.count(f"{prefix}encoder.layers.")
-    files.require(config, hidden_act="quick_gelu", layer_norm_eps=1e-5,
-                  num_hidden_layers=layers, image_size=image_size)
-    cfg = replace(
-        PRESETS["7b"],
-        image_size=image_size,
-        patch=patch,
-        vit_width=width,
-        vit_layers=layers,
-        vit_heads=config.get("num_attention_heads", width // 64),
-        vit_mlp_dim=files.shape(f"{prefix}encoder.layers.0.mlp.fc1.weight")[0])
-    with torch.device("meta"):
-        vit = VisionEncoder(cfg)
-    files.load_into(vit, prefix, CLIP_NAMES, dtype)
-
-    # The last layer and the post norm are in the files and are never run.
-    never_run = tuple(prefix + name for name in (
-        f"encoder.layers.{layers - 1}.", "post_layernorm.", "embeddings.position_ids"))
-    files.used |= {name for name in files.where if name.startswith(never_run)}
-    if alone:
-        files.assert_all_used("text_model.", "text_projection.", "visual_projection.", "logit_scale")
-    return vit
+def _tiled(q, k, v, causal, window, scale):
+    """(B, H, t, D) in and out; half precision is raised to float32."""
+    dtype = q.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    batch, kv_heads = k.shape[:2]
+    q = rearrange(q.to(wide), "b (g r) t d -> (b g) r t d", g=kv_heads)
+    k = k.to(wide).flatten(0, 1)
+    v = v.to(wide).flatten(0, 1)
+    out = Tiled.apply(q, k, v, causal, window, scale)
+    return rearrange(out, "(b g) r t d -> b (g r) t d", b=batch).to(dtype)
 
 
-# What transformers takes for a Mistral whose config.json does not say.
-MISTRAL_DEFAULTS = {"num_attention_heads": 32, "intermediate_size": 14336, "rms_norm_eps": 1e-6,
-                    "rope_theta": 1e4}
-
-
-def decoder_from_hf(files, dtype=None, alone=False) -> Decoder:
-    """The Mistral of a directory; sizes are the tensors'. A head that is tied to the embedding becomes a copy of it.
-    `alone`: the directory holds Mistral only. ValueError names what does not fit."""
-    given = {key: value for key, value in files.config.items() if value is not None}
-    config = MISTRAL_DEFAULTS | given
-    rope_config = config | (config.get("rope_parameters") or {}) | (config.get("rope_scaling") or {})
-    # The tensors tell the sizes, config.json must agree with them and ask for nothing else.
-    vocab, width = files.shape("model.embed_tokens.weight")
-    layers = files.count("model.layers.")
-    files.require(config, hidden_act="silu", attention_bias=False, mlp_bias=False,
-                  vocab_size=vocab, hidden_size=width, num_hidden_layers=layers)
-    files.require(rope_config, rope_type="default", type="default", partial_rotary_factor=1)
-    heads = config["num_attention_heads"]
-    cfg = replace(
-        PRESETS["7b"],
-        width=width,
-        layers=layers,
-        vocab=vocab,
-        heads=heads,
-        # null means something else than absent for these two
-        kv_heads=files.config.get("num_key_value_heads", 8) or heads,
-        window=files.config.get("sliding_window", 4096),
-        mlp_dim=config["intermediate_size"],
-        norm_eps=config["rms_norm_eps"],
-        head_dim=config.get("head_dim"),
-        rope_theta=float(rope_config["rope_theta"]))
-    with torch.device("meta"):
-        decoder = Decoder(cfg)
-    # A tied head has no tensor of its own.
-    tied = config.get("tie_word_embeddings") and "lm_head.weight" not in files.where
-    table = MISTRAL_NAMES + ((r"^lm_head", "model.embed_tokens"),) if tied else MISTRAL_NAMES
-    files.load_into(decoder, "", table, dtype)
-    if alone:
-        files.require(config, model_type="mistral")
-        files.assert_all_used()
-    return decoder
-
-
-def exo2ego_from_videollama2(path, dtype=None, vision=None) -> Exo2Ego:
-    """See Exo2Ego.from_videollama2."""
-    kind = read_json(Path(path) / "config.json").get("model_type")
-    if kind not in ("videollama2_mistral", "mistral"):
-        raise ValueError(f"{path}/config.json: model_type is {kind!r}, videollama2_mistral fits here")
-    files, tower = HFCheckpoint(path), "model.vision_tower.vision_tower."
-    files.require(files.config, mm_projector_type="stc_connector", mm_vision_select_layer=-2,
-                  mm_vision_select_feature="patch")
-    if vision is None and not any(name.startswith(tower) for name in files.where):
-        raise ValueError(f"{path} holds no vision tower: pass --vision DIR, a CLIP directory")
-
-    # The three parts are read one after another; their sizes make the whole model's.
-    decoder = decoder_from_hf(files, dtype)
-    if vision:
-        vit = VisionEncoder.from_hf(vision, dtype)
-    else:
-        vit = vision_encoder_from_hf(files, dtype, tower)
-    depth = files.count("model.mm_projector.s1.b") - 1          # its blocks count from 1
-    cfg = replace(
-        decoder.cfg,
-        image_size=vit.cfg.image_size,
-        patch=vit.cfg.patch,
-        vit_width=vit.cfg.vit_width,
-        vit_layers=vit.cfg.vit_layers,
-        vit_heads=vit.cfg.vit_heads,
-        vit_mlp_dim=vit.cfg.vit_mlp_dim,
-        stc_depth=depth if depth > 0 else PRESETS["7b"].stc_depth,
-        frames=files.config.get("num_frames") or PRESETS["7b"].frames)
-    with torch.device("meta"):
-        model = Exo2Ego(cfg)
-    model.decoder = decoder
-    model.exo_vit = vit
-    model.ego_vit = copy.deepcopy(vit)
-    if depth > 0:
-        files.load_into(model.exo_connector, "model.mm_projector.", (), dtype)
-    else:
-        model.exo_connector = Connector(cfg)
-    model.ego_connector = copy.deepcopy(model.exo_connector)
-    if vision:
-        files.assert_all_used(tower)
-    else:
-        files.assert_all_used()
-    return model.eval()
-
-
-def export_hf(ckpt: AnyPath, out: AnyPath, base=None, vision=None):
-    """Write what transformers knows of a checkpoint: DIR/decoder (LoRA merged), DIR/exo_vision, DIR/ego_vision. It has
-    no place for connectors, F and G."""
-    model, _ = load_checkpoint(ckpt, base, vision)
-    # The decoder, which transformers knows as Mistral.
-    if model.cfg.lora:
-        model.decoder.merge_lora()
-    tensors = {rename(name, MISTRAL_NAMES): tensor for name, tensor in model.decoder.state_dict().items()}
-    write_hf(Path(out) / "decoder", tensors, mistral_config(model.cfg))
-    shutil.copyfile(newest_checkpoint(ckpt) / "tokenizer.model", Path(out) / "decoder/tokenizer.model")
-    # The two ViTs, which it knows as CLIP's.
-    write_hf(Path(out) / "exo_vision", clip_tensors(model.exo_vit), clip_config(model.cfg))
-    write_hf(Path(out) / "ego_vision", clip_tensors(model.ego_vit), clip_config(model.cfg))
-
-
-def write_hf(folder, tensors, config):
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
-    print(f"{folder}: {len(tensors)} tensors")
-
-
-def clip_tensors(vit):
-    """CLIP's names. Its last layer, which is never run here, is written as zeros: a block of zeros passes its input on,
-    so hidden state -2 and the last one are both our features."""
-    state = vit.state_dict()
-    last = f"blocks.{vit.cfg.vit_layers - 1}."
-    for name, tensor in list(state.items()):
-        if name.startswith("blocks.0."):
-            state[name.replace("blocks.0.", last)] = torch.zeros_like(tensor)
-    tensors = {f"vision_model.{rename(name, CLIP_NAMES)}": tensor for name, tensor in state.items()}
-    weight = vit.pre_norm.weight
-    tensors["vision_model.post_layernorm.weight"] = torch.ones_like(weight)
-    tensors["vision_model.post_layernorm.bias"] = torch.zeros_like(weight)
-    return tensors
-
-
-def clip_config(cfg) -> dict:
-    return dict(
-        architectures=["CLIPVisionModel"],
-        model_type="clip_vision_model",
-        hidden_size=cfg.vit_width,
-        intermediate_size=cfg.vit_mlp_dim,
-        num_hidden_layers=cfg.vit_layers,
-        num_attention_heads=cfg.vit_heads,
-        num_channels=3,
-        image_size=cfg.image_size,
-        patch_size=cfg.patch,
-        hidden_act="quick_gelu",
-        layer_norm_eps=1e-5,
-        projection_dim=cfg.vit_width)
-
-
-def mistral_config(cfg) -> dict:
-    return dict(
-        architectures=["MistralForCausalLM"],
-        model_type="mistral",
-        hidden_size=cfg.width,
-        intermediate_size=cfg.mlp_dim,
-        num_hidden_layers=cfg.layers,
-        num_attention_heads=cfg.heads,
-        num_key_value_heads=cfg.kv_heads,
-        head_dim=cfg.decoder_head_dim,
-        hidden_act="silu",
-        rms_norm_eps=cfg.norm_eps,
-        rope_theta=cfg.rope_theta,
-        vocab_size=cfg.vocab,
-        sliding_window=cfg.window,
-        max_position_embeddings=32768,
-        tie_word_embeddings=False,
-        bos_token_id=1,
-        eos_token_id=2)
-
-
-# ---------------------------------------------------------------------------------------------------------- 12 commands
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--check-attention", action="store_true", help=check_attention.__doc__)
-    what.add_argument("--export-hf", nargs=2, metavar=("CKPT", "DIR"), help=export_hf.__doc__)
-    parser.add_argument("--base", help="where the untouched weights are, if they have moved")
-    parser.add_argument("--vision", help="where the CLIP directory is, if it has moved")
-    args = parser.parse_args(argv)
-    try:
-        if args.export_hf:
-            export_hf(*args.export_hf, args.base, args.vision)
-        elif failures := check_attention():
-            sys.exit(f"{failures} checks failed")
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        sys.exit(f"model.py: {error}")
-
-
-# ------------------------------------------------------------------------ appendix: the tiles of Tiled, on a GPU
+# --------------------------------------------------------------------------------------------- FlashAttention on a GPU
 # For each head_dim the tile (queries, keys), warps and stages of each kernel. A test compiles them all.
 TILES = {
     32: dict(forward=(128, 64, 4, 3), dq=(128, 64, 8, 2), dkdv=(32, 64, 4, 2)),
@@ -1967,6 +1341,637 @@ def _triton(q, k, v, seg, causal, window, scale):
     longest_k = max(seg.k_lens, default=0)
     o, _ = flash_attention(q, k, v, seg.cu_q, seg.cu_k, longest_q, longest_k, causal, window, scale)
     return o
+
+
+# -------------------------------------------------------------------------------- which backend: a check where it runs
+# The largest deviation that passes, as a share of the largest true value.
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1.5e-3, torch.float32: 1e-5}
+
+
+def attention_error(backend, device, dtype, head_dim) -> float:
+    """Largest deviation from the formula in float64, of the output and the three gradients, as a share of TOLERANCE: at
+    most 1 passes, nan does not. On a ragged batch with grouped heads, causal and not; windows and caches are for
+    tests/gpu.py."""
+    lens, heads, kv_heads = (400, 5, 64), 6, 2
+    rng = torch.Generator().manual_seed(0)
+    shapes = [(sum(lens), h, head_dim) for h in (heads, kv_heads, kv_heads, heads)]
+    q, k, v, do = (torch.randn(shape, generator=rng).to(dtype) for shape in shapes)
+    seg = Segments.packed(lens, device)
+
+    def run(causal, backend, where, dtype):
+        leaves = [t.to(where, dtype).requires_grad_() for t in (q, k, v)]
+        out = attention(*leaves, seg, causal=causal, backend=backend)
+        return out.detach(), *torch.autograd.grad(out, leaves, do.to(where, dtype))
+    worst = [torch.zeros(())]
+    # Gradients also where the caller only answers questions.
+    with torch.enable_grad():
+        for causal in (True, False):
+            ours = run(causal, backend, device, dtype)
+            true = run(causal, "reference", "cpu", torch.float64)
+            for a, b in zip(ours, true):
+                apart = (a.cpu().double() - b).abs().max()
+                worst.append(apart / b.abs().max())
+    return float(torch.stack(worst).max() / TOLERANCE[dtype])
+
+
+def problem_with_triton(device, dtype, cfg):
+    """Why our kernels cannot be used on this GPU, or None."""
+    try:
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            return "it needs sm_80 or newer"
+        for head_dim in {cfg.vit_width // cfg.vit_heads, cfg.decoder_head_dim}:
+            error = attention_error("triton", device, dtype, head_dim)
+            if not error <= 1:
+                return f"error {error:.2f} of the tolerance at head_dim {head_dim}"
+        return None
+    except Exception as error:
+        # Whatever stops our kernels, torch's own run, unless the device itself is dead: then this line raises.
+        torch.cuda.synchronize(device)
+        return f"{type(error).__name__}: {str(error)[:90]}"
+
+
+def choose_attention(device, dtype, cfg, on_every_rank: Callable | None = None) -> str:
+    """Decide what "auto" means, once, at start-up; returns the line to print.
+
+    In half precision on a GPU our kernels are taken if they pass a check there. `on_every_rank` runs that check on all
+    ranks of a run, since one choice serves them all.
+    """
+    global HALF_GPU_BACKEND
+    HALF_GPU_BACKEND = "sdpa"
+    kind = str(dtype).removeprefix("torch.")
+    forced = os.environ.get("EXO2EGO_ATTENTION")
+    if forced:
+        if forced not in BACKENDS:
+            raise ValueError(f"EXO2EGO_ATTENTION is {forced!r}: choose one of {BACKENDS}")
+        return f"attention: {forced}, by EXO2EGO_ATTENTION"
+    if device.type != "cuda" or dtype == torch.float32:
+        return f"attention: sdpa, for {kind} on {device.type}"
+
+    def check():
+        return problem_with_triton(device, dtype, cfg)
+    problem = on_every_rank(check) if on_every_rank else check()
+    if problem:
+        return f"attention: sdpa; not triton: {problem}"
+    HALF_GPU_BACKEND = "triton"
+    return f"attention: triton, for {kind}, after a self-check"
+
+
+def check_attention() -> int:
+    """Check the backends that this machine can run against the formula; returns how many checks failed."""
+    device = pick_device()
+    failed = 0
+    gpu = device.type == "cuda"
+    backends = ("tiled", "sdpa", "triton") if gpu else ("tiled", "sdpa")
+    for backend, dtype, head_dim in product(backends, TOLERANCE, (32, 64, 128)):
+        try:
+            error = attention_error(backend, device, dtype, head_dim)
+            found = f"error {error:.2f} of the tolerance"
+        except Exception as problem:
+            # Triton is not there, say, or the GPU is too old.
+            error, found = math.inf, f"{type(problem).__name__}: {problem}"
+        failed += not error <= 1
+        print(f"{'ok  ' if error <= 1 else 'FAIL'} {backend:6} {dtype} head_dim {head_dim}: {found}")
+    if not gpu:
+        print("not run, it needs a GPU: triton; pytest interprets and compiles it, tests/gpu.py proves it")
+    return failed
+
+
+# --------------------------------------------------------------------------------------------- B decoding with a cache
+class KVCache:
+    """Keys and values already computed, per layer, packed like the batch: (tokens, HK, D) each."""
+    def __init__(self, sequences: int):
+        self.lens = (0,) * sequences
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def extend(self, layer, k, v, seg):
+        """Append each sequence's new keys and values to its old ones; returns all of them, in packed order."""
+        if layer in self.layers:
+            past_k, past_v = self.layers[layer]
+            past_lens = [total - new for total, new in zip(seg.k_lens, seg.q_lens)]
+            k = interleave(past_k.split(past_lens), k.split(seg.q_lens))
+            v = interleave(past_v.split(past_lens), v.split(seg.q_lens))
+        self.layers[layer] = k, v
+        return k, v
+
+
+class SharedPrefix(KVCache):
+    """A cache whose sequences all start with the tokens of one video, which is read once, whatever is asked about it.
+
+    `prefix` holds that one sequence. In the first pass each layer copies its keys and values once a sequence. Scoring takes
+    one pass: without `keep` the copies are gone after their layer. Generating takes many: `keep` stores them.
+    """
+    def __init__(self, prefix: KVCache, sequences: int, keep: bool):
+        super().__init__(sequences)
+        self.prefix = prefix
+        self.keep = keep
+        self.lens = prefix.lens * sequences
+
+    def extend(self, layer, k, v, seg) -> tuple[Tensor, Tensor]:
+        if layer in self.layers:
+            return super().extend(layer, k, v, seg)
+        prefix_k, prefix_v = self.prefix.layers[layer]
+        sequences = len(seg.q_lens)
+        k = interleave([prefix_k] * sequences, k.split(seg.q_lens))
+        v = interleave([prefix_v] * sequences, v.split(seg.q_lens))
+        if self.keep:
+            self.layers[layer] = k, v
+        return k, v
+
+
+def interleave(past, new) -> Tensor:
+    """The past of each sequence, followed by its new tokens."""
+    pieces = []
+    for old_piece, new_piece in zip(past, new):
+        pieces += [old_piece, new_piece]
+    return torch.cat(pieces)
+
+
+# ------------------------------------------------------------------------------------------------------- C checkpoints
+# The number of the format of state.json and of the names of tensors. Another one is refused by name.
+FORMAT = 3
+FOUR_FILES = ("model.py", "data.py", "train.py", "eval.py")
+
+
+def read_json(path) -> dict:
+    """A JSON file that holds an object, or ValueError with its name."""
+    try:
+        return dict(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+def newest_checkpoint(run: AnyPath):
+    """The newest `step_*` of a run folder (a save takes that name when it is whole), or the folder itself if it is a
+    checkpoint or holds published weights; None if there is none. Names order by step, for they are padded with zeros."""
+    run = Path(run)
+    if (run / "state.json").is_file() or (run / "config.json").is_file():
+        return run
+    return max(run.glob("step_[0-9]*"), default=None, key=lambda path: path.name)
+
+
+def read_state(path) -> dict:
+    """state.json of a checkpoint; published weights count as a finished stage 0."""
+    if (path / "config.json").is_file():
+        return dict(stage=0, step=0, steps=0, base=None)
+    state = read_json(path / "state.json")
+    found = state.get("format", 1)
+    if found != FORMAT:
+        raise ValueError(f"{path} has format {found}, this code reads format {FORMAT}: train it again, or use the "
+                         f"code that made it (revision {state.get('git')})")
+    return state
+
+
+def git_revision():
+    """The last commit that changed the four files, with + where they differ from it; None outside a checkout."""
+    def git(*words):
+        return subprocess.run(["git", *words, "--", *FOUR_FILES], cwd=Path(__file__).parent, capture_output=True, text=True)
+    try:
+        commit = git("log", "-1", "--format=%h", "--abbrev=12").stdout.strip()
+        changed = git("diff", "--quiet", "HEAD").returncode
+    except OSError:
+        return None
+    return commit + "+" * (changed != 0) if commit else None
+
+
+def file_hash(file) -> str:
+    """sha256 of a whole file."""
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def signature(folder):
+    """What a checkpoint's state.json says of how it was made, so that a change of its weights is noticed."""
+    hashes = {file.name: file_hash(file) for file in folder.glob("*.safetensors")}
+    return dict(format=FORMAT, git=git_revision(), sha256=hashes)
+
+
+def fingerprint(path: AnyPath) -> str:
+    """A short hash of the first MiB (with the header) and of the last MiB of each weight file."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(path).glob("model*.safetensors")):
+        with open(file, "rb") as opened:
+            digest.update(opened.read(1 << 20))
+            opened.seek(max(0, file.stat().st_size - (1 << 20)))
+            digest.update(opened.read())
+    return digest.hexdigest()[:16]
+
+
+def base_checkpoint_of(path, base=None):
+    """The folder that a checkpoint builds on: `base`, or the one it recorded, known by its hash. None: it is whole."""
+    state = read_state(path)
+    if state["base"] is None:
+        return None
+    root = newest_checkpoint(base or path.parent / state["base"])
+    if root is None:
+        raise FileNotFoundError(f"{path} builds on {state['base']}, which is not there: pass --base DIR")
+    if fingerprint(root) != state["base_hash"]:
+        raise ValueError(f"{root} is not the base of {path}, its weights differ: pass --base DIR")
+    return root
+
+
+def load_delta(path, name="model.safetensors"):
+    """The tensors of a checkpoint's own file: those that differ from its base. A flipped bit is noticed."""
+    try:
+        recorded = read_state(path).get("sha256", {})
+        if recorded.get(name) not in (None, file_hash(path / name)):
+            raise ValueError("it has changed since it was saved")
+        return load_file(path / name)
+    except Exception as error:
+        raise ValueError(f"{path / name} cannot be read ({error}): remove {path} to fall back to the "
+                         f"checkpoint before it") from None
+
+
+def load_checkpoint(path: AnyPath, base: AnyPath | None = None,
+                    vision: AnyPath | None = None, **added) -> tuple[Exo2Ego, dict]:
+    """-> Exo2Ego in eval mode, and state.json. Where weights are bfloat16, run it under `autocast`.
+
+    Parts that are `added` (mapping="resnet", lora=True) start fresh. All others are read from `path` (a run folder or a
+    `step_*` of it, or published weights) and from its `base` (by default the recorded one):
+
+        path                    base                        the weights
+        stage 0, published      none                        those of path
+        a later stage           stage 0, or published       those of base, where path has none of its own
+    """
+    folder = newest_checkpoint(path)
+    if folder is None:
+        raise FileNotFoundError(f"no checkpoint in {path}: train it first (torchrun train.py --stage N)")
+    state = read_state(folder)
+    base = base_checkpoint_of(folder, base)                     # None: it is whole
+    may_be_missing = []
+    if "mapping" in added:
+        may_be_missing += ["F.", "G."]
+    if "lora" in added:
+        may_be_missing += ["lora_"]
+
+    published = next((place for place in (folder, base) if place and (place / "config.json").is_file()), None)
+    if published:
+        # They are read by readers of their own; then what was trained replaces its part.
+        model = Exo2Ego.from_videollama2(published, vision=vision or state.get("vision"))
+        state.setdefault("model", asdict(model.cfg))
+        # A checkpoint of ours has its own of some of these names, and all of the parts that are added now.
+        may_be_missing += list(model.state_dict())
+        parts = {key: state["model"][key] for key in ("mapping", "lora")}
+        model.add(**parts | added)
+        tensors = load_delta(folder) if base else {}
+    else:
+        model = Exo2Ego(replace(ModelConfig(**state["model"]), **added))
+        tensors = load_delta(base) if base else {}
+        tensors |= load_delta(folder)
+
+    # What only a loss needs is not the model's. Every other name must fit.
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("loss.")}
+    try:
+        missing, unknown = model.load_state_dict(tensors, strict=False, assign=bool(published))
+    except RuntimeError as error:
+        raise ValueError(f"{folder} does not fit the model: {error}") from None
+    missing = [name for name in missing if not any(word in name for word in may_be_missing)]
+    if missing or unknown:
+        raise ValueError(f"{folder} does not fit the model: missing {missing[:3]}, unknown {unknown[:3]}")
+    return model.eval(), state
+
+
+# --------------------------------------------------------------------------------------- published weights, in and out
+# Our name -> theirs, as regular expressions in turn. The misspelling of CLIP's first norm is its own.
+CLIP_NAMES = (
+    (r"\.([qkv])\.", r".self_attn.\1_proj."),
+    (r"\.out\.", ".self_attn.out_proj."),
+    (r"\.fc([12])\.", r".mlp.fc\1."),
+    (r"\.norm([12])\.", r".layer_norm\1."),
+    (r"^blocks", "encoder.layers"),
+    (r"^class_token", "embeddings.class_embedding"),
+    (r"^position", "embeddings.position_embedding.weight"),
+    (r"^patch_embedding", "embeddings.patch_embedding"),
+    (r"^pre_norm", "pre_layrnorm"))
+MISTRAL_NAMES = (
+    (r"\.([qkv])\.", r".self_attn.\1_proj."),
+    (r"\.out\.", ".self_attn.o_proj."),
+    (r"\.(gate|up|down)\.", r".mlp.\1_proj."),
+    (r"\.norm1\.", ".input_layernorm."),
+    (r"\.norm2\.", ".post_attention_layernorm."),
+    (r"^blocks", "model.layers"),
+    (r"^norm", "model.norm"),
+    (r"^embedding", "model.embed_tokens"))
+
+
+def rename(name, table) -> str:
+    """Our name of a tensor -> its published one."""
+    for ours, theirs in table:
+        name = re.sub(ours, theirs, name)
+    return name
+
+
+class HFCheckpoint:
+    """A directory in Hugging Face's layout. Tensors are read one at a time: 7B are never in memory twice."""
+    def __init__(self, path: AnyPath):
+        self.path = Path(path)
+        self.config = read_json(self.path / "config.json")
+        self.where = {}                                         # name of a tensor -> its open file
+        self.used = set()
+        index = self.path / "model.safetensors.index.json"
+        shards = read_json(index).get("weight_map", {}) if index.is_file() else {"": "model.safetensors"}
+        for shard in sorted(set(shards.values())):
+            handle = self.open_shard(shard, index)
+            for name in handle.keys():
+                self.where[name] = handle
+
+    def open_shard(self, shard, index):
+        file = self.path / shard
+        if file.parent != self.path or shard == "..":
+            raise ValueError(f"{index} names {shard!r}: a shard is a plain file name in that directory")
+        pickles = sorted(self.path.glob("pytorch_model*.bin"))
+        if pickles and not file.is_file():
+            raise ValueError(f"{file} is missing, and {pickles[0].name} is a pickle, which can run code: "
+                             f"convert it once, as README shows")
+        try:
+            return safe_open(file, "pt")
+        except (OSError, SafetensorError) as error:
+            what = "cannot be read" if file.is_file() else "is missing"
+            raise ValueError(f"{file} {what} ({error}): download it again") from None
+
+    def require(self, config, **wanted):
+        """Refuse by name what the network here cannot represent. Absent and null are as wanted."""
+        for key, value in wanted.items():
+            found = config.get(key)
+            if found not in (None, value):
+                raise ValueError(f"{self.path}/config.json: {key} is {found!r}, {value!r} fits here")
+
+    def shape(self, name):
+        """Of a tensor that must be there, read from its file's header."""
+        if name not in self.where:
+            raise ValueError(f"{self.path} lacks the tensor {name}")
+        return tuple(self.where[name].get_slice(name).get_shape())
+
+    def count(self, prefix) -> int:
+        """1 + the largest number that follows this prefix in a name: how many layers there are."""
+        names = "\n".join(self.where)
+        numbers = re.findall(rf"^{re.escape(prefix)}(\d+)", names, re.MULTILINE)
+        return 1 + max(map(int, numbers), default=-1)
+
+    def load_into(self, module, prefix, table=(), dtype=None):
+        """Give every tensor of a module that was built on the meta device its value."""
+        for name, blank in module.state_dict().items():
+            theirs = prefix + rename(name, table)
+            shape = self.shape(theirs)
+            value = self.where[theirs].get_tensor(theirs)
+            if shape != blank.shape or not value.is_floating_point():
+                raise ValueError(f"{self.path}: {theirs} is {shape} {value.dtype}, not {(*blank.shape,)}")
+            value = value.to(torch.get_default_device(), dtype, copy=True)
+            owner, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(owner), leaf, nn.Parameter(value))
+            self.used.add(theirs)
+
+    def assert_all_used(self, *ignored: str):
+        """Every tensor must have found its place, but for these prefixes and RoPE's old tables."""
+        unused = set(self.where) - self.used
+        unused = sorted(name for name in unused
+                        if not name.startswith(ignored) and not name.endswith("rotary_emb.inv_freq"))
+        if unused:
+            raise ValueError(f"{self.path} has tensors that have no place here: {unused[:3]}")
+
+
+def vision_encoder_from_hf(files, dtype=None, prefix="", alone=False) -> VisionEncoder:
+    """The CLIP ViT whose tensors start with `prefix`; sizes are the tensors'. `alone`: the directory holds CLIP only,
+    so its config.json must fit and every tensor must find its place. ValueError names what does not fit."""
+    config = files.config.get("vision_config", files.config) if alone else {}
+    if any(name.startswith(f"{prefix}vision_model.") for name in files.where):
+        prefix += "vision_model."
+    # The tensors tell the sizes, config.json must agree with them.
+    width, _, patch, _ = files.shape(f"{prefix}embeddings.patch_embedding.weight")
+    tokens, _ = files.shape(f"{prefix}embeddings.position_embedding.weight")
+    image_size = math.isqrt(tokens - 1) * patch
+    layers = files.count(f"{prefix}encoder.layers.")
+    files.require(config, hidden_act="quick_gelu", layer_norm_eps=1e-5,
+                  num_hidden_layers=layers, image_size=image_size)
+    cfg = replace(
+        PRESETS["7b"],
+        image_size=image_size,
+        patch=patch,
+        vit_width=width,
+        vit_layers=layers,
+        vit_heads=config.get("num_attention_heads", width // 64),
+        vit_mlp_dim=files.shape(f"{prefix}encoder.layers.0.mlp.fc1.weight")[0])
+    with torch.device("meta"):
+        vit = VisionEncoder(cfg)
+    files.load_into(vit, prefix, CLIP_NAMES, dtype)
+
+    # The last layer and the post norm are in the files and are never run.
+    never_run = tuple(prefix + name for name in (
+        f"encoder.layers.{layers - 1}.", "post_layernorm.", "embeddings.position_ids"))
+    files.used |= {name for name in files.where if name.startswith(never_run)}
+    if alone:
+        files.assert_all_used("text_model.", "text_projection.", "visual_projection.", "logit_scale")
+    return vit
+
+
+# What transformers takes for a Mistral whose config.json does not say.
+MISTRAL_DEFAULTS = {"num_attention_heads": 32, "intermediate_size": 14336, "rms_norm_eps": 1e-6,
+                    "rope_theta": 1e4}
+
+
+def decoder_from_hf(files, dtype=None, alone=False) -> Decoder:
+    """The Mistral of a directory; sizes are the tensors'. A head that is tied to the embedding becomes a copy of it.
+    `alone`: the directory holds Mistral only. ValueError names what does not fit."""
+    given = {key: value for key, value in files.config.items() if value is not None}
+    config = MISTRAL_DEFAULTS | given
+    rope_config = config | (config.get("rope_parameters") or {}) | (config.get("rope_scaling") or {})
+    # The tensors tell the sizes, config.json must agree with them and ask for nothing else.
+    vocab, width = files.shape("model.embed_tokens.weight")
+    layers = files.count("model.layers.")
+    files.require(config, hidden_act="silu", attention_bias=False, mlp_bias=False,
+                  vocab_size=vocab, hidden_size=width, num_hidden_layers=layers)
+    files.require(rope_config, rope_type="default", type="default", partial_rotary_factor=1)
+    heads = config["num_attention_heads"]
+    cfg = replace(
+        PRESETS["7b"],
+        width=width,
+        layers=layers,
+        vocab=vocab,
+        heads=heads,
+        # null means something else than absent for these two
+        kv_heads=files.config.get("num_key_value_heads", 8) or heads,
+        window=files.config.get("sliding_window", 4096),
+        mlp_dim=config["intermediate_size"],
+        norm_eps=config["rms_norm_eps"],
+        head_dim=config.get("head_dim"),
+        rope_theta=float(rope_config["rope_theta"]))
+    with torch.device("meta"):
+        decoder = Decoder(cfg)
+    # A tied head has no tensor of its own.
+    tied = config.get("tie_word_embeddings") and "lm_head.weight" not in files.where
+    table = MISTRAL_NAMES + ((r"^lm_head", "model.embed_tokens"),) if tied else MISTRAL_NAMES
+    files.load_into(decoder, "", table, dtype)
+    if alone:
+        files.require(config, model_type="mistral")
+        files.assert_all_used()
+    return decoder
+
+
+def exo2ego_from_videollama2(path, dtype=None, vision=None) -> Exo2Ego:
+    """See Exo2Ego.from_videollama2."""
+    kind = read_json(Path(path) / "config.json").get("model_type")
+    if kind not in ("videollama2_mistral", "mistral"):
+        raise ValueError(f"{path}/config.json: model_type is {kind!r}, videollama2_mistral fits here")
+    files, tower = HFCheckpoint(path), "model.vision_tower.vision_tower."
+    files.require(files.config, mm_projector_type="stc_connector", mm_vision_select_layer=-2,
+                  mm_vision_select_feature="patch")
+    if vision is None and not any(name.startswith(tower) for name in files.where):
+        raise ValueError(f"{path} holds no vision tower: pass --vision DIR, a CLIP directory")
+
+    # The three parts are read one after another; their sizes make the whole model's.
+    decoder = decoder_from_hf(files, dtype)
+    if vision:
+        vit = VisionEncoder.from_hf(vision, dtype)
+    else:
+        vit = vision_encoder_from_hf(files, dtype, tower)
+    depth = files.count("model.mm_projector.s1.b") - 1          # its blocks count from 1
+    cfg = replace(
+        decoder.cfg,
+        image_size=vit.cfg.image_size,
+        patch=vit.cfg.patch,
+        vit_width=vit.cfg.vit_width,
+        vit_layers=vit.cfg.vit_layers,
+        vit_heads=vit.cfg.vit_heads,
+        vit_mlp_dim=vit.cfg.vit_mlp_dim,
+        stc_depth=depth if depth > 0 else PRESETS["7b"].stc_depth,
+        frames=files.config.get("num_frames") or PRESETS["7b"].frames)
+    with torch.device("meta"):
+        model = Exo2Ego(cfg)
+    model.decoder = decoder
+    model.exo_vit = vit
+    model.ego_vit = copy.deepcopy(vit)
+    if depth > 0:
+        files.load_into(model.exo_connector, "model.mm_projector.", (), dtype)
+    else:
+        model.exo_connector = Connector(cfg)
+    model.ego_connector = copy.deepcopy(model.exo_connector)
+    if vision:
+        files.assert_all_used(tower)
+    else:
+        files.assert_all_used()
+    return model.eval()
+
+
+def export_hf(ckpt: AnyPath, out: AnyPath, base=None, vision=None):
+    """Write what transformers knows of a checkpoint: DIR/decoder (LoRA merged), DIR/exo_vision, DIR/ego_vision. It has
+    no place for connectors, F and G."""
+    model, _ = load_checkpoint(ckpt, base, vision)
+    # The decoder, which transformers knows as Mistral.
+    if model.cfg.lora:
+        model.decoder.merge_lora()
+    tensors = {rename(name, MISTRAL_NAMES): tensor for name, tensor in model.decoder.state_dict().items()}
+    write_hf(Path(out) / "decoder", tensors, mistral_config(model.cfg))
+    shutil.copyfile(newest_checkpoint(ckpt) / "tokenizer.model", Path(out) / "decoder/tokenizer.model")
+    # The two ViTs, which it knows as CLIP's.
+    write_hf(Path(out) / "exo_vision", clip_tensors(model.exo_vit), clip_config(model.cfg))
+    write_hf(Path(out) / "ego_vision", clip_tensors(model.ego_vit), clip_config(model.cfg))
+
+
+def write_hf(folder, tensors, config):
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    print(f"{folder}: {len(tensors)} tensors")
+
+
+def clip_tensors(vit):
+    """CLIP's names. Its last layer, which is never run here, is written as zeros: a block of zeros passes its input on,
+    so hidden state -2 and the last one are both our features."""
+    state = vit.state_dict()
+    last = f"blocks.{vit.cfg.vit_layers - 1}."
+    for name, tensor in list(state.items()):
+        if name.startswith("blocks.0."):
+            state[name.replace("blocks.0.", last)] = torch.zeros_like(tensor)
+    tensors = {f"vision_model.{rename(name, CLIP_NAMES)}": tensor for name, tensor in state.items()}
+    weight = vit.pre_norm.weight
+    tensors["vision_model.post_layernorm.weight"] = torch.ones_like(weight)
+    tensors["vision_model.post_layernorm.bias"] = torch.zeros_like(weight)
+    return tensors
+
+
+def clip_config(cfg) -> dict:
+    return dict(
+        architectures=["CLIPVisionModel"],
+        model_type="clip_vision_model",
+        hidden_size=cfg.vit_width,
+        intermediate_size=cfg.vit_mlp_dim,
+        num_hidden_layers=cfg.vit_layers,
+        num_attention_heads=cfg.vit_heads,
+        num_channels=3,
+        image_size=cfg.image_size,
+        patch_size=cfg.patch,
+        hidden_act="quick_gelu",
+        layer_norm_eps=1e-5,
+        projection_dim=cfg.vit_width)
+
+
+def mistral_config(cfg) -> dict:
+    return dict(
+        architectures=["MistralForCausalLM"],
+        model_type="mistral",
+        hidden_size=cfg.width,
+        intermediate_size=cfg.mlp_dim,
+        num_hidden_layers=cfg.layers,
+        num_attention_heads=cfg.heads,
+        num_key_value_heads=cfg.kv_heads,
+        head_dim=cfg.decoder_head_dim,
+        hidden_act="silu",
+        rms_norm_eps=cfg.norm_eps,
+        rope_theta=cfg.rope_theta,
+        vocab_size=cfg.vocab,
+        sliding_window=cfg.window,
+        max_position_embeddings=32768,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2)
+
+
+# ------------------------------------------------------------------------------------------- D device, dtype, commands
+def pick_device() -> torch.device:
+    """This process's GPU, else Apple's, else the CPU. ValueError: there are more processes than GPUs."""
+    if torch.cuda.is_available():
+        number = int(os.environ.get("LOCAL_RANK", 0))
+        if number >= torch.cuda.device_count():
+            raise ValueError(f"process {number + 1} of this machine finds {torch.cuda.device_count()} GPUs, and each needs "
+                             f"one of its own: a smaller --nproc_per_node")
+        return torch.device("cuda", number)
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def autocast(device, bf16):
+    """The context of a forward pass: products in bfloat16 if asked for, norms and losses in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def to_device_and_dtype(model, device, bf16) -> Exo2Ego:
+    """Move a model to a device. With `bf16` float16 becomes bfloat16, and float32 and bfloat16 stay; without it all
+    weights become float32. (There are no buffers.)"""
+    for p in model.parameters():
+        kept = torch.bfloat16 if p.dtype == torch.float16 else p.dtype
+        p.data = p.data.to(device, kept if bf16 else torch.float32)
+    return model
+
+
+# What activation checkpointing, torch.compile and FSDP take as one unit.
+BLOCKS = (ViTBlock, RegNetBlock, ResBlock, FCBlock, DecoderBlock)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--check-attention", action="store_true", help=check_attention.__doc__)
+    what.add_argument("--export-hf", nargs=2, metavar=("CKPT", "DIR"), help=export_hf.__doc__)
+    parser.add_argument("--base", help="where the untouched weights are, if they have moved")
+    parser.add_argument("--vision", help="where the CLIP directory is, if it has moved")
+    args = parser.parse_args(argv)
+    try:
+        if args.export_hf:
+            export_hf(*args.export_hf, args.base, args.vision)
+        elif failures := check_attention():
+            sys.exit(f"{failures} checks failed")
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        sys.exit(f"model.py: {error}")
 
 
 if __name__ == "__main__":
