@@ -55,7 +55,7 @@ except ModuleNotFoundError:
     sys.exit("Exo2Ego runs on Linux and macOS; on Windows, in WSL")
 
 
-
+# ------------------------------------------------------------------------------------------------------------- 1 a row
 class DataError(ValueError):
     """Bad input: the message names file, line or field, and the way out; `reason` is its kind, in a word."""
 
@@ -64,7 +64,6 @@ class DataError(ValueError):
         self.reason = reason
 
 
-# ------------------------------------------------------------------------------------------------- 1 a row
 def read_manifest(path: AnyPath, root=None, allow_outside=False, skip=True) -> list:
     """The rows of a JSON-lines manifest, checked, with an absolute path for every video, and "where" each
     one stands.
@@ -103,214 +102,13 @@ def read_manifest(path: AnyPath, root=None, allow_outside=False, skip=True) -> l
     return rows
 
 
-def read_manifests(paths: Sequence, root=None, allow_outside=False) -> list:
-    """The rows of several manifests, one after another; each has its own skip list.
-
-    The paths of a manifest start at its own folder, unless `root` is given for all of them. An id that an
-    earlier manifest has already is put behind the name of its file, so that it still names one row.
-    """
-    # The same file twice would give two rows the same name, and nothing new to learn.
-    if len({os.path.realpath(path) for path in paths}) < len(paths):
-        raise DataError(f"a manifest is named twice in {', '.join(map(str, paths))}: name each one once")
-    rows = []
-    for path in paths:
-        taken = {row["id"] for row in rows}
-        for row in read_manifest(path, root, allow_outside):
-            # Two data sets may number their rows alike. A message about a row must still name one.
-            if row["id"] in taken:
-                row["id"] = f"{path}: {row['id']}"
-            rows.append(row)
-    return rows
-
-
 def clips_of(row) -> list:
     """A row's clips, ego before exo."""
     ego = [row["ego"]] if "ego" in row else []
     return ego + row.get("exo", [])
 
 
-def _without_bad_clips(rows, skip_list, base):
-    """Rows without the clips on a skip list: a row goes with its ego clip, or with its last exo view."""
-    # The list names the bad videos of each row, from the root of the manifest.
-    bad_videos = {}
-    for entry in map(json.loads, read_text(skip_list).splitlines()):
-        bad_videos[entry["id"]] = {_real_path(base, video) for video in entry["videos"]}
-    # A row needs its ego clip, and one of its exo views if it had any.
-    kept = []
-    for row in rows:
-        bad = bad_videos.get(row["id"], ())
-        views = [clip for clip in row.get("exo", []) if clip["video"] not in bad]
-        lost_all_views = row.get("exo") and not views
-        if row.get("ego", {}).get("video") in bad or lost_all_views:
-            continue
-        if "exo" in row:
-            row["exo"] = views
-        kept.append(row)
-    if bad_videos:
-        print(f"{skip_list}: {len(rows) - len(kept)} of {len(rows)} rows are left out, and the bad exo views of "
-              f"others if they have any; after a change of the files run data.py check again")
-    return kept
-
-
-@cache
-def _real_path(base, video):
-    """An absolute path with its links resolved. It is cached because many rows name the same video."""
-    return os.path.realpath(os.path.join(base, video))
-
-
-def _check_row(row, where, base, allow_outside):
-    """The row itself, with absolute paths; a DataError names the first field that is wrong."""
-    # What every row has, or may have.
-    if not isinstance(row, dict) or not isinstance(row.get("id"), str):
-        raise DataError(f'{where} lacks "id" (a string)')
-    if not isinstance(row.get("exo", []), list):
-        raise DataError(f'{where}: "exo" must be a list of clips')
-    if not isinstance(row.get("text", ""), str):
-        raise DataError(f'{where}: "text" must be a string')
-    # A manifest from elsewhere must not read files outside its folder.
-    for clip in clips_of(row):
-        _check_clip(clip, where)
-        path = _real_path(base, clip["video"].replace("\0", "?"))
-        if not allow_outside and not path.startswith(os.path.join(base, "")):
-            raise DataError(f"{where}: {clip['video']} is outside {base}: pass --root or --allow-outside")
-        clip["video"] = path
-    # A conversation has a question and an answer in every turn, and one video.
-    turns = row.get("turns", [])
-    if not isinstance(turns, list) or not all(map(_is_turn, turns)):
-        raise DataError(f'{where}: "turns" is a list of {{"user": ..., "assistant": ...}}')
-    if video_marks(turns) > 1:
-        raise DataError(f"{where} has more than one <video> mark: a row shows one video")
-    # JSON can spell half of a character, which no tokenizer can read.
-    texts = [row["id"], row.get("text", ""), *(text for turn in turns for text in turn.values())]
-    try:
-        "".join(texts).encode()
-    except UnicodeEncodeError as error:
-        half = ascii(error.object[error.start:error.end])
-        raise DataError(f"{where} has half of a character ({half}): write it whole, or as plain UTF-8") from None
-    return row
-
-
-def video_marks(turns):
-    """How often a conversation says where its video stands."""
-    return sum((turn.get("system", "") + turn["user"]).count("<video>") for turn in turns)
-
-
-def _is_turn(turn):
-    """A turn is {"user", "assistant"}, and may have a "system" text."""
-    if not isinstance(turn, dict) or not {"user", "assistant"} <= set(turn) <= {"system", "user", "assistant"}:
-        return False
-    return all(isinstance(text, str) for text in turn.values())
-
-
-def _check_clip(clip, where):
-    if not isinstance(clip, dict) or not isinstance(clip.get("video"), str):
-        raise DataError(f'{where}: a clip lacks "video" (a path)')
-    # Times are finite numbers, and a clip has a length.
-    times = [clip[key] for key in ("start", "end") if clip.get(key) is not None]
-    if not all(isinstance(time_, (int, float)) and math.isfinite(time_) for time_ in times):
-        raise DataError(f'{where}: "start" and "end" are seconds, got {times}')
-    if len(times) == 2 and times[0] >= times[1]:
-        raise DataError(f"{where}: {clip['video']} from {times[0]} to {times[1]} s has zero length")
-    # A folder of images has a rate of its own.
-    fps = clip.get("fps", 1)
-    if not isinstance(fps, (int, float)) or not 0 < fps < 1000:
-        raise DataError(f'{where}: "fps" is {fps!r}: images a second, more than 0')
-
-
-def read_text(path: AnyPath) -> str:
-    """A text file, which is UTF-8 whatever the machine's language; a byte order mark is no part of it."""
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise DataError(f"{path} is not there", "missing") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
-
-
-@contextmanager
-def atomic_write(path: AnyPath):
-    """A temporary name to write to; it becomes `path` at the end: a killed write never looks finished."""
-    part = Path(f"{path}.part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    yield part
-    os.replace(part, path)
-
-
-def write_text_atomic(path: AnyPath, text):
-    """A text file that is never seen half written."""
-    with atomic_write(path) as part:
-        part.write_text(text, encoding="utf-8")
-
-
-def write_jsonl(path: AnyPath, rows: Iterable):
-    """Rows as JSON lines."""
-    write_text_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-@contextmanager
-def file_lock(path: AnyPath, wait: bool):
-    """Hold a lock file (a POSIX record lock: it is gone with its process, even after kill -9).
-
-    Without `wait` a second holder is refused, with the process id of the first.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    mode = fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
-    with open(path, "a+") as file:
-        # The file holds the process id of the first holder, which the second one reads.
-        try:
-            fcntl.lockf(file, mode)
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                file.seek(0)
-                raise DataError(f"{path.parent} is in use by process {file.read().strip() or '?'}: wait for "
-                                f"it, or choose another --out") from None
-            print(f"{path.parent} is on a file system without locks: see to it that one run at a time uses it")
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
-
-
-# -------------------------------------------------------------------------------------------- 2 its video
-MAX_SIDE = 16384            # larger pictures are refused before one is decoded
-MAX_PIXELS = 64 << 20
-# FFmpeg also opens playlists, URLs and scripts. We open nothing but files of these formats.
-OPEN_OPTIONS = {
-    "protocol_whitelist": "file",
-    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"}
-# The first bytes of a picture, and FFmpeg's name for its format.
-IMAGES = {b"\x89PNG": "png_pipe", b"\xff\xd8\xff": "jpeg_pipe"}
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
-# A title need not be UTF-8. PyAV 19 reads it as it is; earlier versions have to be told.
-AS_IT_IS = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
-# How a stored picture is to be shown, by EXIF's number: (a, b, c, d), in the order of FFmpeg's display matrix, moves
-# pixel (x, y) to the place (a x + c y, b x + d y). Those of 2, 4, 5 and 7 are mirrored.
-UPRIGHT = (1, 0, 0, 1)
-ORIENTATIONS = {
-    1: UPRIGHT,
-    2: (-1, 0, 0, 1),
-    3: (-1, 0, 0, -1),
-    4: (1, 0, 0, -1),
-    5: (0, 1, 1, 0),
-    6: (0, 1, -1, 0),
-    7: (0, -1, -1, 0),
-    8: (0, -1, 1, 0)}
-CLIP_MEAN_COLOUR = np.array([122, 116, 104], np.uint8)
-_reformatter = VideoReformatter()   # one for the process: its tables are expensive to make
-
-
-@dataclass
-class Video:
-    """An open video: a file, or a folder of images."""
-    seconds: float                  # of its picture; its sound may last longer
-    rate: float                     # frames a second, on average
-    pixel_shape: float              # width of a pixel over its height
-    # From ascending moments, in seconds from the first frame, to the frames on display then, and how to turn
-    # them (as in ORIENTATIONS).
-    frames_at: Callable
-
-
+# --------------------------------------------------------------------------------------------------------- 2 its video
 def read_clip(
         video: AnyPath,
         start,                                  # seconds; None: the start of the video
@@ -360,244 +158,9 @@ def read_row_clip(clip, num_frames, size, rng=None):
         clip["video"], clip.get("start"), clip.get("end"), num_frames, size, rng, clip.get("fps"))
 
 
-@contextmanager
-def open_video(video: AnyPath, fps=None) -> Iterator[Video]:
-    """The one way to a video, a file or a folder of images at `fps` (default: VideoLLaMA2's 3).
-
-    One decoding thread: slice threads deadlock in loader workers. DataError names the video, also where it turns out
-    while frames are read: what the body of the `with` raises arrives at the yield.
-    """
-    try:
-        # A folder of images needs no decoder that stays open.
-        if os.path.isdir(video):
-            files, rate = image_files(video), fps or 3.0
-            yield Video(len(files) / rate, rate, 1.0, partial(_images_at, files, rate))
-            return
-        with _open_container(video) as container:
-            stream = _video_stream(container, video)
-            yield Video(
-                seconds=_seconds(container, stream, video),
-                rate=float(stream.average_rate or 30),
-                pixel_shape=float(stream.sample_aspect_ratio or 1),
-                frames_at=partial(_frames_at, container, stream, video))
-    except (av.FFmpegError, OSError, OverflowError, MemoryError) as error:
-        # FFmpeg's errors do not always name the file.
-        reason = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
-        why = getattr(error, "strerror", None) or error
-        raise DataError(f"{video} cannot be read: {why}", reason) from None
-
-
-def _open_container(video):
-    """A file of a container that we read. "file:" keeps a name like `12:30 walk.mp4` from being a URL."""
-    try:
-        return av.open(f"file:{video}", options=OPEN_OPTIONS, **AS_IT_IS)
-    except av.FFmpegError as error:
-        # A file that is missing, or not ours to read, needs no advice about containers.
-        if not os.access(video, os.R_OK):
-            raise
-        raise DataError(
-            f"{video} is damaged, or no .mp4, .mov, .mkv, .webm or .avi ({error.strerror}). Most others are "
-            f"copied into one by  ffmpeg -i {Path(video).name} -c copy new.mp4  (or encoded again, without "
-            f"-c copy)") from None
-
-
-def _video_stream(container, video):
-    """The video stream that a player shows, ready to decode; one without a known codec, or whose header
-    claims an absurd shape, is refused."""
-    stream = container.streams.best("video")
-    context = stream and stream.codec_context
-    if context is None:
-        raise DataError(f"{video} has no video stream that can be decoded")
-    if stream.disposition & av.stream.Disposition.attached_pic:
-        raise DataError(f"{video} is sound with a cover picture: it has no video")
-    # Check the size that the header claims, before memory is reserved for a frame.
-    width, height = context.width, context.height
-    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
-        raise DataError(f"{video} claims {width} x {height} pixels: refused")
-    if not 0.1 <= (stream.sample_aspect_ratio or 1) <= 10:
-        raise DataError(f"{video} claims pixels {stream.sample_aspect_ratio} times as wide as high: refused")
-    context.thread_type = "NONE"
-    context.thread_count = 1
-    context.options = {"max_pixels": str(MAX_PIXELS)}   # the size may change inside a stream
-    return stream
-
-
-def _seconds(container, stream, video):
-    """Length of the picture: as the header says, or a tag of the stream, or up to the end of its last packet."""
-    if stream.duration:
-        return float(stream.duration * stream.time_base)
-    begin = float((stream.start_time or 0) * stream.time_base)
-    # Matroska has the moment of the end in a tag.
-    tag = re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", ""))
-    if tag:
-        return 3600 * int(tag[1]) + 60 * int(tag[2]) + float(tag[3]) - begin
-    if not container.duration:
-        raise DataError(f"{video} does not say how long it is; a copy does:  ffmpeg -i {Path(video).name} "
-                        f"-c copy new.mp4")
-    return _end_of_picture(container, stream) - begin
-
-
-def _end_of_picture(container, stream):
-    """When the last packet of the picture ends: a header may know the whole file's length alone, and the sound
-    may be longer."""
-    whole = container.duration / av.time_base
-    container.seek(max(int(whole / stream.time_base), 0), stream=stream)
-    ends = {stream: 0.0}
-    for packet in container.demux():
-        if packet.pts is not None:
-            end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
-            ends[packet.stream] = max(end, ends.get(packet.stream, 0.0))
-    # Where no stream gets there, the file has been cut off: reading its end will be refused.
-    cut_off = max(ends.values()) < whole - 1
-    return whole if cut_off else ends[stream]
-
-
-def _frames_at(container, stream, video, moments):
-    """The frame on display at each of these ascending moments, and how to turn it."""
-    rounding = 1e-4                                             # timestamps are rounded to the time base
-    zero = float((stream.start_time or 0) * stream.time_base)
-    gap = 0.1                                                   # how long a frame stayed of late; 0.1 s at least
-    frames, shown, coming = None, None, None
-    for moment in moments:
-        # Begin at the key frame before the moment: at first, and where that saves half a second of decoding.
-        if frames is None or (coming and _saves_decoding(stream, coming.frame.time + 0.5, zero + moment)):
-            frames, shown = _seek(container, stream, zero + moment + rounding)
-            if shown is None:
-                raise DataError(f"{video} holds no frame at {moment:.2f} s: truncated?", "truncated")
-            coming = next(frames, None)
-        # Decode one frame ahead of the one on display: it says until when that one stays.
-        while coming and coming.frame.time <= zero + moment + rounding:
-            gap = max(0.1, coming.frame.time - shown.frame.time)
-            shown = coming
-            coming = next(frames, None)
-        frame, damaged = shown
-        # The last frame of a file need not say how long it stays.
-        stays = max(2 * gap, float((frame.duration or 0) * stream.time_base))
-        if coming is None and frame.time + stays < zero + moment:
-            raise DataError(f"{video} ends at {frame.time - zero:.2f} s, {moment:.2f} s was asked for: "
-                            f"truncated?", "truncated")
-        if damaged:
-            raise DataError(f"{video} is damaged at {frame.time - zero:.2f} s")
-        yield frame, _display_matrix(frame)
-
-
-def _saves_decoding(stream, after, until):
-    """Whether the file's index has a key frame between these times; without an index nothing is saved."""
-    if until <= after:
-        return False
-    entries = stream.index_entries
-    place = entries.search_timestamp(int(until / stream.time_base), backward=True)
-    return place >= 0 and entries[place].timestamp * stream.time_base > after
-
-
-def _seek(container, stream, until):
-    """-> the frames from the key frame before a time on, and the first of them (None if there is none).
-
-    The first frames of an open group of pictures need the group before it: then go back further, until a
-    frame is decoded that is not too late.
-    """
-    first = stream.start_time or 0
-    back = 0.0
-    while True:
-        target = max(int((until - back) / stream.time_base), first)
-        container.seek(target, stream=stream)
-        frames = _decoded(container, stream)
-        shown = next(frames, None)
-        found = shown is not None and shown.frame.time <= until
-        if found or target == first:
-            return frames, shown
-        back = 2 * back + 1
-
-
-class Decoded(NamedTuple):
-    """A frame, and whether it is damaged: what is predicted from a damaged frame is, too."""
-    frame: av.VideoFrame
-    damaged: bool
-
-
-def _decoded(container, stream):
-    """Each frame of a stream that says when it is shown."""
-    damaged = False
-    for frame in container.decode(stream):
-        damaged = frame.is_corrupt or (damaged and not frame.key_frame)
-        if frame.pts is not None:
-            yield Decoded(frame, damaged)
-
-
-def _display_matrix(frame):
-    """How a player turns or mirrors this frame of a file; phones store portrait video on its side."""
-    try:
-        matrix = frame.side_data.get("DISPLAYMATRIX")
-    except ValueError:
-        # PyAV before 19 lists nothing where one kind of data is new to it. The turn it still tells.
-        turned = {-180: 3, 180: 3, -90: 6, 90: 8}.get(frame.rotation, 1)
-        return ORIENTATIONS[turned]
-    if matrix is None:
-        return UPRIGHT
-    a, b, _, c, d, *_ = struct.unpack("9i", bytes(matrix))
-    return a, b, c, d
-
-
-def image_files(folder):
-    """The images of a folder in natural order (2.jpg before 10.jpg): `*-rgb.png` if there are any, else every
-    picture; hidden files, and those that hold no picture, are none."""
-    return _images_of(Path(folder), os.stat(folder).st_mtime_ns)
-
-
-@cache
-def _images_of(folder, changed):
-    """image_files of a folder that was changed last at this time: every file in it has to be opened."""
-    files = []
-    for file in folder.iterdir():
-        if file.suffix.lower() in IMAGE_SUFFIXES and file.name[0] != ".":
-            # A link could show files that the manifest must not read.
-            if file.is_symlink() and file.resolve().parent != folder.resolve():
-                raise DataError(f"{file} is a link out of its folder: refused")
-            files.append(file)
-    # Where depth pictures lie beside the colour pictures (OpenEQA), only the latter count.
-    files = [file for file in files if file.name.endswith("-rgb.png")] or files
-    files = [file for file in sorted(files, key=_natural_order) if _image_format(_head(file, 4))]
-    if not files:
-        raise DataError(f"{folder} has no images (.png or .jpg)", "missing")
-    return files
-
-
-def _natural_order(file):
-    """A sorting key: the numbers in a name count as numbers."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file.name)]
-
-
-def _head(file, size):
-    """The first bytes of a file."""
-    with open(file, "rb") as opened:
-        return opened.read(size)
-
-
-def _image_format(head):
-    """FFmpeg's name for the format of a picture that begins so; None if it is no picture."""
-    return next((name for start, name in IMAGES.items() if head.startswith(start)), None)
-
-
-def _images_at(files, rate, moments):
-    """The image on display at each of these moments, `rate` images a second, and how to turn it."""
-    for moment in moments:
-        path = files[min(int(moment * rate + 1e-3), len(files) - 1)]
-        head = _head(path, 1 << 16)                             # EXIF's orientation stands in there
-        options = {"protocol_whitelist": "file"}
-        with av.open(f"file:{path}", format=_image_format(head), options=options) as container:
-            frame = next(container.decode(_video_stream(container, path)), None)
-        if frame is None:
-            raise DataError(f"{path} holds no image")
-        yield frame, ORIENTATIONS[_exif_orientation(head)]
-
-
-def _exif_orientation(head):
-    """The orientation that a camera wrote into the head of a JPEG, 1 to 8; 1 if there is none, as in a PNG. (PyAV before
-    19 tells turns from mirrors in no other way.)"""
-    # An entry of EXIF's first table: tag 0x112, type 3, one value; big-endian (MM) or little-endian (II).
-    entry = re.search(rb"Exif\0\0(?:MM.*?\x01\x12\0\x03\0{3}\x01\0(.)|II.*?\x12\x01\x03\0\x01\0{3}(.)\0)", head, re.S)
-    value = entry[entry.lastindex][0] if entry else 1
-    return value if value in ORIENTATIONS else 1
+CLIP_MEAN_COLOUR = np.array([122, 116, 104], np.uint8)
+UPRIGHT = (1, 0, 0, 1)          # how a stored picture is to be shown, see ORIENTATIONS
+_reformatter = VideoReformatter()   # one for the process: its tables are expensive to make
 
 
 def _pixels(frame, size, orientation=UPRIGHT, pixel_shape=1.0):
@@ -628,22 +191,7 @@ def _pixels(frame, size, orientation=UPRIGHT, pixel_shape=1.0):
     return out
 
 
-def write_video(path, frames, fps, gop=12):
-    """uint8 (N, H, W, 3) -> mp4 (mpeg4, 400 kbit/s)."""
-    with atomic_write(path) as part, av.open(str(part), "w", format="mp4") as container:
-        # One thread, so that the file is the same on every machine.
-        stream = container.add_stream("mpeg4", rate=fps)
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        stream.bit_rate = 400_000
-        stream.codec_context.gop_size = gop
-        stream.codec_context.thread_count = 1
-        for image in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        container.mux(stream.encode())
-
-
-# --------------------------------------------------------------------------------------------- 3 its text
+# ---------------------------------------------------------------------------------------------------------- 3 its text
 NARRATE = "Narrate the video."  # the prompt of a row's `text` (our choice: the paper names none for it)
 WEARER = "Camera-wearer"        # who acts in a narration
 
@@ -710,10 +258,19 @@ class Tokenizer:
         return ids, labels
 
 
-# --------------------------------------------------------------------------------------------- 4 a batch
-START_METHOD = "fork" if sys.platform == "linux" else "spawn"       # of processes that read and render
+def chats_of(row, text):
+    """What a row is read as: its narration, its conversation, or ("mix") one of the two in turn."""
+    narration, conversation = [], []
+    if row.get("text"):
+        narration = [[{"user": NARRATE, "assistant": row["text"]}]]
+    if row.get("turns") and text != "text":
+        conversation = [row["turns"]]
+    if text == "turns":
+        return conversation or narration
+    return narration + conversation
 
 
+# ----------------------------------------------------------------------------------------------------------- 4 a batch
 @dataclass
 class Batch:
     """One micro batch of E ego clips (moments), X exo clips and S packed texts."""
@@ -1014,126 +571,43 @@ class Loader:
             return error
 
 
-def chats_of(row, text):
-    """What a row is read as: its narration, its conversation, or ("mix") one of the two in turn."""
-    narration, conversation = [], []
-    if row.get("text"):
-        narration = [[{"user": NARRATE, "assistant": row["text"]}]]
-    if row.get("turns") and text != "text":
-        conversation = [row["turns"]]
-    if text == "turns":
-        return conversation or narration
-    return narration + conversation
-
-
-def is_too_long(row, text, tokenizer, video_tokens, cfg):
-    """Whether a chat of this row has more tokens than the model reads."""
-    for turns in chats_of(row, text):
-        # A text has no more tokens than bytes, and the template adds less than 64 to it: most chats are short.
-        most = sum(len(said.encode()) + 64 for turn in turns for said in turn.values())
-        if video_tokens + most > cfg.max_length:
-            ids, _ = tokenizer.chat(turns, video_tokens)
-            if len(ids) > cfg.max_length:
-                return True
-    return False
-
-
-ROW_KEYS = {"id", "ego", "exo", "text", "turns", "source", "where"}
-
-
-def _name_of(row):
-    """A row in a message: where it stands, and its id."""
-    return f"{row.get('where', 'row')} ({row['id']!r})"
-
-
-def _strange_keys(row):
-    """For a message, the keys of a row that nothing reads: one may be a slip of the pen."""
-    strange = sorted(set(row) - ROW_KEYS)
-    return f"; it has {', '.join(map(repr, strange))}, which nothing reads" if strange else ""
-
-
-def _raise_if_error(item):
-    if isinstance(item, ValueError):
-        # Raise a copy: a traceback keeps the variables of every frame alive. If `item` were raised, its
-        # traceback would keep `item`, and so itself, and the workers with it.
-        raise copy.copy(item)
-    return item
-
-
-def _start_worker(_):
-    # A launcher sends its signals to the whole group of processes. Workers ignore them: the rank still needs
-    # batches, to end the step that it is in.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    torch.set_num_threads(1)
-    die_with_parent()
-
-
-@cache
-def _end_workers_at_exit():
-    """Register _end_workers; the cache makes it happen once, however many streams there are."""
-    atexit.register(_end_workers)
-
-
-def _end_workers():
-    """Kill the workers at exit: multiprocessing would send SIGTERM, which they ignore, and wait for ever."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)               # torch's handler would call it a failure
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
-
-
-def die_with_parent():
-    """End this process within two seconds of its parent's death: kill -9 must not leave orphans."""
-    # An orphan gets another process for a parent.
-    parent = os.getppid()
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def worker_pool():
-    """A process for each core; none outlives its parent, and Ctrl-C is the parent's to answer."""
-    return multiprocessing.get_context(START_METHOD).Pool(os.cpu_count(), initializer=_start_pool_worker)
-
-
-def _start_pool_worker():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    die_with_parent()
-
-
-def progress(items, total, what):
-    """Pass items on. Every ten seconds and at the end a line says how many, how fast, and how long it will take."""
-    began = shown = time.monotonic()
-    for done, item in enumerate(items, 1):
-        yield item
-        now = time.monotonic()
-        if now - shown > 10 or done == total:
-            shown = now
-            rate = done / max(now - began, 1e-9)
-            print(f"{done}/{total} {what}, {rate:.1f} a second, {(total - done) / rate:.0f} s left", flush=True)
-
-
-def spread(rows, count):
-    """At most `count` of the rows, evenly spread."""
-    count = min(count, len(rows))
-    return [rows[i * len(rows) // count] for i in range(count)]
-
-
-# -------------------------------------------------------------------------------------- 5 the micro-world
+# --------------------------------------------------------------------------------------------------- 5 the micro-world
 # A table, two blocks, two hands, nine actions. A scene is one mp4 of five one-second clips. The exo camera
 # stands opposite the actor: left and right are swapped, and the actor's body is in view. The ego camera rides
 # on the head: it follows the hands late, walks, rolls and zooms, and big hands cover what they do. Sizes were
 # tuned by trial (our choice).
+@dataclass(frozen=True)
+class World:
+    """The knobs of the micro-world: how many clips each split has (no scene is in two splits), and how hard it is."""
+    seed: int = 0               # of all scenes
+    corpus: int = 5000          # exo clips from any angle, narrated: the stand-in for VideoLLaMA2's corpora
+    ego: int = 1000             # ego clips, narrated: the stand-in for EgoClip
+    pairs: int = 1200           # synchronized ego + exo clips, narrated: the stand-in for Ego-ExoClip
+    instruct: int = 1000        # ego clips with a question and answer: the stand-in for EgoIT
+    val: int = 600              # ego + exo: for choices
+    test: int = 2000            # ego + exo: for results of the learner
+    exo_test: int = 1000        # exo: for results of the demonstrator
+    exo_cams: int = 2           # fixed exo cameras of a training pair
+    noise: float = 0.4          # head motion, roll, zoom and light of the ego camera, 0 = a steady head, 1 = tests/study
+    fov: float = 1.0            # field of view of the ego camera; smaller sees less
+    scale: float = 1.0          # multiplies the training clips
+    narrated: float = 1.0       # share of the pairs that have a text: synchronized video is the cheaper part
+
+
+SPLITS = {                      # the views of each split; their order is part of the seed
+    "corpus": "exo",
+    "ego": "ego",
+    "pairs": "ego, exo",
+    "instruct": "ego",
+    "val": "ego, exo",
+    "test": "ego, exo",
+    "exo_test": "exo"}
+
+
 FPS = 8
 CLIP_FRAMES = FPS               # of a clip: one second
 CLIPS = 5                       # clips of a scene
 SCENE_FRAMES = CLIPS * CLIP_FRAMES
-EVERY_FRAME = np.arange(SCENE_FRAMES)
-SIDE = 48                       # pixels
 COLOURS = {
     "red": (214, 54, 48),
     "green": (40, 150, 70),
@@ -1161,40 +635,6 @@ GERUNDS = {
     "wipes": "wiping",
     "waters": "watering",
     "taps": "tapping"}
-SKIN = (236, 188, 150)
-SLEEVE = (70, 86, 122)
-SHADOW = (60, 52, 48)
-WOOD = (196, 164, 128)
-SIGN = {"left": -1, "right": 1}                             # of x, from the middle of the table
-TOY_FOLDER = "out/toy"
-
-
-@dataclass(frozen=True)
-class World:
-    """The knobs of the micro-world: how many clips each split has (no scene is in two splits), and how hard it is."""
-    seed: int = 0               # of all scenes
-    corpus: int = 5000          # exo clips from any angle, narrated: the stand-in for VideoLLaMA2's corpora
-    ego: int = 1000             # ego clips, narrated: the stand-in for EgoClip
-    pairs: int = 1200           # synchronized ego + exo clips, narrated: the stand-in for Ego-ExoClip
-    instruct: int = 1000        # ego clips with a question and answer: the stand-in for EgoIT
-    val: int = 600              # ego + exo: for choices
-    test: int = 2000            # ego + exo: for results of the learner
-    exo_test: int = 1000        # exo: for results of the demonstrator
-    exo_cams: int = 2           # fixed exo cameras of a training pair
-    noise: float = 0.4          # head motion, roll, zoom and light of the ego camera, 0 = a steady head, 1 = tests/study
-    fov: float = 1.0            # field of view of the ego camera; smaller sees less
-    scale: float = 1.0          # multiplies the training clips
-    narrated: float = 1.0       # share of the pairs that have a text: synchronized video is the cheaper part
-
-
-SPLITS = {                      # the views of each split; their order is part of the seed
-    "corpus": "exo",
-    "ego": "ego",
-    "pairs": "ego, exo",
-    "instruct": "ego",
-    "val": "ego, exo",
-    "test": "ego, exo",
-    "exo_test": "exo"}
 
 
 def plan_scene(rng):
@@ -1235,6 +675,343 @@ def questions(verb, colour, pattern, hand, rng):
         "What do I do to the block?": f"I {VERBS[verb]} it.",
         f"Am I {GERUNDS[asked]} the block?": "Yes." if asked == verb else "No."}
     return [{"user": question, "assistant": answer} for question, answer in answers.items()]
+
+
+def make_scene(world, split, scene, out):
+    """Render one scene's videos and return its rows. A pure function of (seed, split, scene)."""
+    # All draws come from one generator: their order is part of the seed.
+    rng = np.random.default_rng([world.seed, list(SPLITS).index(split), scene])
+    plan = plan_scene(rng)
+    films = film_scene(plan, act(plan, rng), world, split, rng)
+    for view, frames in films.items():
+        write_video(out / split / view / f"{scene}.mp4", frames, FPS, gop=CLIP_FRAMES)
+    # Each moment is a row: a second of every film, a sentence, a question with its answer.
+    rows = []
+    for i, (verb, target, hand) in enumerate(plan["moments"]):
+        number = scene * CLIPS + i
+        facts = (verb, *plan["blocks"][target], hand)
+        turns = questions(*facts, rng)
+        # The first question asks for the narration: only these two splits have it.
+        if split not in ("corpus", "instruct"):
+            turns = turns[1:]
+        row = {"id": f"{split}/{scene}/{i}"}
+        # With --narrated 0.1 one pair in ten has a text.
+        if split != "pairs" or int((number + 1) * world.narrated) > int(number * world.narrated):
+            row["text"] = narration(*facts)
+            row["turns"] = [turns[number % len(turns)]]
+        span = {"start": float(i), "end": i + 1.0}
+        clips = {view: {"video": f"{split}/{view}/{scene}.mp4", **span} for view in films}
+        if "ego" in clips:
+            row["ego"] = clips.pop("ego")
+        if clips:
+            row["exo"] = list(clips.values())
+        rows.append(row)
+    return rows
+
+
+# ===== a first reader can stop here =====
+
+
+# ---------------------------------------------------------------------------------------------------- A opening videos
+MAX_SIDE = 16384            # larger pictures are refused before one is decoded
+MAX_PIXELS = 64 << 20
+# FFmpeg also opens playlists, URLs and scripts. We open nothing but files of these formats.
+OPEN_OPTIONS = {
+    "protocol_whitelist": "file",
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"}
+# The first bytes of a picture, and FFmpeg's name for its format.
+IMAGES = {b"\x89PNG": "png_pipe", b"\xff\xd8\xff": "jpeg_pipe"}
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+# A title need not be UTF-8. PyAV 19 reads it as it is; earlier versions have to be told.
+AS_IT_IS = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
+# How a stored picture is to be shown, by EXIF's number: (a, b, c, d), in the order of FFmpeg's display matrix, moves
+# pixel (x, y) to the place (a x + c y, b x + d y). Those of 2, 4, 5 and 7 are mirrored.
+ORIENTATIONS = {
+    1: UPRIGHT,
+    2: (-1, 0, 0, 1),
+    3: (-1, 0, 0, -1),
+    4: (1, 0, 0, -1),
+    5: (0, 1, 1, 0),
+    6: (0, 1, -1, 0),
+    7: (0, -1, -1, 0),
+    8: (0, -1, 1, 0)}
+
+
+@dataclass
+class Video:
+    """An open video: a file, or a folder of images."""
+    seconds: float                  # of its picture; its sound may last longer
+    rate: float                     # frames a second, on average
+    pixel_shape: float              # width of a pixel over its height
+    # From ascending moments, in seconds from the first frame, to the frames on display then, and how to turn
+    # them (as in ORIENTATIONS).
+    frames_at: Callable
+
+
+@contextmanager
+def open_video(video: AnyPath, fps=None) -> Iterator[Video]:
+    """The one way to a video, a file or a folder of images at `fps` (default: VideoLLaMA2's 3).
+
+    One decoding thread: slice threads deadlock in loader workers. DataError names the video, also where it turns out
+    while frames are read: what the body of the `with` raises arrives at the yield.
+    """
+    try:
+        # A folder of images needs no decoder that stays open.
+        if os.path.isdir(video):
+            files, rate = image_files(video), fps or 3.0
+            yield Video(len(files) / rate, rate, 1.0, partial(_images_at, files, rate))
+            return
+        with _open_container(video) as container:
+            stream = _video_stream(container, video)
+            yield Video(
+                seconds=_seconds(container, stream, video),
+                rate=float(stream.average_rate or 30),
+                pixel_shape=float(stream.sample_aspect_ratio or 1),
+                frames_at=partial(_frames_at, container, stream, video))
+    except (av.FFmpegError, OSError, OverflowError, MemoryError) as error:
+        # FFmpeg's errors do not always name the file.
+        reason = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"{video} cannot be read: {why}", reason) from None
+
+
+def _open_container(video):
+    """A file of a container that we read. "file:" keeps a name like `12:30 walk.mp4` from being a URL."""
+    try:
+        return av.open(f"file:{video}", options=OPEN_OPTIONS, **AS_IT_IS)
+    except av.FFmpegError as error:
+        # A file that is missing, or not ours to read, needs no advice about containers.
+        if not os.access(video, os.R_OK):
+            raise
+        raise DataError(
+            f"{video} is damaged, or no .mp4, .mov, .mkv, .webm or .avi ({error.strerror}). Most others are "
+            f"copied into one by  ffmpeg -i {Path(video).name} -c copy new.mp4  (or encoded again, without "
+            f"-c copy)") from None
+
+
+def _video_stream(container, video):
+    """The video stream that a player shows, ready to decode; one without a known codec, or whose header
+    claims an absurd shape, is refused."""
+    stream = container.streams.best("video")
+    context = stream and stream.codec_context
+    if context is None:
+        raise DataError(f"{video} has no video stream that can be decoded")
+    if stream.disposition & av.stream.Disposition.attached_pic:
+        raise DataError(f"{video} is sound with a cover picture: it has no video")
+    # Check the size that the header claims, before memory is reserved for a frame.
+    width, height = context.width, context.height
+    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+        raise DataError(f"{video} claims {width} x {height} pixels: refused")
+    if not 0.1 <= (stream.sample_aspect_ratio or 1) <= 10:
+        raise DataError(f"{video} claims pixels {stream.sample_aspect_ratio} times as wide as high: refused")
+    context.thread_type = "NONE"
+    context.thread_count = 1
+    context.options = {"max_pixels": str(MAX_PIXELS)}   # the size may change inside a stream
+    return stream
+
+
+def _seconds(container, stream, video):
+    """Length of the picture: as the header says, or a tag of the stream, or up to the end of its last packet."""
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    begin = float((stream.start_time or 0) * stream.time_base)
+    # Matroska has the moment of the end in a tag.
+    tag = re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", ""))
+    if tag:
+        return 3600 * int(tag[1]) + 60 * int(tag[2]) + float(tag[3]) - begin
+    if not container.duration:
+        raise DataError(f"{video} does not say how long it is; a copy does:  ffmpeg -i {Path(video).name} "
+                        f"-c copy new.mp4")
+    return _end_of_picture(container, stream) - begin
+
+
+def _end_of_picture(container, stream):
+    """When the last packet of the picture ends: a header may know the whole file's length alone, and the sound
+    may be longer."""
+    whole = container.duration / av.time_base
+    container.seek(max(int(whole / stream.time_base), 0), stream=stream)
+    ends = {stream: 0.0}
+    for packet in container.demux():
+        if packet.pts is not None:
+            end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
+            ends[packet.stream] = max(end, ends.get(packet.stream, 0.0))
+    # Where no stream gets there, the file has been cut off: reading its end will be refused.
+    cut_off = max(ends.values()) < whole - 1
+    return whole if cut_off else ends[stream]
+
+
+def _frames_at(container, stream, video, moments):
+    """The frame on display at each of these ascending moments, and how to turn it."""
+    rounding = 1e-4                                             # timestamps are rounded to the time base
+    zero = float((stream.start_time or 0) * stream.time_base)
+    gap = 0.1                                                   # how long a frame stayed of late; 0.1 s at least
+    frames, shown, coming = None, None, None
+    for moment in moments:
+        # Begin at the key frame before the moment: at first, and where that saves half a second of decoding.
+        if frames is None or (coming and _saves_decoding(stream, coming.frame.time + 0.5, zero + moment)):
+            frames, shown = _seek(container, stream, zero + moment + rounding)
+            if shown is None:
+                raise DataError(f"{video} holds no frame at {moment:.2f} s: truncated?", "truncated")
+            coming = next(frames, None)
+        # Decode one frame ahead of the one on display: it says until when that one stays.
+        while coming and coming.frame.time <= zero + moment + rounding:
+            gap = max(0.1, coming.frame.time - shown.frame.time)
+            shown = coming
+            coming = next(frames, None)
+        frame, damaged = shown
+        # The last frame of a file need not say how long it stays.
+        stays = max(2 * gap, float((frame.duration or 0) * stream.time_base))
+        if coming is None and frame.time + stays < zero + moment:
+            raise DataError(f"{video} ends at {frame.time - zero:.2f} s, {moment:.2f} s was asked for: "
+                            f"truncated?", "truncated")
+        if damaged:
+            raise DataError(f"{video} is damaged at {frame.time - zero:.2f} s")
+        yield frame, _display_matrix(frame)
+
+
+def _saves_decoding(stream, after, until):
+    """Whether the file's index has a key frame between these times; without an index nothing is saved."""
+    if until <= after:
+        return False
+    entries = stream.index_entries
+    place = entries.search_timestamp(int(until / stream.time_base), backward=True)
+    return place >= 0 and entries[place].timestamp * stream.time_base > after
+
+
+def _seek(container, stream, until):
+    """-> the frames from the key frame before a time on, and the first of them (None if there is none).
+
+    The first frames of an open group of pictures need the group before it: then go back further, until a
+    frame is decoded that is not too late.
+    """
+    first = stream.start_time or 0
+    back = 0.0
+    while True:
+        target = max(int((until - back) / stream.time_base), first)
+        container.seek(target, stream=stream)
+        frames = _decoded(container, stream)
+        shown = next(frames, None)
+        found = shown is not None and shown.frame.time <= until
+        if found or target == first:
+            return frames, shown
+        back = 2 * back + 1
+
+
+class Decoded(NamedTuple):
+    """A frame, and whether it is damaged: what is predicted from a damaged frame is, too."""
+    frame: av.VideoFrame
+    damaged: bool
+
+
+def _decoded(container, stream):
+    """Each frame of a stream that says when it is shown."""
+    damaged = False
+    for frame in container.decode(stream):
+        damaged = frame.is_corrupt or (damaged and not frame.key_frame)
+        if frame.pts is not None:
+            yield Decoded(frame, damaged)
+
+
+def _display_matrix(frame):
+    """How a player turns or mirrors this frame of a file; phones store portrait video on its side."""
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:
+        # PyAV before 19 lists nothing where one kind of data is new to it. The turn it still tells.
+        turned = {-180: 3, 180: 3, -90: 6, 90: 8}.get(frame.rotation, 1)
+        return ORIENTATIONS[turned]
+    if matrix is None:
+        return UPRIGHT
+    a, b, _, c, d, *_ = struct.unpack("9i", bytes(matrix))
+    return a, b, c, d
+
+
+def image_files(folder):
+    """The images of a folder in natural order (2.jpg before 10.jpg): `*-rgb.png` if there are any, else every
+    picture; hidden files, and those that hold no picture, are none."""
+    return _images_of(Path(folder), os.stat(folder).st_mtime_ns)
+
+
+@cache
+def _images_of(folder, changed):
+    """image_files of a folder that was changed last at this time: every file in it has to be opened."""
+    files = []
+    for file in folder.iterdir():
+        if file.suffix.lower() in IMAGE_SUFFIXES and file.name[0] != ".":
+            # A link could show files that the manifest must not read.
+            if file.is_symlink() and file.resolve().parent != folder.resolve():
+                raise DataError(f"{file} is a link out of its folder: refused")
+            files.append(file)
+    # Where depth pictures lie beside the colour pictures (OpenEQA), only the latter count.
+    files = [file for file in files if file.name.endswith("-rgb.png")] or files
+    files = [file for file in sorted(files, key=_natural_order) if _image_format(_head(file, 4))]
+    if not files:
+        raise DataError(f"{folder} has no images (.png or .jpg)", "missing")
+    return files
+
+
+def _natural_order(file):
+    """A sorting key: the numbers in a name count as numbers."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file.name)]
+
+
+def _head(file, size):
+    """The first bytes of a file."""
+    with open(file, "rb") as opened:
+        return opened.read(size)
+
+
+def _image_format(head):
+    """FFmpeg's name for the format of a picture that begins so; None if it is no picture."""
+    return next((name for start, name in IMAGES.items() if head.startswith(start)), None)
+
+
+def _images_at(files, rate, moments):
+    """The image on display at each of these moments, `rate` images a second, and how to turn it."""
+    for moment in moments:
+        path = files[min(int(moment * rate + 1e-3), len(files) - 1)]
+        head = _head(path, 1 << 16)                             # EXIF's orientation stands in there
+        options = {"protocol_whitelist": "file"}
+        with av.open(f"file:{path}", format=_image_format(head), options=options) as container:
+            frame = next(container.decode(_video_stream(container, path)), None)
+        if frame is None:
+            raise DataError(f"{path} holds no image")
+        yield frame, ORIENTATIONS[_exif_orientation(head)]
+
+
+def _exif_orientation(head):
+    """The orientation that a camera wrote into the head of a JPEG, 1 to 8; 1 if there is none, as in a PNG. (PyAV before
+    19 tells turns from mirrors in no other way.)"""
+    # An entry of EXIF's first table: tag 0x112, type 3, one value; big-endian (MM) or little-endian (II).
+    entry = re.search(rb"Exif\0\0(?:MM.*?\x01\x12\0\x03\0{3}\x01\0(.)|II.*?\x12\x01\x03\0\x01\0{3}(.)\0)", head, re.S)
+    value = entry[entry.lastindex][0] if entry else 1
+    return value if value in ORIENTATIONS else 1
+
+
+def write_video(path, frames, fps, gop=12):
+    """uint8 (N, H, W, 3) -> mp4 (mpeg4, 400 kbit/s)."""
+    with atomic_write(path) as part, av.open(str(part), "w", format="mp4") as container:
+        # One thread, so that the file is the same on every machine.
+        stream = container.add_stream("mpeg4", rate=fps)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.bit_rate = 400_000
+        stream.codec_context.gop_size = gop
+        stream.codec_context.thread_count = 1
+        for image in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+
+
+# ------------------------------------------------------------------------------------------------- B drawing the world
+EVERY_FRAME = np.arange(SCENE_FRAMES)
+SIDE = 48                       # pixels
+SKIN = (236, 188, 150)
+SLEEVE = (70, 86, 122)
+SHADOW = (60, 52, 48)
+WOOD = (196, 164, 128)
+SIGN = {"left": -1, "right": 1}                             # of x, from the middle of the table
+TOY_FOLDER = "out/toy"
 
 
 class Camera:
@@ -1521,38 +1298,6 @@ def film_scene(plan, motion, world, split, rng):
     return films
 
 
-def make_scene(world, split, scene, out):
-    """Render one scene's videos and return its rows. A pure function of (seed, split, scene)."""
-    # All draws come from one generator: their order is part of the seed.
-    rng = np.random.default_rng([world.seed, list(SPLITS).index(split), scene])
-    plan = plan_scene(rng)
-    films = film_scene(plan, act(plan, rng), world, split, rng)
-    for view, frames in films.items():
-        write_video(out / split / view / f"{scene}.mp4", frames, FPS, gop=CLIP_FRAMES)
-    # Each moment is a row: a second of every film, a sentence, a question with its answer.
-    rows = []
-    for i, (verb, target, hand) in enumerate(plan["moments"]):
-        number = scene * CLIPS + i
-        facts = (verb, *plan["blocks"][target], hand)
-        turns = questions(*facts, rng)
-        # The first question asks for the narration: only these two splits have it.
-        if split not in ("corpus", "instruct"):
-            turns = turns[1:]
-        row = {"id": f"{split}/{scene}/{i}"}
-        # With --narrated 0.1 one pair in ten has a text.
-        if split != "pairs" or int((number + 1) * world.narrated) > int(number * world.narrated):
-            row["text"] = narration(*facts)
-            row["turns"] = [turns[number % len(turns)]]
-        span = {"start": float(i), "end": i + 1.0}
-        clips = {view: {"video": f"{split}/{view}/{scene}.mp4", **span} for view in films}
-        if "ego" in clips:
-            row["ego"] = clips.pop("ego")
-        if clips:
-            row["exo"] = list(clips.values())
-        rows.append(row)
-    return rows
-
-
 def toy_split(out: AnyPath, split, world=World()) -> Path:
     """The manifest of one split of the micro-world, rendered when first needed (under a lock)."""
     out = Path(out)
@@ -1630,7 +1375,272 @@ def toy_tokenizer(out, world):
     return path
 
 
-# ---------------------------------------------------------------------------------------------- 6 looking
+# ----------------------------------------------------------------------------------------------------- C checking rows
+def read_manifests(paths: Sequence, root=None, allow_outside=False) -> list:
+    """The rows of several manifests, one after another; each has its own skip list.
+
+    The paths of a manifest start at its own folder, unless `root` is given for all of them. An id that an
+    earlier manifest has already is put behind the name of its file, so that it still names one row.
+    """
+    # The same file twice would give two rows the same name, and nothing new to learn.
+    if len({os.path.realpath(path) for path in paths}) < len(paths):
+        raise DataError(f"a manifest is named twice in {', '.join(map(str, paths))}: name each one once")
+    rows = []
+    for path in paths:
+        taken = {row["id"] for row in rows}
+        for row in read_manifest(path, root, allow_outside):
+            # Two data sets may number their rows alike. A message about a row must still name one.
+            if row["id"] in taken:
+                row["id"] = f"{path}: {row['id']}"
+            rows.append(row)
+    return rows
+
+
+def _without_bad_clips(rows, skip_list, base):
+    """Rows without the clips on a skip list: a row goes with its ego clip, or with its last exo view."""
+    # The list names the bad videos of each row, from the root of the manifest.
+    bad_videos = {}
+    for entry in map(json.loads, read_text(skip_list).splitlines()):
+        bad_videos[entry["id"]] = {_real_path(base, video) for video in entry["videos"]}
+    # A row needs its ego clip, and one of its exo views if it had any.
+    kept = []
+    for row in rows:
+        bad = bad_videos.get(row["id"], ())
+        views = [clip for clip in row.get("exo", []) if clip["video"] not in bad]
+        lost_all_views = row.get("exo") and not views
+        if row.get("ego", {}).get("video") in bad or lost_all_views:
+            continue
+        if "exo" in row:
+            row["exo"] = views
+        kept.append(row)
+    if bad_videos:
+        print(f"{skip_list}: {len(rows) - len(kept)} of {len(rows)} rows are left out, and the bad exo views of "
+              f"others if they have any; after a change of the files run data.py check again")
+    return kept
+
+
+@cache
+def _real_path(base, video):
+    """An absolute path with its links resolved. It is cached because many rows name the same video."""
+    return os.path.realpath(os.path.join(base, video))
+
+
+def _check_row(row, where, base, allow_outside):
+    """The row itself, with absolute paths; a DataError names the first field that is wrong."""
+    # What every row has, or may have.
+    if not isinstance(row, dict) or not isinstance(row.get("id"), str):
+        raise DataError(f'{where} lacks "id" (a string)')
+    if not isinstance(row.get("exo", []), list):
+        raise DataError(f'{where}: "exo" must be a list of clips')
+    if not isinstance(row.get("text", ""), str):
+        raise DataError(f'{where}: "text" must be a string')
+    # A manifest from elsewhere must not read files outside its folder.
+    for clip in clips_of(row):
+        _check_clip(clip, where)
+        path = _real_path(base, clip["video"].replace("\0", "?"))
+        if not allow_outside and not path.startswith(os.path.join(base, "")):
+            raise DataError(f"{where}: {clip['video']} is outside {base}: pass --root or --allow-outside")
+        clip["video"] = path
+    # A conversation has a question and an answer in every turn, and one video.
+    turns = row.get("turns", [])
+    if not isinstance(turns, list) or not all(map(_is_turn, turns)):
+        raise DataError(f'{where}: "turns" is a list of {{"user": ..., "assistant": ...}}')
+    if video_marks(turns) > 1:
+        raise DataError(f"{where} has more than one <video> mark: a row shows one video")
+    # JSON can spell half of a character, which no tokenizer can read.
+    texts = [row["id"], row.get("text", ""), *(text for turn in turns for text in turn.values())]
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start:error.end])
+        raise DataError(f"{where} has half of a character ({half}): write it whole, or as plain UTF-8") from None
+    return row
+
+
+def video_marks(turns):
+    """How often a conversation says where its video stands."""
+    return sum((turn.get("system", "") + turn["user"]).count("<video>") for turn in turns)
+
+
+def _is_turn(turn):
+    """A turn is {"user", "assistant"}, and may have a "system" text."""
+    if not isinstance(turn, dict) or not {"user", "assistant"} <= set(turn) <= {"system", "user", "assistant"}:
+        return False
+    return all(isinstance(text, str) for text in turn.values())
+
+
+def _check_clip(clip, where):
+    if not isinstance(clip, dict) or not isinstance(clip.get("video"), str):
+        raise DataError(f'{where}: a clip lacks "video" (a path)')
+    # Times are finite numbers, and a clip has a length.
+    times = [clip[key] for key in ("start", "end") if clip.get(key) is not None]
+    if not all(isinstance(time_, (int, float)) and math.isfinite(time_) for time_ in times):
+        raise DataError(f'{where}: "start" and "end" are seconds, got {times}')
+    if len(times) == 2 and times[0] >= times[1]:
+        raise DataError(f"{where}: {clip['video']} from {times[0]} to {times[1]} s has zero length")
+    # A folder of images has a rate of its own.
+    fps = clip.get("fps", 1)
+    if not isinstance(fps, (int, float)) or not 0 < fps < 1000:
+        raise DataError(f'{where}: "fps" is {fps!r}: images a second, more than 0')
+
+
+def is_too_long(row, text, tokenizer, video_tokens, cfg):
+    """Whether a chat of this row has more tokens than the model reads."""
+    for turns in chats_of(row, text):
+        # A text has no more tokens than bytes, and the template adds less than 64 to it: most chats are short.
+        most = sum(len(said.encode()) + 64 for turn in turns for said in turn.values())
+        if video_tokens + most > cfg.max_length:
+            ids, _ = tokenizer.chat(turns, video_tokens)
+            if len(ids) > cfg.max_length:
+                return True
+    return False
+
+
+ROW_KEYS = {"id", "ego", "exo", "text", "turns", "source", "where"}
+
+
+def _name_of(row):
+    """A row in a message: where it stands, and its id."""
+    return f"{row.get('where', 'row')} ({row['id']!r})"
+
+
+def _strange_keys(row):
+    """For a message, the keys of a row that nothing reads: one may be a slip of the pen."""
+    strange = sorted(set(row) - ROW_KEYS)
+    return f"; it has {', '.join(map(repr, strange))}, which nothing reads" if strange else ""
+
+
+# ----------------------------------------------------------------------------------------------- D processes and files
+def read_text(path: AnyPath) -> str:
+    """A text file, which is UTF-8 whatever the machine's language; a byte order mark is no part of it."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(f"{path} is not there", "missing") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+
+
+@contextmanager
+def atomic_write(path: AnyPath):
+    """A temporary name to write to; it becomes `path` at the end: a killed write never looks finished."""
+    part = Path(f"{path}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    yield part
+    os.replace(part, path)
+
+
+def write_text_atomic(path: AnyPath, text):
+    """A text file that is never seen half written."""
+    with atomic_write(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def write_jsonl(path: AnyPath, rows: Iterable):
+    """Rows as JSON lines."""
+    write_text_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+@contextmanager
+def file_lock(path: AnyPath, wait: bool):
+    """Hold a lock file (a POSIX record lock: it is gone with its process, even after kill -9).
+
+    Without `wait` a second holder is refused, with the process id of the first.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mode = fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
+    with open(path, "a+") as file:
+        # The file holds the process id of the first holder, which the second one reads.
+        try:
+            fcntl.lockf(file, mode)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                file.seek(0)
+                raise DataError(f"{path.parent} is in use by process {file.read().strip() or '?'}: wait for "
+                                f"it, or choose another --out") from None
+            print(f"{path.parent} is on a file system without locks: see to it that one run at a time uses it")
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+START_METHOD = "fork" if sys.platform == "linux" else "spawn"       # of processes that read and render
+
+
+def _raise_if_error(item):
+    if isinstance(item, ValueError):
+        # Raise a copy: a traceback keeps the variables of every frame alive. If `item` were raised, its
+        # traceback would keep `item`, and so itself, and the workers with it.
+        raise copy.copy(item)
+    return item
+
+
+def _start_worker(_):
+    # A launcher sends its signals to the whole group of processes. Workers ignore them: the rank still needs
+    # batches, to end the step that it is in.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    die_with_parent()
+
+
+@cache
+def _end_workers_at_exit():
+    """Register _end_workers; the cache makes it happen once, however many streams there are."""
+    atexit.register(_end_workers)
+
+
+def _end_workers():
+    """Kill the workers at exit: multiprocessing would send SIGTERM, which they ignore, and wait for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)               # torch's handler would call it a failure
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
+def die_with_parent():
+    """End this process within two seconds of its parent's death: kill -9 must not leave orphans."""
+    # An orphan gets another process for a parent.
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def worker_pool():
+    """A process for each core; none outlives its parent, and Ctrl-C is the parent's to answer."""
+    return multiprocessing.get_context(START_METHOD).Pool(os.cpu_count(), initializer=_start_pool_worker)
+
+
+def _start_pool_worker():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent()
+
+
+def progress(items, total, what):
+    """Pass items on. Every ten seconds and at the end a line says how many, how fast, and how long it will take."""
+    began = shown = time.monotonic()
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - shown > 10 or done == total:
+            shown = now
+            rate = done / max(now - began, 1e-9)
+            print(f"{done}/{total} {what}, {rate:.1f} a second, {(total - done) / rate:.0f} s left", flush=True)
+
+
+def spread(rows, count):
+    """At most `count` of the rows, evenly spread."""
+    count = min(count, len(rows))
+    return [rows[i * len(rows) // count] for i in range(count)]
+
+
+# ------------------------------------------------------------------------------------------------- E looking, commands
 GLYPHS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:?!'-()/ "
 FONT = np.unpackbits(np.frombuffer(bytes.fromhex(      # 5 x 8 dots a letter, a byte a column, low bit on top
     "2054547840" "7f28444438" "3844444428" "384444287f" "3854545418" "00087e0902" "18a4a49c78"
@@ -1719,7 +1729,6 @@ def command_show(args):
     print(f"{args.out}: {len(items)} rows of {args.manifest}")
 
 
-# --------------------------------------------------------------------------------------------- 7 commands
 def command_toy(args):
     """Render the micro-world (every split, or those named)."""
     world = _from_flags(World, args)
@@ -1851,8 +1860,8 @@ def main(argv=None):
         sys.exit("data.py: stopped; the same command goes on or begins anew")
 
 
-# --------------------------------------------------------------------------- appendix: real data, converted
-# A first reader can stop here. A builder is a function (files: Files, options: Build) that reads what a
+# --------------------------------------------------------------------------------------------- F the paper's data sets
+# A builder is a function (files: Files, options: Build) that reads what a
 # licence holder downloads, and yields rows of a manifest. Its docstring names the files and their traps.
 # "Our choice" is what neither the paper nor the files settle: a flag of Build says it.
 @dataclass(frozen=True)
@@ -1998,7 +2007,7 @@ def verbalise_wearer(text) -> str:
     return re.sub(r"\bC\b", WEARER, rest)
 
 
-# ------------------------------------------------------------------------------------ appendix: Ego-Exo4D
+# ----------------------------------------------------------------------------------------------------------- Ego-Exo4D
 def ego_exo4d(files, options):
     """Ego-ExoClip from Ego-Exo4D v2: takes.json, annotations/{splits,atomic_descriptions_*}.json, takes/.
 
@@ -2127,7 +2136,7 @@ def frame_rate(video: AnyPath) -> float:
         return opened.rate
 
 
-# --------------------------------------------------------------------------------------- appendix: EgoIT
+# --------------------------------------------------------------------------------------------------------------- EgoIT
 CUE = "This is my own view: I wear the camera."
 
 
@@ -2344,7 +2353,7 @@ EGOIT = {
             "Describe my actions precisely."))}
 
 
-# -------------------------------------------------------------------- appendix: EgoClip and conversations
+# ------------------------------------------------------------------------------------------- EgoClip and conversations
 def egoclip(files, options):
     """EgoClip (EgoVLP's egoclip.csv, tab-separated, 3.8M rows): the Init stage's ego data. The released clip
     times are used, negative ones cut to 0; `--chunk` seconds a file as EgoVLP's script cuts them, a clip that
@@ -2443,7 +2452,7 @@ BUILDERS = {    # command: the builder, and the flags of Build that it takes bes
     "conversations": (conversations, ("file", "view"))}
 
 
-# --------------------------------------------------------------------------------------- appendix: check
+# ------------------------------------------------------------------------------------------------------------- G check
 def command_check(args):
     """Read every clip once, in all cores; report what is wrong by kind and file, write the skip list."""
     rows = read_manifest(args.manifest, args.root, args.allow_outside, skip=False)
