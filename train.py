@@ -133,170 +133,151 @@ TOY = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------------- 2 flags
-@dataclass(frozen=True)
-class TrainConfig:
-    """Every flag. Where the default is None, the stage table's row decides, or what stands in the comment's brackets."""
-    stage: Literal[0, 1, 2, 3]                      # 0 Init | 1 demonstrator | 2 guidance | 3 self-practice
-    preset: Literal["toy", "small", "7b"] = "toy"   # all sizes; 7b is the paper's
-    data: list[str] = field(default_factory=lambda: ["out/toy"])    # manifests (.jsonl), or the micro-world's folder
-    root: str | None = None                         # where the paths of the manifests start (each one's folder)
-    base: str | None = None                         # untouched weights, a folder (stage0 beside --out)
-    vision: str | None = None                       # a CLIP directory, where --base has no vision tower
-    tokenizer: str | None = None                    # a tokenizer.model (the one beside the weights)
-    init: str | None = None                         # checkpoint to start from (stage 1: --base; stage{N-1} beside --out)
-    out: str | None = None                          # run folder (out/stage{N})
-    steps: int | None = None                        # optimiser steps; in stage 0 of each of its four rows
-    epochs: int | None = None                       # instead of steps
-    batch: int | None = None                        # samples a step over all ranks
-    micro_batch: int | None = None                  # samples a forward of one rank (batch / ranks)
-    lr: float | None = None                         # peak rate of the fastest part; the others keep their ratio
-    seed: int = 0                                   # of new weights and of the order of samples
-    dtype: Literal["bfloat16", "float32"] | None = None     # compute (bfloat16 on CUDA, else float32)
-    optimizer: Literal["muon", "adamw"] | None = None       # of matrices (muon; adamw for 7b)
-    save_every: int | None = None                   # steps; the last step is always saved
-    keep: int = 2                                   # checkpoints kept
-    val_data: str | None = None                     # a manifest for the validation loss (the micro-world has its own)
-    val_every: int | None = None                    # steps between validation losses (at the end, with --val-data)
-    workers: int = 1                                # loader processes a rank
-    fsdp: bool = False                              # FSDP2 instead of DDP: a rank holds its share of it all
-    checkpoint_activations: bool = False            # backward computes whole blocks again: less memory, more work
-    compile: bool = False                           # torch.compile of the blocks: a slow start, less memory
-    timeout: int = 600                              # seconds until a silent rank ends the run
-    max_bad: float = 0.01                           # share of samples that may be unreadable
-    allow_outside: bool = False                     # manifest paths may leave their root
-    overfit: bool = False                           # train on the first batch only
-    no_eval: bool = False                           # skip the benchmark at the end
-    no_kl: bool = False                             # the paper's ablation: no KL(exo || F(ego))
-    no_cycle: bool = False                          # the paper's ablation: no cycle consistency; G is not trained
-    forward_cycle_only: bool = False                # the paper's ablation: |G(F(x)) - x| alone
-    no_mapping: bool = False                        # the paper's ablation: the LLM reads x alone, neither F nor G
-    mapping: Literal["resnet", "mlp"] = "resnet"    # of which blocks F and G are; mlp is an ablation
-    no_lora: bool = False                           # the paper's ablation: stage 3 without LoRA
-    contrastive: float | None = None                # weight of InfoNCE between F(x) and y (0)
-    shuffle_pairs: bool = False                     # our control: wrong exo partners
-    kl_space: Literal["connector", "vit"] = "connector"     # where exo and F(ego) are compared
-    kl_weight: float | None = None                  # instead of the stage table's
-    ccl_weight: float | None = None                 # instead of the stage table's
-    kl_temperature: float = 1.0                     # of the softmax over channels
+# ---------------------------------------------------------------------------------------------------------- 2 the loop
+def run_stage(run, model, tokenizer, stage, loader, before, steps, folder, log):
+    """The `steps` steps of a stage, or what the checkpoint `folder` has left of them. `done` and `step` count within the
+    stage, `run_step` from 1 on through all stages of the run, of which `before` steps came earlier."""
+    cfg = run.cfg
+    objective, trained, done = prepare_objective(run, model, tokenizer, stage, loader, before, folder)
+    if run.rank == 0:
+        describe(run, objective, loader, steps, log)
+    wrapped, trained, optimizers = prepare_training(run, objective, trained)
+    validation = validation_loader(run, stage, model, tokenizer) if cfg.val_every or cfg.val_data else None
+    batches = loader.stream(done, steps, cfg.workers, cfg.overfit, cfg.timeout)
+    # After the DataLoader is made, which draws a random number.
+    if done:
+        load_optimizers(folder, optimizers, run.rank, run.device)
+    log.start(done)
 
-    @property
-    def toy_folder(self):
-        """The folder of the micro-world, or None where manifests are given."""
-        return None if self.data[0].endswith(".jsonl") else self.data[0]
+    for step, micro_batches in enumerate(batches, start=done):
+        # 1) learning rate: linear warm-up, then a cosine down to the stage's floor
+        lr_scale = schedule(step, steps, stage)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * lr_scale
 
+        # 2) every loss is divided by what the whole step holds, over micro batches and ranks: count that first
+        micro_batches = [batch.to(run.device) for batch in micro_batches]
+        counts = StepCounts.of(micro_batches, run)
 
-# Flags that may differ when a run resumes. Most do not change what it computes. Two can: more steps stretch the schedule,
-# and where the negatives of a loss are the micro batch (--contrastive, stage 0's clip), another micro_batch has others.
-# base and init are known by their hashes.
-MAY_CHANGE = {"out", "save_every", "keep", "val_data", "val_every", "workers", "timeout", "micro_batch", "no_eval", "max_bad",
-              "fsdp", "checkpoint_activations", "base", "init", "steps"}
-MAY_BE_ZERO = {"stage", "seed", "workers", "max_bad", "contrastive", "kl_weight", "ccl_weight"}
-STAGE_2_ONLY = {"no_kl", "no_cycle", "forward_cycle_only", "no_mapping", "mapping", "contrastive", "shuffle_pairs",
-                "kl_space", "kl_weight", "ccl_weight", "kl_temperature"}
+        # 3) forward and backward, one micro batch at a time; ranks exchange gradients at the last one only
+        totals = {}
+        for i, batch in enumerate(micro_batches):
+            sync_gradients(wrapped, run, now=i == len(micro_batches) - 1)
+            with run.autocast():
+                terms = wrapped(batch, counts.supervised, counts.samples)
+            terms["loss"].backward()
+            for name, value in terms.items():
+                totals[name] = totals.get(name, 0) + value.detach()
+        losses = run.mean(totals)
 
-# What an ablation takes away leaves these flags without effect.
-CLASHES = {
-    "no_kl": ("kl_weight", "kl_space", "kl_temperature"),
-    "no_cycle": ("ccl_weight", "forward_cycle_only"),
-    "no_mapping": ("kl_weight", "kl_space", "kl_temperature", "ccl_weight",
-                   "forward_cycle_only", "contrastive")}
+        # 4) clip, refuse NaN by the names of the samples, update
+        norm = nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        norm = float(gather_full_tensor(norm))
+        run_step = before + step + 1
+        refuse_nan(losses, norm, run_step, micro_batches)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        # 5) one line of log.jsonl; too many unreadable samples end the run
+        log.skip(micro_batches, int(counts.skipped), (step + 1) * stage.batch, cfg.max_bad)
+        row = dict(step=run_step, steps=run.steps, lr=lr_scale * max(stage.trains.values()), grad_norm=norm)
+        log.step(step + 1, steps, counts.samples, counts.tokens, losses, row)
+
+        # 6) validate, save
+        last = step + 1 == steps
+        if validation and (last or cfg.val_every and run_step % cfg.val_every == 0):
+            validate(run, objective, validation, run_step, log)
+        due = cfg.save_every and run_step % cfg.save_every == 0
+        if due or counts.stop or last:
+            save_checkpoint(run, objective, optimizers, run_step, trained, log.skipped)
+        if counts.stop:
+            sys.exit(f"stopped at step {run_step}, saved: the same command goes on")
 
 
-def parse(argv: list[str] | None = None) -> TrainConfig:
-    """The command line: one flag a field. Unknown, abbreviated and misspelt flags are refused by name."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(parser, TrainConfig, [f.name for f in fields(TrainConfig) if f.name != "data"])
-    parser.add_argument("--data", nargs="+", default=["out/toy"], help="manifests (.jsonl), or the micro-world's folder")
-    cfg = TrainConfig(**vars(parser.parse_args(argv)))
-    for name, value in vars(cfg).items():
-        flag = "--" + name.replace("_", "-")
-        if type(value) in (int, float):
-            may_be_zero = name in MAY_BE_ZERO
-            if not 0 <= value < math.inf or value == 0 and not may_be_zero:
-                parser.error(f"{flag} {value}: a number {'of 0 or more' if may_be_zero else 'above 0'} is needed")
-        if name in STAGE_2_ONLY and cfg.stage != 2 and value != getattr(TrainConfig, name):
-            parser.error(f"{flag} is of stage 2, whose F and G stage 3 goes on with")
-    if cfg.no_lora and cfg.stage != 3:
-        parser.error("--no-lora is of stage 3: no other stage trains a LoRA")
-    if cfg.stage == 0 and cfg.toy_folder is None:
-        parser.error("stage 0 is the micro-world's own: your own data starts at stage 1, from its weights or from --base")
-    validates = cfg.val_every or cfg.val_data
-    if validates and (cfg.stage == 0 or not (cfg.val_data or cfg.toy_folder)):
-        parser.error("a validation loss needs stage 1, 2 or 3, and --val-data x.jsonl or the micro-world")
-    if cfg.steps and cfg.epochs:
-        parser.error("--steps and --epochs both say how long: give one of them")
-    for ablation, idle in CLASHES.items():
-        for name in idle:
-            if getattr(cfg, ablation) and getattr(cfg, name) != getattr(TrainConfig, name):
-                parser.error(f"--{name} does nothing with --{ablation}: give one of them".replace("_", "-"))
-    if cfg.val_data and not cfg.val_data.endswith(".jsonl"):
-        parser.error(f"--val-data {cfg.val_data}: a manifest is a file that ends in .jsonl")
-    manifests = [*cfg.data, cfg.val_data] if cfg.val_data else cfg.data
-    for path in manifests:
-        is_manifest = path.endswith(".jsonl")
-        if is_manifest and not Path(path).is_file():
-            parser.error(f"{path} is not there")
-        if not is_manifest and (len(cfg.data) > 1 or Path(path).is_file()):
-            parser.error(f"--data {path}: a manifest is a file that ends in .jsonl, a micro-world one folder")
+class StepCounts(NamedTuple):
+    """What a whole step holds, over all micro batches and ranks."""
+    supervised: float                                           # tokens, each once for every sample it serves
+    samples: float
+    skipped: float                                              # samples that could not be read
+    tokens: float
+    stop: float                                                 # ranks that a signal asked to stop
 
-    # What is not given lies beside --out. Stage 1 starts from the base, every later stage from the one before it.
-    out = Path(cfg.out or f"out/stage{cfg.stage}")
-    base = cfg.base or str(out.parent / "stage0")
-    init = cfg.init or (base if cfg.stage < 2 else str(out.parent / f"stage{cfg.stage - 1}"))
-    optimizer = cfg.optimizer or ("adamw" if cfg.preset == "7b" else "muon")
-    if cfg.fsdp and (optimizer == "muon" or cfg.stage == 0):
-        parser.error("--fsdp needs --optimizer adamw (Muon wants whole matrices) and stage 1, 2 or 3")
-    return replace(
-        cfg,
-        out=str(out),
-        base=base,
-        init=init,
-        optimizer=optimizer)
+    @classmethod
+    def of(cls, micro_batches, run) -> StepCounts:
+        own = [cls(
+            supervised=batch.weights.sum(),
+            samples=batch.samples,
+            skipped=len(batch.skipped),
+            tokens=len(batch.ids),
+            stop=run.stop > 0) for batch in micro_batches]
+        total = torch.tensor(own).sum(0)
+        return cls(*run.sum(total.to(run.device)))
 
 
-def stages_of(cfg) -> tuple[Stage, ...]:
-    """The rows of this run: the table's, changed by the flags. Stage 0 has four, every other stage one."""
-    table = PAPER if cfg.preset == "7b" else TOY
-    if cfg.stage not in table:
-        raise DataError("stage 0 is the micro-world's own: --preset 7b is of stages 1, 2 and 3")
-    return tuple(changed_by_flags(stage, cfg) for stage in table[cfg.stage])
+def prepare_objective(run, model, tokenizer, stage, loader, before, folder):
+    """-> the objective on its device, what trains, and how many steps of the stage are done."""
+    # Each rank draws noise and dropout of its own. Parameters that a loss brings are rank 0's: DDP copies them.
+    torch.manual_seed(hash((run.cfg.seed, before, run.rank)) % 2 ** 31)
+    objective = Objective(model, tokenizer, stage, run.cfg, run.world).to(run.device)
+    # A checkpoint may also stand where the stage before it ended: then none of this one's steps are done.
+    done = 0
+    if folder:
+        done = max(0, read_state(folder)["step"] - before)
+        restore_weights(objective, folder, run.device)
+    if done == 0:
+        for source, target in stage.copies:
+            getattr(model, target).load_state_dict(getattr(model, source).state_dict())
+    trained = freeze(objective, stage, run.bf16)
+    if "ccl" in stage.losses and done == 0:
+        with run.autocast():
+            objective.measure_feature_std(loader)
+    return objective, trained, done
 
 
-def changed_by_flags(stage, cfg) -> Stage:
-    losses = dict(stage.losses)
-    trains = dict(stage.trains)
-    if cfg.stage == 2:
-        given = dict(kl=cfg.kl_weight, ccl=cfg.ccl_weight, contrastive=cfg.contrastive)
-        losses |= {name: weight for name, weight in given.items() if weight is not None}
-
-    # The ablations take away parts and losses.
-    gone = set()
-    if cfg.no_mapping:
-        gone |= {"F", "G", *losses} - {"vtg"}                   # every other loss compares what F or G has mapped
-    if cfg.no_cycle:
-        gone |= {"G", "ccl"}
-    if cfg.no_kl:
-        gone |= {"kl"}
-    if cfg.no_lora:
-        gone |= {"lora"}
-    trains = {part: rate for part, rate in trains.items() if part not in gone}
-    losses = {name: weight for name, weight in losses.items() if name not in gone}
-
-    # --lr is the fastest part's rate; the other parts keep their ratio to it.
-    factor = cfg.lr / max(trains.values()) if cfg.lr else 1
-    trains = {part: rate * factor for part, rate in trains.items()}
-    return replace(
-        stage,
-        trains=trains,
-        losses=losses,
-        batch=cfg.batch or stage.batch,
-        epochs=cfg.epochs or stage.epochs,
-        steps=0 if cfg.epochs else cfg.steps or stage.steps)
+def prepare_training(run, objective, trained):
+    """-> the objective as the ranks share it, what trains, and its optimisers."""
+    wrapped = wrap(run, objective)
+    # FSDP has replaced the parameters by their shards.
+    trained = {name: p for name, p in objective.named_parameters() if name in trained}
+    rates = {name: objective.stage.trains[part_of(name)] for name in trained}
+    return wrapped, trained, make_optimizers(trained, rates, run.cfg.optimizer)
 
 
-# --------------------------------------------------------------------------------------------- 3 the paper's objectives
+def refuse_nan(losses, norm, step, micro_batches):
+    """End the run before an update spoils the weights; the terms, and this rank's samples of the step, may show why."""
+    if not math.isfinite(losses["loss"] + norm):
+        terms = ", ".join(f"{name} {value:g}" for name, value in losses.items())
+        names = [batch.names for batch in micro_batches]
+        raise DataError(f"step {step}: {terms}, gradient norm {norm:g}: try a lower --lr, "
+                        f"or --dtype float32; the samples were {names}")
+
+
+@torch.no_grad()
+def validate(run, objective, loader, step, log):
+    """Text loss per token on the first validation clips, at most as many as eight training batches hold; ranks share
+    them."""
+    sums = torch.zeros(2, device=run.device)
+    # Ranks stay in step, each with a share of every whole batch. One process also reads the last, short one.
+    batches = loader.samples / loader.batch_size
+    batches = math.ceil(batches) if run.world == 1 else int(batches)
+    batches = min(batches, 8 * objective.stage.batch // loader.batch_size)
+    objective.eval()
+    for i in range(batches):
+        for batch in loader.batch(i):
+            batch = batch.to(run.device)
+            with run.autocast():
+                # A loss is a sum times world / count. With `world` as the count it is the plain sum.
+                vtg = objective(batch, supervised=run.world, samples=run.world)["vtg"]
+            sums += torch.stack([vtg, batch.weights.sum()])
+    objective.train()
+    total, tokens = run.sum(sums)
+    loss = total / tokens if tokens else math.nan
+    log.write(dict(step=step, val_loss=loss), f"step {step} | val_loss {loss:.4f}")
+
+
+# -------------------------------------------------------------------------------------------------------- 3 objectives
 class Objective(nn.Module):
     """The losses of a stage. Each term is a sum over samples (or tokens), divided by what the whole step holds, so that
     micro batches and ranks add up to the plain mean. DDP averages over ranks, hence the factor `world`.
@@ -445,7 +426,7 @@ class Objective(nn.Module):
         variance = (squares - total ** 2 / n) / (n - 1)
         std.copy_(variance.clamp(min=1e-6).sqrt())
 
-    # ------------------------------------------------------------------------------------------ 4 stage 0's stand-ins
+    # -------------------------------------------------------------------------------------------- stage 0's stand-ins
     def language(self, batch):
         """Instead of a download: the decoder learns to read scattered, noisy words that stand before a text."""
         ids = [self.tokenizer.encode(text) for text in batch.texts]
@@ -499,7 +480,32 @@ def scatter_words(texts, slots, vocab) -> Tensor:
     return mixture
 
 
-# ---------------------------------------------------------------------------------------- 5 optimisers and the schedule
+# ------------------------------------------------------------------------------------------------------- 4 what trains
+def part_of(name):
+    """The part of the stage table that a parameter belongs to."""
+    if ".lora_" in name:
+        return "lora"
+    return name.removeprefix("model.").split(".")[0]
+
+
+def freeze(objective, stage, bf16):
+    """Freeze every part that the stage does not train; returns what trains, by name.
+
+    Trained weights are float32. Frozen ones are kept in the dtype they are computed with, except in stage 0, where the
+    next row may train them.
+    """
+    trained = {}
+    for name, p in objective.named_parameters():
+        p.requires_grad_(part_of(name) in stage.trains)
+        half = bf16 and not p.requires_grad and objective.cfg.stage > 0
+        p.data = p.data.to(torch.bfloat16 if half else torch.float32)
+        if p.requires_grad:
+            trained[name] = p
+    # LoRA's dropout is the only thing that train mode switches on.
+    objective.train()
+    return trained
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal, scaled to the size of AdamW's step: all directions of a matrix learn at one speed.
     Without it the toy's connector does not start to learn. torch's own Muon takes no convolutions."""
@@ -562,7 +568,7 @@ def schedule(step, steps, stage) -> float:
     return stage.floor + (1 - stage.floor) * cosine
 
 
-# ------------------------------------------------------------------------- 6 where a stage starts, what trains, its loader
+# ------------------------------------------------------------------------------- 5 where a stage starts, what it reads
 @dataclass
 class Run:
     """One process of a run: its flags, its place among the ranks, and what its checkpoints will record."""
@@ -681,31 +687,6 @@ def init_checkpoint(init, *stages: int):
     return folder
 
 
-def part_of(name):
-    """The part of the stage table that a parameter belongs to."""
-    if ".lora_" in name:
-        return "lora"
-    return name.removeprefix("model.").split(".")[0]
-
-
-def freeze(objective, stage, bf16):
-    """Freeze every part that the stage does not train; returns what trains, by name.
-
-    Trained weights are float32. Frozen ones are kept in the dtype they are computed with, except in stage 0, where the
-    next row may train them.
-    """
-    trained = {}
-    for name, p in objective.named_parameters():
-        p.requires_grad_(part_of(name) in stage.trains)
-        half = bf16 and not p.requires_grad and objective.cfg.stage > 0
-        p.data = p.data.to(torch.bfloat16 if half else torch.float32)
-        if p.requires_grad:
-            trained[name] = p
-    # LoRA's dropout is the only thing that train mode switches on.
-    objective.train()
-    return trained
-
-
 def training_loader(run, stage, model, tokenizer) -> Loader:
     """The samples of a stage: of its split of the micro-world, or of --data."""
     cfg = run.cfg
@@ -720,19 +701,6 @@ def training_loader(run, stage, model, tokenizer) -> Loader:
         raise DataError("InfoNCE compares the samples of a micro batch with one another: "
                         "--micro-batch 2 or more")
     return make_loader(run, stage, model, tokenizer, rows=rows, batch=stage.batch, micro=cfg.micro_batch)
-
-
-def validation_loader(run, stage, model, tokenizer) -> Loader:
-    """The samples of the validation loss: of --val-data, or of the micro-world."""
-    cfg = run.cfg
-    manifest = cfg.val_data or toy_split(cfg.toy_folder, "val", toy_world(cfg.toy_folder))
-    rows = read_manifests([manifest], cfg.root, cfg.allow_outside)
-    if len(rows) < run.world:
-        raise DataError(f"{manifest} has {len(rows)} rows, fewer than the {run.world} ranks "
-                        f"that share them")
-    # A small set is a batch, too: every rank has a share of it.
-    micro = min(cfg.micro_batch or stage.batch // run.world, len(rows) // run.world)
-    return make_loader(run, stage, model, tokenizer, rows=rows, batch=micro * run.world, micro=micro, train=False)
 
 
 def make_loader(run, stage, model, tokenizer, **options) -> Loader:
@@ -751,26 +719,228 @@ def make_loader(run, stage, model, tokenizer, **options) -> Loader:
         **options)
 
 
-def hash_with_skip_lists(manifests) -> str:
-    """Known by their bytes, and by those of the lists of bad rows that data.py check left beside them."""
-    hashes = []
-    for manifest in map(Path, manifests):
-        for file in (manifest, manifest.with_suffix(".bad.jsonl")):
-            if file.is_file() and file.stat().st_size:
-                hashes.append(file_hash(file)[:16])
-    return "+".join(hashes)
+# --------------------------------------------------------------------------------------------- 6 a run from end to end
+def stages_of(cfg) -> tuple[Stage, ...]:
+    """The rows of this run: the table's, changed by the flags. Stage 0 has four, every other stage one."""
+    table = PAPER if cfg.preset == "7b" else TOY
+    if cfg.stage not in table:
+        raise DataError("stage 0 is the micro-world's own: --preset 7b is of stages 1, 2 and 3")
+    return tuple(changed_by_flags(stage, cfg) for stage in table[cfg.stage])
 
 
-def shuffle_pairs(rows, seed) -> list[dict]:
-    """The control: every ego clip gets the exo clips of another row (a cyclic shift in random order)."""
-    if not all("exo" in row for row in rows):
-        return rows                                             # the loader names the row that lacks them
-    order = np.random.default_rng(seed).permutation(len(rows))
-    partner = dict(zip(order, np.roll(order, 1)))
-    return [row | {"exo": rows[partner[i]]["exo"]} for i, row in enumerate(rows)]
+def train(cfg, rank=0, world=1):
+    """Run a stage to its end, then score it."""
+    # The stages of this run: stage 0 has four, every other stage one.
+    stages = stages_of(cfg)
+    bf16 = torch.cuda.is_available() if cfg.dtype is None else cfg.dtype == "bfloat16"
+    run = Run(cfg, rank, world, pick_device(), bf16)
+    run.provenance["bf16"] = bf16
+    model, tokenizer = initial_model(run)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    run.attention = choose_attention(run.device, dtype, model.cfg, first_problem_of_any_rank)
+
+    loaders = [training_loader(run, stage, model, tokenizer) for stage in stages]
+    stage_steps = [stage.steps or max(1, stage.epochs * loader.samples // stage.batch)
+                   for stage, loader in zip(stages, loaders)]
+    run.steps = sum(stage_steps)
+    # Where an earlier call of this command has come.
+    folder = resume_checkpoint(run)
+    state = read_state(folder) if folder else dict(step=0, skipped=0)
+    resumed_at = state["step"]
+    was_finished = resumed_at == run.steps
+    if was_finished and rank == 0:
+        print(f"{folder} is finished: nothing to train")
+    log_file = Path(cfg.out) / "log.jsonl"
+    log = Log(log_file if rank == 0 else None, resumed_at, state["skipped"])
+
+    # One stage after another, those that are not finished. The first of them goes on from the checkpoint.
+    before = 0
+    for stage, loader, steps in zip(stages, loaders, stage_steps):
+        if resumed_at < before + steps:
+            with stop_gracefully_on_signals(run):
+                run_stage(run, model, tokenizer, stage, loader, before, steps, folder, log)
+            folder = None
+        before += steps
+
+    result = Path(cfg.out) / ("eval.json" if cfg.toy_folder else "samples.png")
+    already_shown = was_finished and result.is_file()
+    if rank == 0 and not cfg.no_eval and not already_shown:
+        if cfg.fsdp or was_finished:
+            # Read the result: with FSDP this process holds a share of it, and a finished run has trained nothing.
+            model, _ = load_checkpoint(cfg.out, base_folder(cfg), cfg.vision)
+        show_result(run, model.to(run.device), tokenizer, loaders[-1].rows)
 
 
-# ---------------------------------------------------------------------------------------------------- 7 ranks, wrapping
+def show_result(run, model, tokenizer, rows):
+    """The micro-world has a benchmark for every stage; of one's own data a few samples are shown."""
+    cfg = run.cfg
+    with run.autocast():
+        if cfg.toy_folder:
+            init = cfg.init if cfg.stage > 0 else None
+            toy_benchmark(model, tokenizer, cfg.toy_folder, cfg.stage, cfg.out, init, base_folder(cfg))
+        else:
+            show_own_samples(model, tokenizer, rows, cfg.stage, cfg.out)
+
+
+# ===== a first reader can stop here =====
+
+
+# ------------------------------------------------------------------------------------------------------------- A flags
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every flag. Where the default is None, the stage table's row decides, or what stands in the comment's brackets."""
+    stage: Literal[0, 1, 2, 3]                      # 0 Init | 1 demonstrator | 2 guidance | 3 self-practice
+    preset: Literal["toy", "small", "7b"] = "toy"   # all sizes; 7b is the paper's
+    data: list[str] = field(default_factory=lambda: ["out/toy"])    # manifests (.jsonl), or the micro-world's folder
+    root: str | None = None                         # where the paths of the manifests start (each one's folder)
+    base: str | None = None                         # untouched weights, a folder (stage0 beside --out)
+    vision: str | None = None                       # a CLIP directory, where --base has no vision tower
+    tokenizer: str | None = None                    # a tokenizer.model (the one beside the weights)
+    init: str | None = None                         # checkpoint to start from (stage 1: --base; stage{N-1} beside --out)
+    out: str | None = None                          # run folder (out/stage{N})
+    steps: int | None = None                        # optimiser steps; in stage 0 of each of its four rows
+    epochs: int | None = None                       # instead of steps
+    batch: int | None = None                        # samples a step over all ranks
+    micro_batch: int | None = None                  # samples a forward of one rank (batch / ranks)
+    lr: float | None = None                         # peak rate of the fastest part; the others keep their ratio
+    seed: int = 0                                   # of new weights and of the order of samples
+    dtype: Literal["bfloat16", "float32"] | None = None     # compute (bfloat16 on CUDA, else float32)
+    optimizer: Literal["muon", "adamw"] | None = None       # of matrices (muon; adamw for 7b)
+    save_every: int | None = None                   # steps; the last step is always saved
+    keep: int = 2                                   # checkpoints kept
+    val_data: str | None = None                     # a manifest for the validation loss (the micro-world has its own)
+    val_every: int | None = None                    # steps between validation losses (at the end, with --val-data)
+    workers: int = 1                                # loader processes a rank
+    fsdp: bool = False                              # FSDP2 instead of DDP: a rank holds its share of it all
+    checkpoint_activations: bool = False            # backward computes whole blocks again: less memory, more work
+    compile: bool = False                           # torch.compile of the blocks: a slow start, less memory
+    timeout: int = 600                              # seconds until a silent rank ends the run
+    max_bad: float = 0.01                           # share of samples that may be unreadable
+    allow_outside: bool = False                     # manifest paths may leave their root
+    overfit: bool = False                           # train on the first batch only
+    no_eval: bool = False                           # skip the benchmark at the end
+    no_kl: bool = False                             # the paper's ablation: no KL(exo || F(ego))
+    no_cycle: bool = False                          # the paper's ablation: no cycle consistency; G is not trained
+    forward_cycle_only: bool = False                # the paper's ablation: |G(F(x)) - x| alone
+    no_mapping: bool = False                        # the paper's ablation: the LLM reads x alone, neither F nor G
+    mapping: Literal["resnet", "mlp"] = "resnet"    # of which blocks F and G are; mlp is an ablation
+    no_lora: bool = False                           # the paper's ablation: stage 3 without LoRA
+    contrastive: float | None = None                # weight of InfoNCE between F(x) and y (0)
+    shuffle_pairs: bool = False                     # our control: wrong exo partners
+    kl_space: Literal["connector", "vit"] = "connector"     # where exo and F(ego) are compared
+    kl_weight: float | None = None                  # instead of the stage table's
+    ccl_weight: float | None = None                 # instead of the stage table's
+    kl_temperature: float = 1.0                     # of the softmax over channels
+
+    @property
+    def toy_folder(self):
+        """The folder of the micro-world, or None where manifests are given."""
+        return None if self.data[0].endswith(".jsonl") else self.data[0]
+
+
+# Flags that may differ when a run resumes. Most do not change what it computes. Two can: more steps stretch the schedule,
+# and where the negatives of a loss are the micro batch (--contrastive, stage 0's clip), another micro_batch has others.
+# base and init are known by their hashes.
+MAY_CHANGE = {"out", "save_every", "keep", "val_data", "val_every", "workers", "timeout", "micro_batch", "no_eval", "max_bad",
+              "fsdp", "checkpoint_activations", "base", "init", "steps"}
+MAY_BE_ZERO = {"stage", "seed", "workers", "max_bad", "contrastive", "kl_weight", "ccl_weight"}
+STAGE_2_ONLY = {"no_kl", "no_cycle", "forward_cycle_only", "no_mapping", "mapping", "contrastive", "shuffle_pairs",
+                "kl_space", "kl_weight", "ccl_weight", "kl_temperature"}
+
+# What an ablation takes away leaves these flags without effect.
+CLASHES = {
+    "no_kl": ("kl_weight", "kl_space", "kl_temperature"),
+    "no_cycle": ("ccl_weight", "forward_cycle_only"),
+    "no_mapping": ("kl_weight", "kl_space", "kl_temperature", "ccl_weight",
+                   "forward_cycle_only", "contrastive")}
+
+
+def parse(argv: list[str] | None = None) -> TrainConfig:
+    """The command line: one flag a field. Unknown, abbreviated and misspelt flags are refused by name."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser, TrainConfig, [f.name for f in fields(TrainConfig) if f.name != "data"])
+    parser.add_argument("--data", nargs="+", default=["out/toy"], help="manifests (.jsonl), or the micro-world's folder")
+    cfg = TrainConfig(**vars(parser.parse_args(argv)))
+    for name, value in vars(cfg).items():
+        flag = "--" + name.replace("_", "-")
+        if type(value) in (int, float):
+            may_be_zero = name in MAY_BE_ZERO
+            if not 0 <= value < math.inf or value == 0 and not may_be_zero:
+                parser.error(f"{flag} {value}: a number {'of 0 or more' if may_be_zero else 'above 0'} is needed")
+        if name in STAGE_2_ONLY and cfg.stage != 2 and value != getattr(TrainConfig, name):
+            parser.error(f"{flag} is of stage 2, whose F and G stage 3 goes on with")
+    if cfg.no_lora and cfg.stage != 3:
+        parser.error("--no-lora is of stage 3: no other stage trains a LoRA")
+    if cfg.stage == 0 and cfg.toy_folder is None:
+        parser.error("stage 0 is the micro-world's own: your own data starts at stage 1, from its weights or from --base")
+    validates = cfg.val_every or cfg.val_data
+    if validates and (cfg.stage == 0 or not (cfg.val_data or cfg.toy_folder)):
+        parser.error("a validation loss needs stage 1, 2 or 3, and --val-data x.jsonl or the micro-world")
+    if cfg.steps and cfg.epochs:
+        parser.error("--steps and --epochs both say how long: give one of them")
+    for ablation, idle in CLASHES.items():
+        for name in idle:
+            if getattr(cfg, ablation) and getattr(cfg, name) != getattr(TrainConfig, name):
+                parser.error(f"--{name} does nothing with --{ablation}: give one of them".replace("_", "-"))
+    if cfg.val_data and not cfg.val_data.endswith(".jsonl"):
+        parser.error(f"--val-data {cfg.val_data}: a manifest is a file that ends in .jsonl")
+    manifests = [*cfg.data, cfg.val_data] if cfg.val_data else cfg.data
+    for path in manifests:
+        is_manifest = path.endswith(".jsonl")
+        if is_manifest and not Path(path).is_file():
+            parser.error(f"{path} is not there")
+        if not is_manifest and (len(cfg.data) > 1 or Path(path).is_file()):
+            parser.error(f"--data {path}: a manifest is a file that ends in .jsonl, a micro-world one folder")
+
+    # What is not given lies beside --out. Stage 1 starts from the base, every later stage from the one before it.
+    out = Path(cfg.out or f"out/stage{cfg.stage}")
+    base = cfg.base or str(out.parent / "stage0")
+    init = cfg.init or (base if cfg.stage < 2 else str(out.parent / f"stage{cfg.stage - 1}"))
+    optimizer = cfg.optimizer or ("adamw" if cfg.preset == "7b" else "muon")
+    if cfg.fsdp and (optimizer == "muon" or cfg.stage == 0):
+        parser.error("--fsdp needs --optimizer adamw (Muon wants whole matrices) and stage 1, 2 or 3")
+    return replace(
+        cfg,
+        out=str(out),
+        base=base,
+        init=init,
+        optimizer=optimizer)
+
+
+def changed_by_flags(stage, cfg) -> Stage:
+    losses = dict(stage.losses)
+    trains = dict(stage.trains)
+    if cfg.stage == 2:
+        given = dict(kl=cfg.kl_weight, ccl=cfg.ccl_weight, contrastive=cfg.contrastive)
+        losses |= {name: weight for name, weight in given.items() if weight is not None}
+
+    # The ablations take away parts and losses.
+    gone = set()
+    if cfg.no_mapping:
+        gone |= {"F", "G", *losses} - {"vtg"}                   # every other loss compares what F or G has mapped
+    if cfg.no_cycle:
+        gone |= {"G", "ccl"}
+    if cfg.no_kl:
+        gone |= {"kl"}
+    if cfg.no_lora:
+        gone |= {"lora"}
+    trains = {part: rate for part, rate in trains.items() if part not in gone}
+    losses = {name: weight for name, weight in losses.items() if name not in gone}
+
+    # --lr is the fastest part's rate; the other parts keep their ratio to it.
+    factor = cfg.lr / max(trains.values()) if cfg.lr else 1
+    trains = {part: rate * factor for part, rate in trains.items()}
+    return replace(
+        stage,
+        trains=trains,
+        losses=losses,
+        batch=cfg.batch or stage.batch,
+        epochs=cfg.epochs or stage.epochs,
+        steps=0 if cfg.epochs else cfg.steps or stage.steps)
+
+
+# --------------------------------------------------------------------------------------------------- B ranks, wrapping
 def start_process():
     """Rank and world size, as torchrun tells. The process takes its share of the cores."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -906,7 +1076,7 @@ def gather_full_tensor(tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-# ------------------------------------------------------------------------------------------------ 8 saving and resuming
+# -------------------------------------------------------------------------------------------------- C saving, resuming
 def save_checkpoint(run, objective, optimizers, step, trained, skipped):
     """What differs from the base (in stage 0 everything), and what resuming exactly needs, in step_000200/.
 
@@ -1016,6 +1186,16 @@ def recipe_of(cfg):
     return json.loads(json.dumps(recipe))                       # as a file gives it back
 
 
+def hash_with_skip_lists(manifests) -> str:
+    """Known by their bytes, and by those of the lists of bad rows that data.py check left beside them."""
+    hashes = []
+    for manifest in map(Path, manifests):
+        for file in (manifest, manifest.with_suffix(".bad.jsonl")):
+            if file.is_file() and file.stat().st_size:
+                hashes.append(file_hash(file)[:16])
+    return "+".join(hashes)
+
+
 def resume_checkpoint(run):
     """The newest finished checkpoint of this very run, or None."""
     folder = newest_checkpoint(run.cfg.out)
@@ -1057,7 +1237,7 @@ def restore_weights(objective, folder, device):
     objective.load_state_dict(tensors, strict=False, assign=True)
 
 
-# --------------------------------------------------------------------------------------------------- 9 log, what is shown
+# --------------------------------------------------------------------------------------------------------------- D log
 class Log:
     """log.jsonl, one object a step, cut back to the step that a run resumes from; and the progress line."""
     def __init__(self, path, step, skipped=0):
@@ -1204,203 +1384,27 @@ def describe(run, objective, loader, length, log):
     log.peak = next((run.world * peak for name, peak in PEAK_TFLOPS.items() if name in card), None)
 
 
-@torch.no_grad()
-def validate(run, objective, loader, step, log):
-    """Text loss per token on the first validation clips, at most as many as eight training batches hold; ranks share
-    them."""
-    sums = torch.zeros(2, device=run.device)
-    # Ranks stay in step, each with a share of every whole batch. One process also reads the last, short one.
-    batches = loader.samples / loader.batch_size
-    batches = math.ceil(batches) if run.world == 1 else int(batches)
-    batches = min(batches, 8 * objective.stage.batch // loader.batch_size)
-    objective.eval()
-    for i in range(batches):
-        for batch in loader.batch(i):
-            batch = batch.to(run.device)
-            with run.autocast():
-                # A loss is a sum times world / count. With `world` as the count it is the plain sum.
-                vtg = objective(batch, supervised=run.world, samples=run.world)["vtg"]
-            sums += torch.stack([vtg, batch.weights.sum()])
-    objective.train()
-    total, tokens = run.sum(sums)
-    loss = total / tokens if tokens else math.nan
-    log.write(dict(step=step, val_loss=loss), f"step {step} | val_loss {loss:.4f}")
-
-
-# ---------------------------------------------------------------------------------------------------------- 10 the loop
-class StepCounts(NamedTuple):
-    """What a whole step holds, over all micro batches and ranks."""
-    supervised: float                                           # tokens, each once for every sample it serves
-    samples: float
-    skipped: float                                              # samples that could not be read
-    tokens: float
-    stop: float                                                 # ranks that a signal asked to stop
-
-    @classmethod
-    def of(cls, micro_batches, run) -> StepCounts:
-        own = [cls(
-            supervised=batch.weights.sum(),
-            samples=batch.samples,
-            skipped=len(batch.skipped),
-            tokens=len(batch.ids),
-            stop=run.stop > 0) for batch in micro_batches]
-        total = torch.tensor(own).sum(0)
-        return cls(*run.sum(total.to(run.device)))
-
-
-def run_stage(run, model, tokenizer, stage, loader, before, steps, folder, log):
-    """The `steps` steps of a stage, or what the checkpoint `folder` has left of them. `done` and `step` count within the
-    stage, `run_step` from 1 on through all stages of the run, of which `before` steps came earlier."""
+# -------------------------------------------------------------------------------------------------------------- E main
+def validation_loader(run, stage, model, tokenizer) -> Loader:
+    """The samples of the validation loss: of --val-data, or of the micro-world."""
     cfg = run.cfg
-    objective, trained, done = prepare_objective(run, model, tokenizer, stage, loader, before, folder)
-    if run.rank == 0:
-        describe(run, objective, loader, steps, log)
-    wrapped, trained, optimizers = prepare_training(run, objective, trained)
-    validation = validation_loader(run, stage, model, tokenizer) if cfg.val_every or cfg.val_data else None
-    batches = loader.stream(done, steps, cfg.workers, cfg.overfit, cfg.timeout)
-    # After the DataLoader is made, which draws a random number.
-    if done:
-        load_optimizers(folder, optimizers, run.rank, run.device)
-    log.start(done)
-
-    for step, micro_batches in enumerate(batches, start=done):
-        # 1) learning rate: linear warm-up, then a cosine down to the stage's floor
-        lr_scale = schedule(step, steps, stage)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * lr_scale
-
-        # 2) every loss is divided by what the whole step holds, over micro batches and ranks: count that first
-        micro_batches = [batch.to(run.device) for batch in micro_batches]
-        counts = StepCounts.of(micro_batches, run)
-
-        # 3) forward and backward, one micro batch at a time; ranks exchange gradients at the last one only
-        totals = {}
-        for i, batch in enumerate(micro_batches):
-            sync_gradients(wrapped, run, now=i == len(micro_batches) - 1)
-            with run.autocast():
-                terms = wrapped(batch, counts.supervised, counts.samples)
-            terms["loss"].backward()
-            for name, value in terms.items():
-                totals[name] = totals.get(name, 0) + value.detach()
-        losses = run.mean(totals)
-
-        # 4) clip, refuse NaN by the names of the samples, update
-        norm = nn.utils.clip_grad_norm_(trained.values(), 1.0)
-        norm = float(gather_full_tensor(norm))
-        run_step = before + step + 1
-        refuse_nan(losses, norm, run_step, micro_batches)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-        # 5) one line of log.jsonl; too many unreadable samples end the run
-        log.skip(micro_batches, int(counts.skipped), (step + 1) * stage.batch, cfg.max_bad)
-        row = dict(step=run_step, steps=run.steps, lr=lr_scale * max(stage.trains.values()), grad_norm=norm)
-        log.step(step + 1, steps, counts.samples, counts.tokens, losses, row)
-
-        # 6) validate, save
-        last = step + 1 == steps
-        if validation and (last or cfg.val_every and run_step % cfg.val_every == 0):
-            validate(run, objective, validation, run_step, log)
-        due = cfg.save_every and run_step % cfg.save_every == 0
-        if due or counts.stop or last:
-            save_checkpoint(run, objective, optimizers, run_step, trained, log.skipped)
-        if counts.stop:
-            sys.exit(f"stopped at step {run_step}, saved: the same command goes on")
+    manifest = cfg.val_data or toy_split(cfg.toy_folder, "val", toy_world(cfg.toy_folder))
+    rows = read_manifests([manifest], cfg.root, cfg.allow_outside)
+    if len(rows) < run.world:
+        raise DataError(f"{manifest} has {len(rows)} rows, fewer than the {run.world} ranks "
+                        f"that share them")
+    # A small set is a batch, too: every rank has a share of it.
+    micro = min(cfg.micro_batch or stage.batch // run.world, len(rows) // run.world)
+    return make_loader(run, stage, model, tokenizer, rows=rows, batch=micro * run.world, micro=micro, train=False)
 
 
-def prepare_objective(run, model, tokenizer, stage, loader, before, folder):
-    """-> the objective on its device, what trains, and how many steps of the stage are done."""
-    # Each rank draws noise and dropout of its own. Parameters that a loss brings are rank 0's: DDP copies them.
-    torch.manual_seed(hash((run.cfg.seed, before, run.rank)) % 2 ** 31)
-    objective = Objective(model, tokenizer, stage, run.cfg, run.world).to(run.device)
-    # A checkpoint may also stand where the stage before it ended: then none of this one's steps are done.
-    done = 0
-    if folder:
-        done = max(0, read_state(folder)["step"] - before)
-        restore_weights(objective, folder, run.device)
-    if done == 0:
-        for source, target in stage.copies:
-            getattr(model, target).load_state_dict(getattr(model, source).state_dict())
-    trained = freeze(objective, stage, run.bf16)
-    if "ccl" in stage.losses and done == 0:
-        with run.autocast():
-            objective.measure_feature_std(loader)
-    return objective, trained, done
-
-
-def prepare_training(run, objective, trained):
-    """-> the objective as the ranks share it, what trains, and its optimisers."""
-    wrapped = wrap(run, objective)
-    # FSDP has replaced the parameters by their shards.
-    trained = {name: p for name, p in objective.named_parameters() if name in trained}
-    rates = {name: objective.stage.trains[part_of(name)] for name in trained}
-    return wrapped, trained, make_optimizers(trained, rates, run.cfg.optimizer)
-
-
-def refuse_nan(losses, norm, step, micro_batches):
-    """End the run before an update spoils the weights; the terms, and this rank's samples of the step, may show why."""
-    if not math.isfinite(losses["loss"] + norm):
-        terms = ", ".join(f"{name} {value:g}" for name, value in losses.items())
-        names = [batch.names for batch in micro_batches]
-        raise DataError(f"step {step}: {terms}, gradient norm {norm:g}: try a lower --lr, "
-                        f"or --dtype float32; the samples were {names}")
-
-
-# ------------------------------------------------------------------------------------------------------------- 11 main
-def train(cfg, rank=0, world=1):
-    """Run a stage to its end, then score it."""
-    # The stages of this run: stage 0 has four, every other stage one.
-    stages = stages_of(cfg)
-    bf16 = torch.cuda.is_available() if cfg.dtype is None else cfg.dtype == "bfloat16"
-    run = Run(cfg, rank, world, pick_device(), bf16)
-    run.provenance["bf16"] = bf16
-    model, tokenizer = initial_model(run)
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    run.attention = choose_attention(run.device, dtype, model.cfg, first_problem_of_any_rank)
-
-    loaders = [training_loader(run, stage, model, tokenizer) for stage in stages]
-    stage_steps = [stage.steps or max(1, stage.epochs * loader.samples // stage.batch)
-                   for stage, loader in zip(stages, loaders)]
-    run.steps = sum(stage_steps)
-    # Where an earlier call of this command has come.
-    folder = resume_checkpoint(run)
-    state = read_state(folder) if folder else dict(step=0, skipped=0)
-    resumed_at = state["step"]
-    was_finished = resumed_at == run.steps
-    if was_finished and rank == 0:
-        print(f"{folder} is finished: nothing to train")
-    log_file = Path(cfg.out) / "log.jsonl"
-    log = Log(log_file if rank == 0 else None, resumed_at, state["skipped"])
-
-    # One stage after another, those that are not finished. The first of them goes on from the checkpoint.
-    before = 0
-    for stage, loader, steps in zip(stages, loaders, stage_steps):
-        if resumed_at < before + steps:
-            with stop_gracefully_on_signals(run):
-                run_stage(run, model, tokenizer, stage, loader, before, steps, folder, log)
-            folder = None
-        before += steps
-
-    result = Path(cfg.out) / ("eval.json" if cfg.toy_folder else "samples.png")
-    already_shown = was_finished and result.is_file()
-    if rank == 0 and not cfg.no_eval and not already_shown:
-        if cfg.fsdp or was_finished:
-            # Read the result: with FSDP this process holds a share of it, and a finished run has trained nothing.
-            model, _ = load_checkpoint(cfg.out, base_folder(cfg), cfg.vision)
-        show_result(run, model.to(run.device), tokenizer, loaders[-1].rows)
-
-
-def show_result(run, model, tokenizer, rows):
-    """The micro-world has a benchmark for every stage; of one's own data a few samples are shown."""
-    cfg = run.cfg
-    with run.autocast():
-        if cfg.toy_folder:
-            init = cfg.init if cfg.stage > 0 else None
-            toy_benchmark(model, tokenizer, cfg.toy_folder, cfg.stage, cfg.out, init, base_folder(cfg))
-        else:
-            show_own_samples(model, tokenizer, rows, cfg.stage, cfg.out)
+def shuffle_pairs(rows, seed) -> list[dict]:
+    """The control: every ego clip gets the exo clips of another row (a cyclic shift in random order)."""
+    if not all("exo" in row for row in rows):
+        return rows                                             # the loader names the row that lacks them
+    order = np.random.default_rng(seed).permutation(len(rows))
+    partner = dict(zip(order, np.roll(order, 1)))
+    return [row | {"exo": rows[partner[i]]["exo"]} for i, row in enumerate(rows)]
 
 
 def make_missing_stage_0(cfg):
