@@ -47,70 +47,7 @@ from model import (IGNORE, VIDEO, Exo2Ego, KVCache, Segments, SharedPrefix, auto
                    newest_checkpoint, pick_device, to_device_and_dtype)
 
 
-# ------------------------------------------------------- 1 a score is a share, its chance and its interval
-def wilson(share, n):
-    """Wilson's 95 % interval of a proportion: it stays inside [0, 1] and is honest near both ends."""
-    # The normal distribution holds 95 % within z standard deviations.
-    z = 1.96
-    centre = share + z * z / (2 * n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
-
-
-def proportion(name, outcomes, chance):
-    """The mean of outcomes in [0, 1], as the five figures that every score has."""
-    share = np.mean(outcomes)
-    low, high = wilson(share, len(outcomes))
-    return {
-        name: share,
-        f"{name}_chance": chance,
-        f"{name}_lo": low,
-        f"{name}_hi": high,
-        f"{name}_n": len(outcomes)}
-
-
-def choice_score(scores, right):
-    """1 if the best score is right, a share if several candidates have the best score, else 0.
-
-    `right` is the index of the right candidate, or a mask of several. A model that gives every candidate the
-    same score gets chance, wherever the right one stands.
-    """
-    best = scores == scores.max()
-    return best[right].sum() / best.sum()
-
-
-# What a score of the toy benchmark is about, in words.
-IN_WORDS = {
-    "exo_em": "exo narrations exact",
-    "ego_em": "ego narrations exact",
-    "ego_em_init": "ego narrations exact before this stage, after Init",
-    "ego_em_mean_F": "ego narrations exact with the mean of F(x) for F(x)",
-    "transfer_top1": "own exo clip nearest to F(x), among scenes",
-    "transfer_x_top1": "own exo clip nearest to x as it is, among scenes",
-    "transfer_scene_top1": "own exo clip nearest to F(x), in its scene",
-    "transfer_scene_x_top1": "own exo clip nearest to x as it is, in its scene",
-    "mcq_inter": "which clip, the other four from other scenes",
-    "mcq_intra": "which of a scene's five moments",
-    "qa": "questions exact"}
-
-
-def print_figures(figures):
-    """A sentence for each score, with its interval, its number of items and its chance; other figures in one
-    line each."""
-    scores = [name for name in figures if f"{name}_lo" in figures]
-    of_scores = {f"{name}_{part}" for name in scores for part in ("chance", "lo", "hi", "n")}
-    for name, value in figures.items():
-        # A score that is no number (None) has no interval.
-        if name in scores and value is not None:
-            low, high, chance = (100 * figures[f"{name}_{part}"] for part in ("lo", "hi", "chance"))
-            print(f"{IN_WORDS.get(name, name)}: {100 * value:.1f} % [{low:.1f}, {high:.1f}] of "
-                  f"{figures[f'{name}_n']:,}, chance {chance:.1f} %")
-        elif name not in of_scores:
-            print(f"   {name}: {value:.4g}" if isinstance(value, float) else f"   {name}: {value}")
-
-
-# -------------------------------------------------------------------------------------------- 2 answering
+# --------------------------------------------------------------------------------------------------------- 1 answering
 def iterate_batches(model, tokenizer, rows, view, batch=100):
     """The clips of all rows, in order, in batches on the model's device.
 
@@ -172,25 +109,96 @@ def pack(chats, device):
     return torch.tensor(ids, device=device), torch.tensor(labels, device=device), lens
 
 
-# ------------------------------------------------------------------------------------ 3 the toy benchmark
+# --------------------------------------------------------------------------------------------------- 2 what F imagines
+@torch.no_grad()
+def exo_features(model, tokenizer, rows):
+    """What the exo connector makes of y, of F(x), and, as a control, of x as it is: three of (rows, tokens, W)."""
+    parts = []
+    for batch in iterate_batches(model, tokenizer, rows, "pair"):
+        x = model.patch_features(model.ego_vit, batch.ego)
+        parts.append((model.encode_exo(batch.exo), model.exo_connector(model.F(x)), model.exo_connector(x)))
+    return [torch.cat(part) for part in zip(*parts)]
+
+
+def transfer(model, tokenizer, rows, picture):
+    """Does F(x) call up the exo view of its moment? The distance is the loss's by default: KL between connector tokens.
+
+    Of 200 scenes the first moments are compared with one another, and then the five moments of each scene. -> the share
+    of moments whose own exo clip is the nearest, and the median rank of it; the same for x as it is, without F.
+    """
+    rows = rows[:200 * CLIPS]
+    exo, mapped, unmapped = exo_features(model, tokenizer, rows)
+    figures = {}
+    for name, estimate in {"": mapped, "_x": unmapped}.items():
+        # Among the scenes.
+        orders = rank_exo_clips(exo[::CLIPS], estimate[::CLIPS])
+        figures |= rank_figures(f"transfer{name}", own_ranks(orders), candidates=len(orders))
+        if estimate is mapped:
+            show_transfer(picture, rows[::CLIPS], orders)
+        # Among the moments of a scene.
+        ranks = []
+        for scene, estimates in zip(exo.split(CLIPS), estimate.split(CLIPS)):
+            ranks += own_ranks(rank_exo_clips(scene, estimates))
+        figures |= rank_figures(f"transfer_scene{name}", ranks, candidates=CLIPS)
+    return figures
+
+
+def rank_exo_clips(exo, estimate):
+    """For each estimate the exo clips, by number, from near to far."""
+    orders = []
+    for one in estimate:
+        distances = feature_kl(exo, one.expand_as(exo))
+        orders.append(distances.argsort(stable=True).tolist())
+    return orders
+
+
+def own_ranks(orders):
+    """The rank of clip i in the i-th order; the nearest has rank 1."""
+    return [1 + order.index(i) for i, order in enumerate(orders)]
+
+
+def rank_figures(name, ranks, candidates):
+    """How often the own clip is the nearest, and its median rank, beside what chance gives."""
+    return proportion(f"{name}_top1", np.equal(ranks, 1), 1 / candidates) | {
+        f"{name}_median_rank": float(np.median(ranks)),
+        f"{name}_median_rank_chance": (candidates + 1) / 2}
+
+
+def kl_true_vs_shuffled(model, tokenizer, rows):
+    """KL(exo || F(ego)) of true partners and of shuffled ones: after transfer the true one is well below."""
+    exo, estimate, _ = exo_features(model, tokenizer, rows)
+    # Half the rows away is another scene.
+    shuffled = exo.roll(len(exo) // 2, 0)
+    return {
+        "kl_true": float(feature_kl(exo, estimate).mean()),
+        "kl_shuffled": float(feature_kl(shuffled, estimate).mean()),
+        "kl_n": len(exo)}
+
+
+def narrate_with_mean_F(model, tokenizer, rows, visual):
+    """Does the decoder read off F(x) what is in this very clip? Then the score drops when the tokens of F(x) give way to
+    their mean over all clips. A model trained on x alone is the fairer control (--no-mapping)."""
+    own, mapped = visual.chunk(2, dim=1)
+    mean = mapped.mean(0, keepdim=True).expand_as(mapped)
+    figures, _ = exact_narrations("ego_em_mean_F", model, tokenizer, rows, torch.cat([own, mean], dim=1))
+    return figures
+
+
+def learner_after_init(init, base, tokenizer, rows):
+    """The learner as stage 2 found it: Init has taught it, stage 1 has left it alone."""
+    before, _ = load_checkpoint(init, base)
+    before.eval().to(pick_device())
+    visual = encode_clips(before, tokenizer, rows, "ego")
+    figures, _ = exact_narrations("ego_em_init", before, tokenizer, rows, visual)
+    return figures
+
+
+# ------------------------------------------------------------------------------------------------- 3 the toy benchmark
 # A narration of the micro-world, its four facts, and how many different ones of each there are.
 NARRATION = re.compile(r"Camera-wearer (?P<verb>.+) the (?P<colour>\w+) (?P<pattern>\w+) block "
                        r"with the (?P<hand>\w+) hand\.")
 FACTS = {"verb": len(VERBS), "colour": len(COLOURS), "pattern": len(PATTERNS), "hand": 2}
 NARRATION_CHANCE = 1 / math.prod(FACTS.values())                            # 1 / 270
-# The colours of a sample's text: right, wrong, the truth.
-GREEN = (20, 130, 50)
-RED = (190, 40, 40)
-GREY = (110, 110, 110)
-WHITE = (255, 255, 255)
-
-
-# What one would do after a stage.
-NEXT = {
-    0: "torchrun train.py --stage 1",
-    1: "torchrun train.py --stage 2",
-    2: "torchrun train.py --stage 3",
-    3: "python eval.py --video out/toy/test/ego/0.mp4 --start 0 --end 1 --ask 'What am I doing?'"}
 
 
 def toy_benchmark(model: Exo2Ego, tokenizer: Tokenizer, data: str, stage: int, out, init=None, base=None) -> dict:
@@ -329,180 +337,40 @@ def wrong_clips(rows, item, kind, rng):
     return clips
 
 
-def learner_after_init(init, base, tokenizer, rows):
-    """The learner as stage 2 found it: Init has taught it, stage 1 has left it alone."""
-    before, _ = load_checkpoint(init, base)
-    before.eval().to(pick_device())
-    visual = encode_clips(before, tokenizer, rows, "ego")
-    figures, _ = exact_narrations("ego_em_init", before, tokenizer, rows, visual)
-    return figures
-
-
-def narrate_with_mean_F(model, tokenizer, rows, visual):
-    """Does the decoder read off F(x) what is in this very clip? Then the score drops when the tokens of F(x) give way to
-    their mean over all clips. A model trained on x alone is the fairer control (--no-mapping)."""
-    own, mapped = visual.chunk(2, dim=1)
-    mean = mapped.mean(0, keepdim=True).expand_as(mapped)
-    figures, _ = exact_narrations("ego_em_mean_F", model, tokenizer, rows, torch.cat([own, mean], dim=1))
-    return figures
-
-
-@torch.no_grad()
-def exo_features(model, tokenizer, rows):
-    """What the exo connector makes of y, of F(x), and, as a control, of x as it is: three of (rows, tokens, W)."""
-    parts = []
-    for batch in iterate_batches(model, tokenizer, rows, "pair"):
-        x = model.patch_features(model.ego_vit, batch.ego)
-        parts.append((model.encode_exo(batch.exo), model.exo_connector(model.F(x)), model.exo_connector(x)))
-    return [torch.cat(part) for part in zip(*parts)]
-
-
-def kl_true_vs_shuffled(model, tokenizer, rows):
-    """KL(exo || F(ego)) of true partners and of shuffled ones: after transfer the true one is well below."""
-    exo, estimate, _ = exo_features(model, tokenizer, rows)
-    # Half the rows away is another scene.
-    shuffled = exo.roll(len(exo) // 2, 0)
+# ------------------------------------------------------------------- 4 a score is a share, its chance and its interval
+def proportion(name, outcomes, chance):
+    """The mean of outcomes in [0, 1], as the five figures that every score has."""
+    share = np.mean(outcomes)
+    low, high = wilson(share, len(outcomes))
     return {
-        "kl_true": float(feature_kl(exo, estimate).mean()),
-        "kl_shuffled": float(feature_kl(shuffled, estimate).mean()),
-        "kl_n": len(exo)}
+        name: share,
+        f"{name}_chance": chance,
+        f"{name}_lo": low,
+        f"{name}_hi": high,
+        f"{name}_n": len(outcomes)}
 
 
-def transfer(model, tokenizer, rows, picture):
-    """Does F(x) call up the exo view of its moment? The distance is the loss's by default: KL between connector tokens.
+def wilson(share, n):
+    """Wilson's 95 % interval of a proportion: it stays inside [0, 1] and is honest near both ends."""
+    # The normal distribution holds 95 % within z standard deviations.
+    z = 1.96
+    centre = share + z * z / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
 
-    Of 200 scenes the first moments are compared with one another, and then the five moments of each scene. -> the share
-    of moments whose own exo clip is the nearest, and the median rank of it; the same for x as it is, without F.
+
+def choice_score(scores, right):
+    """1 if the best score is right, a share if several candidates have the best score, else 0.
+
+    `right` is the index of the right candidate, or a mask of several. A model that gives every candidate the
+    same score gets chance, wherever the right one stands.
     """
-    rows = rows[:200 * CLIPS]
-    exo, mapped, unmapped = exo_features(model, tokenizer, rows)
-    figures = {}
-    for name, estimate in {"": mapped, "_x": unmapped}.items():
-        # Among the scenes.
-        orders = rank_exo_clips(exo[::CLIPS], estimate[::CLIPS])
-        figures |= rank_figures(f"transfer{name}", own_ranks(orders), candidates=len(orders))
-        if estimate is mapped:
-            show_transfer(picture, rows[::CLIPS], orders)
-        # Among the moments of a scene.
-        ranks = []
-        for scene, estimates in zip(exo.split(CLIPS), estimate.split(CLIPS)):
-            ranks += own_ranks(rank_exo_clips(scene, estimates))
-        figures |= rank_figures(f"transfer_scene{name}", ranks, candidates=CLIPS)
-    return figures
+    best = scores == scores.max()
+    return best[right].sum() / best.sum()
 
 
-def rank_exo_clips(exo, estimate):
-    """For each estimate the exo clips, by number, from near to far."""
-    orders = []
-    for one in estimate:
-        distances = feature_kl(exo, one.expand_as(exo))
-        orders.append(distances.argsort(stable=True).tolist())
-    return orders
-
-
-def own_ranks(orders):
-    """The rank of clip i in the i-th order; the nearest has rank 1."""
-    return [1 + order.index(i) for i, order in enumerate(orders)]
-
-
-def rank_figures(name, ranks, candidates):
-    """How often the own clip is the nearest, and its median rank, beside what chance gives."""
-    return proportion(f"{name}_top1", np.equal(ranks, 1), 1 / candidates) | {
-        f"{name}_median_rank": float(np.median(ranks)),
-        f"{name}_median_rank_chance": (candidates + 1) / 2}
-
-
-def show_transfer(path, rows, orders):
-    """Six moments, a row each: the ego clip, its exo clip, and the three exo clips that are nearest to F(x), the true one
-    in a green frame."""
-    titles = ("ego: x", "exo: y", "nearest to F(x)", "second", "third")
-    width = 2 * 96 + 16
-    sheet = [np.concatenate([written(title, width, GREY) for title in titles], axis=1)]
-    ranks = own_ranks(orders)
-    for i in spread(range(len(rows)), 6):
-        tiles = []
-        near = orders[i][:3]
-        clips = [rows[i]["ego"], rows[i]["exo"][0], *(rows[number]["exo"][0] for number in near)]
-        for clip, number in zip(clips, [None, None, *near]):
-            frames = rearrange(read_row_clip(clip, num_frames=2, size=96), "t c h w -> h (t w) c")
-            tile = np.full((96 + 16, width, 3), GREEN if number == i else WHITE, np.uint8)
-            tile[8:-8, 8:-8] = frames
-            tiles.append(tile)
-        caption = f"rank {ranks[i]} of {len(rows)}: {rows[i]['text']}"
-        sheet += [np.concatenate(tiles, axis=1), written(caption, len(tiles) * width, GREY)]
-    path.write_bytes(encode_png(np.concatenate(sheet)))
-
-
-def typical(items, right, count=8):
-    """Every n-th item, starting where the share of right ones is nearest to that of all items."""
-    step = max(1, len(items) // count)
-    apart = [abs(np.mean(right[start::step][:count]) - np.mean(right)) for start in range(step)]
-    return items[int(np.argmin(apart))::step][:count]
-
-
-def show_samples(path, rows, predictions):
-    """A few clips of a toy benchmark, as many of them right as of all."""
-    right = [row["text"] == prediction["said"] for row, prediction in zip(rows, predictions)]
-    shown = []
-    for row, prediction in typical(list(zip(rows, predictions)), right):
-        answers = [("", row["text"], prediction["said"])]
-        if "reply" in prediction:
-            turn = row["turns"][0]
-            answers.append((f"{turn['user']} ", turn["assistant"], prediction["reply"]))
-        shown.append((clips_of(row)[0], answers))
-    show_answers(path, shown, miss="WRONG")
-
-
-@torch.no_grad()
-def show_own_samples(model, tokenizer, rows, stage, out):
-    """Five clips of one's own data: what the model says of them beside what the row says. Stage 1 sees exo."""
-    view = "exo" if stage == 1 else "ego"
-    rows = spread([row for row in rows if row.get(view) and chats_of(row, "mix")], 5)
-    if not rows:
-        print(f"no row has an {view} clip and a text: there is no sample to show")
-        return
-    clips, frames, turns = [], [], []
-    for row in rows:
-        clip = row["exo"][0] if stage == 1 else row["ego"]
-        try:
-            frames.append(read_row_clip(clip, model.cfg.frames, model.cfg.image_size))
-        except DataError as error:
-            print(f"not shown: {error}")
-            continue
-        clips.append(clip)
-        turns.append(chats_of(row, "mix")[0][0])
-    if not clips:
-        return
-    pixels = torch.from_numpy(np.stack(frames)).to(next(model.parameters()).device)
-    encode = model.eval().encode_exo if stage == 1 else model.eval().encode_ego
-    replies = generate_answers(model, tokenizer, encode(pixels), [turn["user"] for turn in turns])
-    # Other words need not be wrong.
-    shown = [(clip, [("", turn["assistant"], said)]) for clip, turn, said in zip(clips, turns, replies)]
-    show_answers(Path(out) / "samples.png", shown, miss="said")
-    print(f"pictures: {out}/samples.png\nnext: python eval.py --ckpt {out} --video FILE --ask 'What am I doing?'")
-
-
-def show_answers(path, shown, miss):
-    """Clips and the answers about them, on the screen and as a contact sheet.
-
-    `shown`: (clip, its (question, truth, what the model said)); `miss` is the word before what is not the truth.
-    """
-    items = []
-    for clip, answers in shown:
-        # Lines of text below the frames, each with its colour.
-        lines = []
-        for question, truth, said in answers:
-            if said == truth:
-                print(f"  ok    {question}{said}")
-                lines.append((f"right: {question}{said}", GREEN))
-            else:
-                print(f"  {miss:5} {question}{said}   (true: {truth})")
-                lines += [(f"{miss}: {question}{said}", RED), (f"true: {truth}", GREY)]
-        items.append(([read_row_clip(clip, num_frames=4, size=96)], lines))
-    contact_sheet(path, items)
-
-
-# ------------------------------------------------------------------------------------- 4 one video, a chat
+# ------------------------------------------------------------------------------------------------- 5 one video, a chat
 class VideoContext:
     """What the decoder has read before a question: a video's tokens, or none at all (`visual` None).
 
@@ -611,12 +479,6 @@ class VideoContext:
             self.unread = tokens[-1:]
 
 
-def mean_of_nonzero(losses):
-    """The mean over the last axis of the losses that are not exactly 0: EgoPlan's mean per token."""
-    counted = losses != 0
-    return losses.sum(-1) / counted.sum(-1).clamp(min=1)
-
-
 @torch.no_grad()
 def prefill(model, tokenizer, clip):
     """Read one ego clip of a manifest's form ("video", "start", "end", "fps"), or nothing for None."""
@@ -645,7 +507,144 @@ def chat(model, tokenizer, clip, question):
                 return
 
 
-# --------------------------------------------------------------------------------------------- 5 commands
+# ===== a first reader can stop here =====
+
+
+# ---------------------------------------------------------------------------------------------------------- A pictures
+# What a score of the toy benchmark is about, in words.
+IN_WORDS = {
+    "exo_em": "exo narrations exact",
+    "ego_em": "ego narrations exact",
+    "ego_em_init": "ego narrations exact before this stage, after Init",
+    "ego_em_mean_F": "ego narrations exact with the mean of F(x) for F(x)",
+    "transfer_top1": "own exo clip nearest to F(x), among scenes",
+    "transfer_x_top1": "own exo clip nearest to x as it is, among scenes",
+    "transfer_scene_top1": "own exo clip nearest to F(x), in its scene",
+    "transfer_scene_x_top1": "own exo clip nearest to x as it is, in its scene",
+    "mcq_inter": "which clip, the other four from other scenes",
+    "mcq_intra": "which of a scene's five moments",
+    "qa": "questions exact"}
+
+
+def print_figures(figures):
+    """A sentence for each score, with its interval, its number of items and its chance; other figures in one
+    line each."""
+    scores = [name for name in figures if f"{name}_lo" in figures]
+    of_scores = {f"{name}_{part}" for name in scores for part in ("chance", "lo", "hi", "n")}
+    for name, value in figures.items():
+        # A score that is no number (None) has no interval.
+        if name in scores and value is not None:
+            low, high, chance = (100 * figures[f"{name}_{part}"] for part in ("lo", "hi", "chance"))
+            print(f"{IN_WORDS.get(name, name)}: {100 * value:.1f} % [{low:.1f}, {high:.1f}] of "
+                  f"{figures[f'{name}_n']:,}, chance {chance:.1f} %")
+        elif name not in of_scores:
+            print(f"   {name}: {value:.4g}" if isinstance(value, float) else f"   {name}: {value}")
+
+
+# What one would do after a stage.
+NEXT = {
+    0: "torchrun train.py --stage 1",
+    1: "torchrun train.py --stage 2",
+    2: "torchrun train.py --stage 3",
+    3: "python eval.py --video out/toy/test/ego/0.mp4 --start 0 --end 1 --ask 'What am I doing?'"}
+# The colours of a sample's text: right, wrong, the truth.
+GREEN = (20, 130, 50)
+RED = (190, 40, 40)
+GREY = (110, 110, 110)
+WHITE = (255, 255, 255)
+
+
+def show_transfer(path, rows, orders):
+    """Six moments, a row each: the ego clip, its exo clip, and the three exo clips that are nearest to F(x), the true one
+    in a green frame."""
+    titles = ("ego: x", "exo: y", "nearest to F(x)", "second", "third")
+    width = 2 * 96 + 16
+    sheet = [np.concatenate([written(title, width, GREY) for title in titles], axis=1)]
+    ranks = own_ranks(orders)
+    for i in spread(range(len(rows)), 6):
+        tiles = []
+        near = orders[i][:3]
+        clips = [rows[i]["ego"], rows[i]["exo"][0], *(rows[number]["exo"][0] for number in near)]
+        for clip, number in zip(clips, [None, None, *near]):
+            frames = rearrange(read_row_clip(clip, num_frames=2, size=96), "t c h w -> h (t w) c")
+            tile = np.full((96 + 16, width, 3), GREEN if number == i else WHITE, np.uint8)
+            tile[8:-8, 8:-8] = frames
+            tiles.append(tile)
+        caption = f"rank {ranks[i]} of {len(rows)}: {rows[i]['text']}"
+        sheet += [np.concatenate(tiles, axis=1), written(caption, len(tiles) * width, GREY)]
+    path.write_bytes(encode_png(np.concatenate(sheet)))
+
+
+def typical(items, right, count=8):
+    """Every n-th item, starting where the share of right ones is nearest to that of all items."""
+    step = max(1, len(items) // count)
+    apart = [abs(np.mean(right[start::step][:count]) - np.mean(right)) for start in range(step)]
+    return items[int(np.argmin(apart))::step][:count]
+
+
+def show_samples(path, rows, predictions):
+    """A few clips of a toy benchmark, as many of them right as of all."""
+    right = [row["text"] == prediction["said"] for row, prediction in zip(rows, predictions)]
+    shown = []
+    for row, prediction in typical(list(zip(rows, predictions)), right):
+        answers = [("", row["text"], prediction["said"])]
+        if "reply" in prediction:
+            turn = row["turns"][0]
+            answers.append((f"{turn['user']} ", turn["assistant"], prediction["reply"]))
+        shown.append((clips_of(row)[0], answers))
+    show_answers(path, shown, miss="WRONG")
+
+
+@torch.no_grad()
+def show_own_samples(model, tokenizer, rows, stage, out):
+    """Five clips of one's own data: what the model says of them beside what the row says. Stage 1 sees exo."""
+    view = "exo" if stage == 1 else "ego"
+    rows = spread([row for row in rows if row.get(view) and chats_of(row, "mix")], 5)
+    if not rows:
+        print(f"no row has an {view} clip and a text: there is no sample to show")
+        return
+    clips, frames, turns = [], [], []
+    for row in rows:
+        clip = row["exo"][0] if stage == 1 else row["ego"]
+        try:
+            frames.append(read_row_clip(clip, model.cfg.frames, model.cfg.image_size))
+        except DataError as error:
+            print(f"not shown: {error}")
+            continue
+        clips.append(clip)
+        turns.append(chats_of(row, "mix")[0][0])
+    if not clips:
+        return
+    pixels = torch.from_numpy(np.stack(frames)).to(next(model.parameters()).device)
+    encode = model.eval().encode_exo if stage == 1 else model.eval().encode_ego
+    replies = generate_answers(model, tokenizer, encode(pixels), [turn["user"] for turn in turns])
+    # Other words need not be wrong.
+    shown = [(clip, [("", turn["assistant"], said)]) for clip, turn, said in zip(clips, turns, replies)]
+    show_answers(Path(out) / "samples.png", shown, miss="said")
+    print(f"pictures: {out}/samples.png\nnext: python eval.py --ckpt {out} --video FILE --ask 'What am I doing?'")
+
+
+def show_answers(path, shown, miss):
+    """Clips and the answers about them, on the screen and as a contact sheet.
+
+    `shown`: (clip, its (question, truth, what the model said)); `miss` is the word before what is not the truth.
+    """
+    items = []
+    for clip, answers in shown:
+        # Lines of text below the frames, each with its colour.
+        lines = []
+        for question, truth, said in answers:
+            if said == truth:
+                print(f"  ok    {question}{said}")
+                lines.append((f"right: {question}{said}", GREEN))
+            else:
+                print(f"  {miss:5} {question}{said}   (true: {truth})")
+                lines += [(f"{miss}: {question}{said}", RED), (f"true: {truth}", GREY)]
+        items.append(([read_row_clip(clip, num_frames=4, size=96)], lines))
+    contact_sheet(path, items)
+
+
+# ---------------------------------------------------------------------------------------------------------- B commands
 @dataclass
 class Checkpoint:
     """A checkpoint on this machine's device, in the dtype that it computes with."""
@@ -770,12 +769,14 @@ def run_benches(ckpt, args):
             sys.exit(f"\nstopped: what is done is in {args.out}/{name}*.jsonl, the same command goes on")
 
 
-# ------------------------------------------------------------------------------------- appendix: EgoBench
-# Eight public benchmarks: their metrics, their official files, a run, the figures, a page. A first reader
-# can stop here.
+# ------------------------------------------------------------------------------------------------- C EgoBench: metrics
+# Eight public benchmarks: their metrics, their official files, a run, the figures, a page.
+def mean_of_nonzero(losses):
+    """The mean over the last axis of the losses that are not exactly 0: EgoPlan's mean per token."""
+    counted = losses != 0
+    return losses.sum(-1) / counted.sum(-1).clamp(min=1)
 
 
-# --------------------------------------------------------------------------------------- EgoBench: metrics
 def ranked_precision(sim, rel):
     """AP of each query (rows). EK-100's: hits are relevance 1, but precision counts graded relevance too."""
     order = np.argsort(-sim, kind="stable")
@@ -859,7 +860,7 @@ def parse_letter(reply: str, options: int):
     return index if index < options else None
 
 
-# --------------------------------------------------------------------------------------- EgoBench: the files
+# ------------------------------------------------------------------------------------------------- EgoBench: the files
 @dataclass
 class Item:
     """One question of a benchmark. The model never sees a path, for a path can name the answer.
@@ -1123,7 +1124,7 @@ BENCHES = {
                     note="dual encoders choose by similarity, we by likelihood")}
 
 
-# ------------------------------------------------------------------------------------------- EgoBench: a run
+# ----------------------------------------------------------------------------------------------------- EgoBench: a run
 def egobench(ckpt, args):
     """Score the benchmark `args.bench`, whose official files are in `args.root`.
 
@@ -1459,7 +1460,7 @@ def score_texts(context: VideoContext, texts, sides):
     return scores.tolist()
 
 
-# ------------------------------------------------------------------------------------- EgoBench: the figures
+# ----------------------------------------------------------------------------------------------- EgoBench: the figures
 def outcome(item: Item, prediction):
     """1 right, 0 wrong or unread; equally good options share. Equal texts count as one option (EgoPlan)."""
     # The truth is none of the options.
@@ -1569,7 +1570,7 @@ def ranking_figures(bench, items, predictions):
         **figures}
 
 
-# -------------------------------------------------------------------------------------- EgoBench: the report
+# ------------------------------------------------------------------------------------------------ EgoBench: the report
 FEW = 100                   # fewer items than this say little: the interval is then wider than +- 10 points
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width"><title>EgoBench</title><style>
