@@ -1,12 +1,14 @@
 """The network of Exo2Ego (arXiv 2503.09143): first-person video read through a learned third-person view.
 
-Read this file first, then data.py, train.py and eval.py. From attention to `Exo2Ego.generate`:
+Read this file first, then data.py, train.py and eval.py, each of them down to its stop line. From attention to
+`Exo2Ego.generate`:
 
-    pixels -> VisionEncoder (CLIP) -> patch features -> [Mapping F: ego -> exo] -> Connector (STC) -> Decoder -> text
+    pixels -> ViT (CLIP) -> patch features -> [Mapping F: ego -> exo] -> Connector (STC) -> Decoder -> text
 
-Two visual encoders (a ViT and a connector each) see the world: exo, the demonstrator, and ego, the learner. The
-decoder reads [con_ego(x) ; con_exo(F(x))], so inference needs the ego video alone. The shapes at the right margin
-are those of the `7b` preset.
+Two visual encoders see the world: exo, the demonstrator, and ego, the learner. A visual encoder is a ViT and the
+connector behind it. The decoder reads [con_ego(x) ; con_exo(F(x))], so inference needs the ego video alone. Shapes at
+the right margin are those of the `7b` preset; in docstrings B is clips, T frames, h x w patches, D the ViT's width, n
+visual tokens, W the decoder's width.
 
     python model.py --check-attention           # what this machine can run, against the formula
     python model.py --export-hf CKPT DIR        # its decoder and ViTs as directories that transformers loads
@@ -28,14 +30,18 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as nnf
 from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+
+if sys.version_info < (3, 11):
+    sys.exit(f"Exo2Ego needs Python 3.11 or newer, this is {sys.version.split()[0]}: make a virtual environment of a newer one")
 
 AnyPath = str | os.PathLike
 # The id that stands for one visual token. It never reaches sentencepiece or the embedding.
@@ -53,11 +59,11 @@ class ModelConfig:
     """All sizes of the network. A checkpoint stores it, so weights and shapes can never disagree silently."""
     # the clip
     frames: int                     # T, frames read from a clip
-    image_size: int                 # S, pixels a side
-    patch: int                      # pixels a side of a ViT patch
+    image_size: int                 # S, pixels per side
+    patch: int                      # pixels per side of a ViT patch
     # the ViT (CLIP)
     vit_width: int                  # D
-    vit_layers: int                 # as CLIP counts them: the last one is never run, so one less is built
+    vit_layers: int                 # layers that run: one less than CLIP has, whose last one nobody reads
     vit_heads: int
     vit_mlp_dim: int
     # the connector (STC)
@@ -84,7 +90,7 @@ class ModelConfig:
     head_dim: int | None = None     # None: width / heads
     window: int | None = None       # sliding-window attention; None: all earlier tokens
     norm_eps: float = 1e-5
-    # what has been added so far
+    # what later stages have added
     mapping: str = "none"           # from stage 2 on F and G: "resnet" (the paper) or "mlp" (its ablation)
     lora: bool = False              # True from stage 3 on
 
@@ -108,7 +114,7 @@ PRESETS = {
     # The micro-world on a laptop CPU: the architecture is the paper's, every size is our choice.
     "toy": ModelConfig(
         frames=4, image_size=48, patch=12,
-        vit_width=96, vit_layers=3, vit_heads=3, vit_mlp_dim=384,
+        vit_width=96, vit_layers=2, vit_heads=3, vit_mlp_dim=384,
         stc_depth=1, stc_padding=0,
         map_blocks=4, map_downs=1, map_width=64,
         width=96, layers=2, heads=3, kv_heads=1, mlp_dim=256, vocab=512, rope_theta=1e4, max_length=256,
@@ -116,7 +122,7 @@ PRESETS = {
     # Benchmarks and first tries on a GPU: our choice.
     "small": ModelConfig(
         frames=8, image_size=112, patch=14,
-        vit_width=384, vit_layers=7, vit_heads=6, vit_mlp_dim=1536,
+        vit_width=384, vit_layers=6, vit_heads=6, vit_mlp_dim=1536,
         stc_depth=4, stc_padding=1,
         map_blocks=9, map_downs=1, map_width=128,
         width=512, layers=8, heads=8, kv_heads=2, mlp_dim=1536, vocab=32000, rope_theta=1e6, max_length=2048,
@@ -124,7 +130,7 @@ PRESETS = {
     # The paper: two CLIP-L/14-336, VideoLLaMA2's STC, Mistral-7B-Instruct-v0.2.
     "7b": ModelConfig(
         frames=16, image_size=336, patch=14,
-        vit_width=1024, vit_layers=24, vit_heads=16, vit_mlp_dim=4096,
+        vit_width=1024, vit_layers=23, vit_heads=16, vit_mlp_dim=4096,
         stc_depth=4, stc_padding=1,
         map_blocks=9, map_downs=2, map_width=512,
         width=4096, layers=32, heads=32, kv_heads=8, mlp_dim=14336, vocab=32000, rope_theta=1e6, max_length=4096,
@@ -163,16 +169,16 @@ class Segments:
 
 
 BACKENDS = (
-    # the formula: every other backend is tested against it
+    # the formula, `_reference`: every other backend is tested against it
     "reference",
-    # FlashAttention in plain torch, to be read first
+    # FlashAttention in plain torch
     "tiled",
     # torch's fused kernel
     "sdpa",
-    # FlashAttention on a GPU, the appendix of this file
+    # FlashAttention on a GPU
     "triton")
-# What "auto" is in half precision on a GPU. `choose_attention` makes it "triton", once it has checked that there.
-HALF_GPU_BACKEND = "sdpa"
+# What "auto" means in half precision on a GPU: `choose_attention` sets it once, at start-up.
+half_gpu_backend = "sdpa"
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, seg: Segments, *, causal: bool, window: int | None = None,
@@ -186,7 +192,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, seg: Segments, *, causal: bool, w
     """
     if backend == "auto":
         half_on_gpu = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
-        backend = os.environ.get("EXO2EGO_ATTENTION") or (HALF_GPU_BACKEND if half_on_gpu else "sdpa")
+        backend = os.environ.get("EXO2EGO_ATTENTION") or (half_gpu_backend if half_on_gpu else "sdpa")
     _check_attention(q, k, v, seg, causal, window, backend)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
 
@@ -226,7 +232,7 @@ def _visible(queries: range, keys: range, window, device) -> Tensor:
 # --------------------------------------------------------------------------------------------------------------- 3 ViT
 class ViTBlock(nn.Module):
     """Transformer block with norms first and quick-GELU, as CLIP's."""
-    # An attribute, so that train.py can leave it out of torch.compile.
+    # The block's own name for attention: one block can be given another one.
     attention = staticmethod(attention)
 
     def __init__(self, width, heads, mlp_dim):
@@ -251,14 +257,14 @@ class ViTBlock(nn.Module):
         x = x + self.out(rearrange(o, "t h d -> t (h d)"))
         # the MLP, each patch alone
         h = self.fc1(self.norm2(x))                                         # (N * 577, 4096)
-        h = F.silu(1.702 * h) / 1.702                                       # quick-GELU: h * sigmoid(1.702 h)
+        h = nnf.silu(1.702 * h) / 1.702                                     # quick-GELU: h * sigmoid(1.702 h)
         return x + self.fc2(h)
 
 
-class VisionEncoder(nn.Module):
+class ViT(nn.Module):
     """CLIP's ViT up to the last layer but one, whose patches are the features of LLaVA and VideoLLaMA2.
 
-    Normalised pixels (N, 3, S, S) -> (N, h, w, D). The last layer and the post norm are never run, so they are not
+    Normalised pixels (N, 3, S, S) -> (N, h, w, D). CLIP's last layer and post norm are never run, so they are not
     built: of the 303,507,456 parameters of CLIP-L/14-336's published tower 290,909,184 are here.
     """
     def __init__(self, cfg: ModelConfig):
@@ -271,16 +277,16 @@ class VisionEncoder(nn.Module):
         self.class_token = nn.Parameter(torch.randn(width) * width ** -0.5)
         self.position = nn.Parameter(torch.randn(tokens, width) * width ** -0.5)
         self.pre_norm = nn.LayerNorm(width)
-        blocks = (ViTBlock(width, cfg.vit_heads, cfg.vit_mlp_dim) for _ in range(cfg.vit_layers - 1))
+        blocks = [ViTBlock(width, cfg.vit_heads, cfg.vit_mlp_dim) for _ in range(cfg.vit_layers)]
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, pixels) -> Tensor:                                    # (N, 3, 336, 336)
         n = len(pixels)
         side = self.cfg.patches_per_side
-        # The convolution's stride is its kernel, so it is one product with every patch.
+        # The convolution's stride is its kernel, so no pixel is in two patches: it is a linear layer on each patch.
         p = self.patch
         patches = rearrange(pixels, "n c (h p) (w q) -> n (h w) (c p q)", p=p, q=p)
-        x = F.linear(patches, self.patch_embedding.weight.flatten(1))
+        x = nnf.linear(patches, self.patch_embedding.weight.flatten(1))
         class_token = self.class_token.to(x.dtype).expand(n, 1, -1)
         x = torch.cat([class_token, x], dim=1)
         x = self.pre_norm(x + self.position)                                # (N, 577, 1024)
@@ -296,23 +302,27 @@ class VisionEncoder(nn.Module):
         return rearrange(x, "n (h w) d -> n h w d", h=side)                 # (N, 24, 24, 1024)
 
     @classmethod
-    def from_hf(cls, path, dtype: torch.dtype | None = None) -> VisionEncoder:
+    def from_hf(cls, path, dtype: torch.dtype | None = None) -> ViT:
         """A CLIPVisionModel or CLIPModel directory of Hugging Face; dtype None keeps the file's."""
-        return vision_encoder_from_hf(HFCheckpoint(path), dtype, alone=True)
+        return vit_from_hf(HFCheckpoint(path), dtype, alone=True)
 
 
 # --------------------------------------------------------------------------------------------------------- 4 connector
 class ConvNorm(nn.Module):
-    """1x1 or depthwise 3x3 convolution and LayerNorm over channels, on grids whose channels are last (N, h, w, C)."""
+    """1x1 or depthwise 3x3 convolution and LayerNorm over channels: (N, h, w, C) -> (N, h, w, C').
+
+    Channels are last, where LayerNorm wants them. So a 1x1 convolution is a linear layer; nn.Conv2d holds its weight in
+    the published shape and is not called. Names (conv, bn, se, b1, ...) are those of timm's files.
+    """
     def __init__(self, c_in: int, c_out: int, kernel: int):
         super().__init__()
         groups = 1 if kernel == 1 else c_in
         self.conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, groups=groups, bias=False)
-        self.bn = nn.LayerNorm(c_out)                                       # timm calls it bn whatever it is
+        self.bn = nn.LayerNorm(c_out)                                       # timm's name for any norm
 
     def forward(self, x):
         if self.conv.kernel_size == (1, 1):
-            return self.bn(F.linear(x, self.conv.weight.flatten(1)))
+            return self.bn(nnf.linear(x, self.conv.weight.flatten(1)))
         x = self.conv(x.permute(0, 3, 1, 2))
         return self.bn(x.permute(0, 2, 3, 1))
 
@@ -326,8 +336,8 @@ class SqueezeExcite(nn.Module):
 
     def forward(self, x):                                                   # (N, 24, 24, 4096)
         s = x.mean((1, 2), keepdim=True)                                    # (N, 1, 1, 4096)
-        s = F.linear(s, self.fc1.weight.flatten(1), self.fc1.bias)
-        s = F.linear(F.silu(s), self.fc2.weight.flatten(1), self.fc2.bias)
+        s = nnf.linear(s, self.fc1.weight.flatten(1), self.fc1.bias)
+        s = nnf.linear(nnf.silu(s), self.fc2.weight.flatten(1), self.fc2.bias)
         return x * torch.sigmoid(s)
 
 
@@ -347,9 +357,9 @@ class RegNetBlock(nn.Module):
         nn.init.zeros_(self.conv3.bn.weight)
 
     def forward(self, x):                                                   # (N, 24, 24, 1024 or 4096)
-        h = F.silu(self.conv1(x))                                           # (N, 24, 24, 4096)
-        h = self.se(F.silu(self.conv2(h)))
-        return F.silu(self.conv3(h) + self.downsample(x))
+        h = nnf.silu(self.conv1(x))                                         # (N, 24, 24, 4096)
+        h = self.se(nnf.silu(self.conv2(h)))
+        return nnf.silu(self.conv3(h) + self.downsample(x))
 
 
 def reg_stage(c_in: int, c_out: int, depth: int) -> nn.Sequential:
@@ -389,15 +399,15 @@ class Connector(nn.Module):
         return self.readout(rearrange(x, "(b t) h w d -> b (t h w) d", b=b))    # (B, 1521, 4096)
 
     def halve(self, x):
-        """The Conv3d. Its kernel is its stride, so each voxel is touched once: a product with 2 x 2 x 2 cubes."""
+        """The Conv3d as a linear layer on cubes of 2 x 2 x 2 places: its stride is its kernel, so they do not overlap."""
         conv, activation = self.sampler
         p = conv.padding[0]
-        x = F.pad(x, (0, 0, p, p, p, p, p, p))
+        x = nnf.pad(x, (0, 0, p, p, p, p, p, p))
         # An odd side loses its last, as in the convolution.
         t, h, w = (side // 2 * 2 for side in x.shape[1:4])
         x = x[:, :t, :h, :w]
         cubes = rearrange(x, "b (t i) (h j) (w k) d -> b t h w (d i j k)", i=2, j=2, k=2)
-        return activation(F.linear(cubes, conv.weight.flatten(1), conv.bias))
+        return activation(nnf.linear(cubes, conv.weight.flatten(1), conv.bias))
 
 
 # ----------------------------------------------------------------------------------------------------------- 5 F and G
@@ -418,12 +428,12 @@ class ResBlock(nn.Module):
 
     def forward(self, x):
         h = self.norm1(self.conv1(x))
-        h = self.norm2(self.conv2(F.relu(h)))
+        h = self.norm2(self.conv2(nnf.relu(h)))
         return x + h
 
 
 class FCBlock(nn.Module):
-    """The paper's ablation "FC layers instead of ResNet blocks": each patch alone, without its neighbours."""
+    """The paper's ablation "FC layers instead of ResNet blocks" (N, 512, 6, 6): each place alone, without its neighbours."""
     def __init__(self, width):
         super().__init__()
         self.norm = nn.LayerNorm(width)
@@ -431,16 +441,17 @@ class FCBlock(nn.Module):
         self.fc2 = nn.Linear(2 * width, width)
 
     def forward(self, x):
-        h = self.fc1(self.norm(x))
-        return x + self.fc2(F.relu(h))
+        h = self.norm(x.permute(0, 2, 3, 1))                                # (N, 6, 6, 512)
+        h = self.fc2(nnf.relu(self.fc1(h)))
+        return x + h.permute(0, 3, 1, 2)
 
 
 class Mapping(nn.Module):
     """F: ego -> exo or G: exo -> ego on the ViT's patches, frame by frame: (B, T, h, w, D) -> the same shape.
 
-    "resnet" is CycleGAN's generator: 1x1 convolution, stride-2 convolutions, ResNet blocks (nine in the paper),
-    up-convolutions, 1x1 convolution; widths and norms are our choice. "mlp" has as many FC blocks, on each patch alone.
-    A LayerNorm ends both. There is no skip connection around it all: F must not start as a copy (measured).
+    CycleGAN's generator: 1x1 convolution, stride-2 convolutions, ResNet blocks (nine in the paper), up-convolutions, 1x1
+    convolution; a LayerNorm ends it. Widths and norms are our choice. Kind "mlp" has FC blocks in the place of the ResNet
+    blocks. There is no skip connection around it all: F must not start as a copy (measured).
     """
     def __init__(self, cfg: ModelConfig, kind="resnet"):
         super().__init__()
@@ -449,51 +460,37 @@ class Mapping(nn.Module):
         side = cfg.patches_per_side
         if side % 2 ** cfg.map_downs:
             raise ValueError(f"map_downs={cfg.map_downs} does not divide the {side} x {side} patch grid")
-        self.kind = kind
-        self.net = self.fc_layers(cfg) if kind == "mlp" else self.resnet_layers(cfg)
-        self.norm = nn.LayerNorm(cfg.vit_width)
-
-    @staticmethod
-    def fc_layers(cfg) -> nn.Sequential:
-        outer, inner = cfg.vit_width, cfg.map_width
-        blocks = [FCBlock(inner) for _ in range(cfg.map_blocks)]
-        return nn.Sequential(nn.Linear(outer, inner), *blocks, nn.Linear(inner, outer))
-
-    @staticmethod
-    def resnet_layers(cfg) -> nn.Sequential:
-        outer, inner = cfg.vit_width, cfg.map_width
+        block = FCBlock if kind == "mlp" else ResBlock
+        outer = cfg.vit_width
+        inner = cfg.map_width
         layers = [nn.Conv2d(outer, inner, 1)]
         for _ in range(cfg.map_downs):
             down = nn.Conv2d(inner, inner, 3, stride=2, padding=1, bias=False)
             layers += [down, ChannelNorm(inner), nn.ReLU()]
-        for _ in range(cfg.map_blocks):
-            layers += [ResBlock(inner)]
+        layers += [block(inner) for _ in range(cfg.map_blocks)]
         for _ in range(cfg.map_downs):
             up = nn.ConvTranspose2d(inner, inner, 2, stride=2, bias=False)
             layers += [up, ChannelNorm(inner), nn.ReLU()]
-        return nn.Sequential(*layers, nn.Conv2d(inner, outer, 1))
+        self.net = nn.Sequential(*layers, nn.Conv2d(inner, outer, 1))
+        self.norm = nn.LayerNorm(outer)
 
     def forward(self, features) -> Tensor:                                  # (B, 16, 24, 24, 1024)
-        if self.kind == "mlp":
-            return self.norm(self.net(features))
         x = rearrange(features, "b t h w d -> (b t) d h w")
         x = self.net(x)                                                     # 24 x 24 -> 6 x 6 -> 24 x 24
         return self.norm(rearrange(x, "(b t) d h w -> b t h w d", b=len(features)))
 
 
-def feature_kl(exo: Tensor, estimate: Tensor, tau: float = 1.0) -> Tensor:
+def feature_kl(exo: Tensor, estimate: Tensor) -> Tensor:
     """KL(exo || F(ego)) of each sample: features (B, n, C) -> (B,).
 
     A token becomes a distribution by LayerNorm and softmax over its channels; the mean over tokens is taken. This is our
     choice (measured): the paper does not say how features become distributions.
     """
     channels = exo.shape[-1:]
-    exo_logits = F.layer_norm(exo.float(), channels) / tau
-    estimate_logits = F.layer_norm(estimate.float(), channels) / tau
-    log_p = F.log_softmax(exo_logits, dim=-1)
-    log_q = F.log_softmax(estimate_logits, dim=-1)
+    log_p = nnf.log_softmax(nnf.layer_norm(exo.float(), channels), dim=-1)
+    log_q = nnf.log_softmax(nnf.layer_norm(estimate.float(), channels), dim=-1)
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)                            # (B, n)
-    return kl.mean(-1) * tau ** 2
+    return kl.mean(-1)
 
 
 # ----------------------------------------------------------------------------------------------------------- 6 decoder
@@ -508,22 +505,20 @@ class LoRALinear(nn.Linear):
     def add_lora(self, rank, alpha, dropout):
         self.lora_scale = alpha / rank
         self.lora_dropout = dropout
-        device = self.weight.device
-        # A is random.
-        a = torch.randn(rank, self.in_features, device=device, dtype=torch.float32)
-        a = a * self.in_features ** -0.5
+        options = dict(device=self.weight.device, dtype=torch.float32)
+        # A is random, as in PEFT: uniform, at most 1 / sqrt(in_features).
+        bound = self.in_features ** -0.5
+        self.lora_a = nn.Parameter(torch.empty(rank, self.in_features, **options).uniform_(-bound, bound))
         # B is zero: the layer starts as it was.
-        b = torch.zeros(self.out_features, rank, device=device, dtype=torch.float32)
-        self.lora_a = nn.Parameter(a)
-        self.lora_b = nn.Parameter(b)
+        self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, **options))
 
     def forward(self, x):
         y = super().forward(x)
         if self.lora_a is None:
             return y
-        x = F.dropout(x, self.lora_dropout, self.training)
-        low = F.linear(x, self.lora_a)                                      # (tokens, 128)
-        return y + F.linear(self.lora_scale * low, self.lora_b)
+        x = nnf.dropout(x, self.lora_dropout, self.training)
+        low = nnf.linear(x, self.lora_a)                                    # (tokens, 128)
+        return y + nnf.linear(self.lora_scale * low, self.lora_b)
 
 
 def rope(x, cos, sin) -> Tensor:
@@ -536,10 +531,7 @@ def rope(x, cos, sin) -> Tensor:
 
 class DecoderBlock(nn.Module):
     """Mistral's: RMSNorm, grouped-query attention with RoPE, RMSNorm, SwiGLU."""
-    # An attribute, as in ViTBlock.
     attention = staticmethod(attention)
-    # The number of tokens changes at every step: train.py compiles these blocks for any shape.
-    tokens_vary = True
 
     def __init__(self, cfg: ModelConfig, index):
         super().__init__()
@@ -570,7 +562,7 @@ class DecoderBlock(nn.Module):
         x = x + self.out(rearrange(o, "t h d -> t (h d)"))
         # SwiGLU, each token alone
         h = self.norm2(x)
-        return x + self.down(F.silu(self.gate(h)) * self.up(h))             # (tokens, 14336) inside
+        return x + self.down(nnf.silu(self.gate(h)) * self.up(h))           # (tokens, 14336) inside
 
 
 class Decoder(nn.Module):
@@ -587,7 +579,7 @@ class Decoder(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.5)
         for name, weight in self.blocks.named_parameters():
             if weight.ndim == 2:
-                # The two layers that add to the residual stream start smaller, the deeper the network.
+                # The two layers that add to the residual stream start smaller, the more so the deeper the network is.
                 adds = name.endswith(("out.weight", "down.weight"))
                 shrink = math.sqrt(2 * cfg.layers) if adds else 1
                 nn.init.normal_(weight, std=cfg.width ** -0.5 / shrink)
@@ -604,7 +596,7 @@ class Decoder(nn.Module):
         angle = positions[:, None].float() * self.cfg.rope_theta ** (-channel / half)
         cos = angle.cos()[:, None]                                          # (tokens, 1, 64)
         sin = angle.sin()[:, None]
-        # Each block adds its keys and values to the cache, if there is one; its lengths change when all blocks have.
+        # Each block adds its keys and values to the cache, if there is one. When the last block has, it is that longer.
         x = embeddings
         for block in self.blocks:
             x = block(x, seg, cos, sin, cache)
@@ -626,11 +618,12 @@ class Decoder(nn.Module):
             module.add_lora(rank, alpha, dropout)
 
     def merge_lora(self):
-        """Fold the low-rank updates into the weights. The outputs stay the same, to rounding."""
+        """Fold the low-rank updates into the weights, which become float32: bfloat16 would round small updates away. The
+        outputs stay the same to float32's rounding."""
         for module in self.lora_modules():
             if module.lora_a is not None:
                 update = module.lora_scale * module.lora_b @ module.lora_a
-                module.weight.data += update.to(module.weight.dtype)
+                module.weight.data = module.weight.data.float() + update
                 module.lora_a = module.lora_b = None
 
     @classmethod
@@ -640,37 +633,80 @@ class Decoder(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------- 7 Exo2Ego
+class Views(NamedTuple):
+    """What the ego and the exo view of some clips give: E moments, seen in E ego clips and X exo clips."""
+    visual: Tensor                      # (E or X, n, W) what the decoder reads
+    x: Tensor | None = None             # (E, T, h, w, D) ego features
+    y: Tensor | None = None             # (X, T, h, w, D) exo features
+    fx: Tensor | None = None            # (E, T, h, w, D) F(x): the moment's exo features, as x lets them be guessed
+    estimate: Tensor | None = None      # (E, n, W) con_exo(F(x)): that guess in the decoder's words
+
+
 class Exo2Ego(nn.Module):
-    """The whole model: exo_vit, exo_connector, ego_vit, ego_connector, decoder; F and G from stage 2 on."""
+    """The whole model: exo_vit, exo_connector, ego_vit, ego_connector, decoder; F and G from stage 2 on.
+
+    How its weights start, where nothing is loaded (what is not named has torch's default):
+
+        ViT                 class token and positions: normal, 1 / sqrt(D)
+        Connector           last norm of each RegNet block: 0, so that a block passes on its input
+        F, G                all as torch has it; the LayerNorm at the end starts with gain 1
+        Decoder             embedding: normal, 0.5; linear layers: normal, 1 / sqrt(W), smaller where they add
+        LoRA                A uniform within 1 / sqrt(width in), B zero
+    """
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.cfg = cfg
-        # The order matters: it decides which random numbers each part gets.
-        self.exo_vit = VisionEncoder(cfg)
-        self.ego_vit = VisionEncoder(cfg)
+        self.exo_vit = ViT(cfg)
         self.exo_connector = Connector(cfg)
+        self.ego_vit = ViT(cfg)
         self.ego_connector = Connector(cfg)
-        self.F = self.G = None
-        self.add(mapping=cfg.mapping)
         self.decoder = Decoder(cfg)
-        self.add(lora=cfg.lora)
+        self.F = self.G = None
+        self.add(cfg.mapping, cfg.lora)
+
+    def add(self, mapping: str = "none", lora: bool = False):
+        """Add what later stages bring: F and G ("resnet" or "mlp"), and the decoder's low-rank updates. They start fresh."""
+        cfg = self.cfg = replace(self.cfg, mapping=mapping, lora=lora)
+        if mapping != "none":
+            self.F = Mapping(cfg, mapping)
+            self.G = Mapping(cfg, mapping)
+        if lora:
+            self.decoder.add_lora(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout)
+
+    def forward(self, ego: Tensor | None = None, exo: Tensor | None = None) -> Views:
+        """The one way from clips to what the decoder reads and the losses compare: uint8 frames (E, T, 3, S, S) of the ego
+        view, (X, T, 3, S, S) of the exo view, or of both. Where there is ego video, the decoder reads it alone."""
+        y = None
+        if exo is not None:
+            y = self.patch_features(self.exo_vit, exo)                      # (X, 16, 24, 24, 1024)
+        if ego is None:
+            return Views(self.exo_connector(y), y=y)                        # visual: (X, 1521, 4096)
+
+        x = self.patch_features(self.ego_vit, ego)                          # (E, 16, 24, 24, 1024)
+        if self.F is None:
+            return Views(self.ego_connector(x), x=x, y=y)                   # visual: (E, 1521, 4096)
+        # F(x) lives in exo space, so the exo connector reads it.
+        fx = self.F(x)
+        estimate = self.exo_connector(fx)                                   # (E, 1521, 4096)
+        return Views(self.ego_tokens(x, estimate), x=x, y=y, fx=fx, estimate=estimate)
+
+    def ego_tokens(self, x, estimate) -> Tensor:
+        """What the decoder reads of an ego video: [con_ego(x) ; con_exo(F(x))], along tokens."""
+        return torch.cat([self.ego_connector(x), estimate], dim=1)          # (E, 3042, 4096)
+
+    def encode_ego(self, frames: Tensor) -> Tensor:
+        """uint8 ego frames (B, T, 3, S, S) -> visual tokens (B, 3042, W); (B, 1521, W) before stage 2."""
+        return self(ego=frames).visual
+
+    def encode_exo(self, frames: Tensor) -> Tensor:
+        """uint8 exo frames (B, T, 3, S, S) -> visual tokens (B, 1521, W)."""
+        return self(exo=frames).visual
 
     @classmethod
     def from_videollama2(cls, path, dtype: torch.dtype | None = None, vision=None) -> Exo2Ego:
         """The published VideoLLaMA2-7B-16F layout: its ViT and connector become both visual encoders. `vision`, a CLIP
         directory, is read instead of its ViT; a directory without one (plain Mistral, fresh connectors) needs it."""
         return exo2ego_from_videollama2(path, dtype, vision)
-
-    def add(self, mapping: str = "none", lora: bool = False):
-        """Add parts that start fresh: F and G ("resnet" or "mlp"), and the decoder's low-rank updates."""
-        cfg = self.cfg
-        if mapping != "none":
-            self.cfg = replace(cfg, mapping=mapping)
-            self.F = Mapping(cfg, mapping)
-            self.G = Mapping(cfg, mapping)
-        if lora:
-            self.cfg = replace(self.cfg, lora=True)
-            self.decoder.add_lora(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout)
 
     def patch_features(self, vit, frames) -> Tensor:
         """uint8 frames (B, T, 3, S, S) -> the ViT's patch features (B, T, h, w, D)."""
@@ -683,21 +719,6 @@ class Exo2Ego(nn.Module):
         features = vit((x - mean) / std)                                    # (B*16, 24, 24, 1024)
         return rearrange(features, "(b t) h w d -> b t h w d", b=len(frames))
 
-    def ego_tokens(self, x) -> Tensor:
-        """[con_ego(x) ; con_exo(F(x))], along tokens. F(x) lives in exo space, so the exo connector reads it."""
-        tokens = self.ego_connector(x)                                      # (B, 1521, 4096)
-        if self.F is None:
-            return tokens
-        return torch.cat([tokens, self.exo_connector(self.F(x))], dim=1)    # (B, 3042, 4096)
-
-    def encode_ego(self, frames: Tensor) -> Tensor:
-        """uint8 ego frames (B, T, 3, S, S) -> visual tokens (B, 3042, W); (B, 1521, W) before stage 2."""
-        return self.ego_tokens(self.patch_features(self.ego_vit, frames))
-
-    def encode_exo(self, frames: Tensor) -> Tensor:
-        """uint8 exo frames (B, T, 3, S, S) -> visual tokens (B, 1521, W)."""
-        return self.exo_connector(self.patch_features(self.exo_vit, frames))
-
     def insert_visual_tokens(self, visual, ids) -> Tensor:
         """Embeddings of packed ids (tokens,), in which each VIDEO id stands for one visual token, in order."""
         device = self.decoder.embedding.weight.device
@@ -705,71 +726,68 @@ class Exo2Ego(nn.Module):
         slots = (ids == VIDEO).nonzero().squeeze(1).to(device)
         given = 0 if visual is None else visual.shape[0] * visual.shape[1]
         if given != len(slots):
-            raise ValueError(f"{given} visual tokens for {len(slots)} places in the text: a connector gives other than "
-                             f"ModelConfig.visual_tokens, or a view is not counted where the Loader is made")
+            raise ValueError(f"{given} visual tokens for {len(slots)} places in the text: what the connectors give and what "
+                             f"ModelConfig.visual_tokens (times two with F) promises must agree")
         if visual is None:
             return embeddings
         return embeddings.index_copy(0, slots, visual.flatten(0, 1).to(embeddings.dtype))
 
-    def text_logits(self, visual, ids, labels, lens):
-        """Logits where a label is (supervised, vocab), and their targets: position t predicts t + 1.
+    def hidden_states(self, embeddings, lens, cache=None) -> Tensor:
+        """Packed embeddings (tokens, W) of sequences of these lengths, each behind what `cache` holds of it -> (tokens, W)."""
+        past = cache.lens if cache else [0] * len(lens)
+        total = [before + new for before, new in zip(past, lens)]
+        device = embeddings.device
+        positions = [torch.arange(0)]                                       # a batch may have no text at all
+        positions += [torch.arange(before, end) for before, end in zip(past, total)]
+        positions = torch.cat(positions).to(device)
+        return self.decoder(embeddings, Segments.cached(lens, total, device), positions, cache)
+
+    # --------------------------------------------------------------------------------------------- 8 generate and score
+    def text_losses(self, visual, ids, labels, lens, cache=None) -> Tensor:
+        """-log p of each supervised token given all that stands before it, in nats, and 0 for all other tokens (tokens,).
 
         ids and labels are packed (tokens,); visual (B, n, W) fills the B * n places where ids == VIDEO.
         """
         # The whole sequences pass the decoder, the supervised positions alone its head.
-        x = self.insert_visual_tokens(visual, ids)
-        positions = torch.cat([torch.arange(n) for n in lens]).to(x.device)
-        hidden = self.decoder(x, Segments.packed(lens, x.device), positions)
-        # Position t where the label of t + 1 counts. A sequence's first token (<s>) is never supervised, so this shift
-        # never crosses from one sequence to the next.
-        where = (labels[1:] != IGNORE).nonzero().squeeze(1)
-        targets = labels[1:][where].to(hidden.device)
-        return self.decoder.logits(hidden[where.to(hidden.device)]), targets
+        hidden = self.hidden_states(self.insert_visual_tokens(visual, ids), lens, cache)
+        labels = labels.to(hidden.device)
+        supervised = (labels != IGNORE).nonzero().squeeze(1)
+        # Token t is predicted at position t - 1, in the same sequence: its first token (<s>) is never supervised.
+        logits = self.decoder.logits(hidden[supervised - 1]).float()        # (supervised, 32000)
+        losses = nnf.cross_entropy(logits, labels[supervised], reduction="none")
+        return losses.new_zeros(len(labels)).index_copy(0, supervised, losses)
 
-    # --------------------------------------------------------------------------------------------- 8 generate and score
     @torch.no_grad()
     def log_likelihood(self, visual, ids, labels, lens) -> Tensor:
         """log p of each sequence's supervised tokens given what stands before them, summed, in nats (B,)."""
-        logits, targets = self.text_logits(visual, ids, labels, lens)
-        log_p = logits.float().log_softmax(-1)
-        log_p = log_p.gather(1, targets[:, None]).squeeze(1)                # (supervised,)
-
-        # The sequence that each of them belongs to.
-        sequence = torch.repeat_interleave(torch.tensor(lens))
-        supervised = (labels[1:] != IGNORE).cpu()
-        sequence = sequence[1:][supervised].to(log_p.device)
-        total = log_p.new_zeros(len(lens))
-        return total.index_add(0, sequence, log_p)
+        losses = self.text_losses(visual, ids, labels, lens)
+        return torch.stack([-own.sum() for own in losses.split(lens)])
 
     @torch.no_grad()
     def stream(self, visual: Tensor | None, prompts: Sequence[Tensor], *, eos: int, max_new: int = 64,
                cache: KVCache | None = None) -> Iterator[list[int | None]]:
         """Greedy answers as they come: for each step a token id of each sequence, None once it has ended.
 
-        Prompts hold VIDEO ids for visual (B, n, W) and go on where `cache` stands.
+        Prompts hold VIDEO ids for visual (B, n, W). They stand behind what `cache` holds already.
         """
         device = self.decoder.lm_head.weight.device
         cache = cache or KVCache(len(prompts))
-        x = self.insert_visual_tokens(visual, torch.cat(list(prompts)).to(device))
-        new = [len(prompt) for prompt in prompts]
+        embeddings = self.insert_visual_tokens(visual, torch.cat(list(prompts)).to(device))
+        lens = [len(prompt) for prompt in prompts]
         ended = [False] * len(prompts)
         for _ in range(max_new):
-            # The new tokens stand behind those that the cache holds.
-            total = [past + n for past, n in zip(cache.lens, new)]
-            seg = Segments.cached(new, total, device)
-            positions = [torch.arange(t - n, t) for t, n in zip(total, new)]
-            positions = torch.cat(positions).to(device)
-            hidden = self.decoder(x, seg, positions, cache)
-
+            hidden = self.hidden_states(embeddings, lens, cache)
             # The last position of each sequence predicts its next token.
-            last = hidden[seg.cu_q[1:].long() - 1]
-            token = self.decoder.logits(last).float().argmax(-1)            # (B,)
+            last = torch.tensor(lens, device=device).cumsum(0) - 1
+            token = self.decoder.logits(hidden[last]).float().argmax(-1)    # (B,)
             chosen = token.tolist()
             ended = [before or t == eos for before, t in zip(ended, chosen)]
             if all(ended):
                 break
             yield [None if over else t for over, t in zip(ended, chosen)]
-            x, new = self.decoder.embed(token), [1] * len(prompts)
+            # From now on each sequence grows by one token per step.
+            embeddings = self.decoder.embed(token)
+            lens = [1] * len(prompts)
 
     def generate(self, visual: Tensor | None, prompts: Sequence[Tensor], **options) -> list[list[int]]:
         """Whole answers, without the closing eos; `options` as of `stream`."""
@@ -819,10 +837,9 @@ def _check_triton(q, seg):
 
 
 def _segmentwise(kernel, q, k, v, seg, causal, window, scale):
-    """Call a kernel that knows no packed sequences, on (batch, heads, tokens, D): once for all sequences, once with
-    padding, or once for each."""
+    """Call a kernel that knows no packed sequences, on (batch, heads, tokens, D). The results are equal; what is fastest
+    depends on the lengths: one call for all sequences, one call with padding, or one call per sequence."""
     sequences = len(seg.q_lens)
-    total = len(q)
     if kernel is _reference:
         return _attend_each(kernel, q, k, v, seg, causal, window, scale)
 
@@ -830,9 +847,11 @@ def _segmentwise(kernel, q, k, v, seg, causal, window, scale):
     if len(set(seg.q_lens)) == len(set(seg.k_lens)) == 1:
         return _attend_together(kernel, q, k, v, sequences, causal, window, scale)
 
-    # Many short sequences of nearly one length: padding costs less than many small calls.
-    longest = max(seg.q_lens, default=0)
-    pad_is_cheap = total < 64 * sequences and longest * sequences < 1.4 * total
+    # Many short sequences (below 64 tokens) of nearly one length (at most 1.4 times as many tokens with padding): one
+    # padded call costs less than many small ones.
+    tokens = len(q)
+    padded = max(seg.q_lens, default=0) * sequences
+    pad_is_cheap = tokens < 64 * sequences and padded < 1.4 * tokens
     if causal and pad_is_cheap and seg.q_lens == seg.k_lens:
         return _attend_padded(kernel, q, k, v, seg.q_lens, window, scale)
     return _attend_each(kernel, q, k, v, seg, causal, window, scale)
@@ -873,7 +892,7 @@ def _sdpa(q, k, v, causal, window, scale):
     if causal and lq > lk:
         blind = lq - lk
         seeing = _sdpa(q[:, :, blind:], k, v, causal, window, scale)
-        return F.pad(seeing, (0, 0, blind, 0))
+        return nnf.pad(seeing, (0, 0, blind, 0))
 
     # On a CPU torch's half-precision backward is slower than float32's.
     half = dtype in (torch.bfloat16, torch.float16)
@@ -894,9 +913,10 @@ def _sdpa(q, k, v, causal, window, scale):
 
 
 def _fused(q, k, v, mask, square_causal, scale):
-    """F.scaled_dot_product_attention, told which heads share a key in the way that is fast where it runs."""
+    """torch's scaled_dot_product_attention. Groups of heads share a key, which its kernels take in different ways."""
     kv_heads = k.shape[1]
-    # One query: the heads that share a key become the rows of one matrix; then there are as many heads as keys have.
+    # Decoding has one query per head. The r heads of a group see the same keys, so they can be r queries of one head:
+    # (B, g * r, 1, D) -> (B, g, r, D). No mask stands in the way, since the last query sees all keys.
     one_query = q.shape[2] == 1
     if one_query:
         q = rearrange(q, "b (g r) 1 d -> b g r d", g=kv_heads)
@@ -907,7 +927,7 @@ def _fused(q, k, v, mask, square_causal, scale):
         k = k.repeat_interleave(group, dim=1)
         v = v.repeat_interleave(group, dim=1)
     shared = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(
+    out = nnf.scaled_dot_product_attention(
         q, k, v, mask, is_causal=square_causal, scale=scale, enable_gqa=shared)
     return rearrange(out, "b g r d -> b (g r) 1 d") if one_query else out
 
@@ -916,9 +936,9 @@ def _fused(q, k, v, mask, square_causal, scale):
 class Tiled(torch.autograd.Function):
     """FlashAttention-2 in plain torch: exact attention that never holds more than one tile of scores.
 
-    A tile of queries meets the keys tile by tile and keeps three running values a row: m, the largest score so far;
+    A tile of queries meets the keys tile by tile and keeps three running values per row: m, the largest score so far;
     l, the sum of exp(s - m); acc, the sum of exp(s - m) v. When m grows, l and acc shrink by alpha =
-    exp(m_old - m_new); in the end o = acc / l. The backward keeps one number a row, lse = m + log l, from which the
+    exp(m_old - m_new); in the end o = acc / l. The backward keeps one number per row, lse = m + log l, from which the
     probabilities come back, again tile by tile: s = scale q k^T, p = exp(s - lse), delta = rowsum(do o),
 
         dv = p^T do     dp = do v^T     ds = scale p (dp - delta)     dq = ds k     dk = ds^T q
@@ -929,7 +949,8 @@ class Tiled(torch.autograd.Function):
 
     @staticmethod
     def walk(lq, lk, causal, window, device) -> Iterator:
-        """For each tile of queries its slice, and [(slice of keys, mask of what is hidden or None), ...]."""
+        """For each tile of queries: its slice, and the tiles of keys that it sees, each with a mask of what is hidden in it
+        (None: nothing is)."""
         for i in range(0, lq, Tiled.tile):
             # Where these queries stand among the keys: at their end.
             ahead = lk - lq
@@ -1070,7 +1091,7 @@ def triton_kernels() -> dict:
 
     @triton.jit
     def tile_offsets(rows, heads, D: tl.constexpr):
-        # Of (rows, D), from there on.
+        # Where each row's D numbers lie, counted from `head_start`.
         return rows[:, None] * (heads * D) + tl.arange(0, D)[None, :]
 
     @triton.jit
@@ -1350,8 +1371,7 @@ TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1.5e-3, torch.float32: 1e-5}
 
 def attention_error(backend, device, dtype, head_dim) -> float:
     """Largest deviation from the formula in float64, of the output and the three gradients, as a share of TOLERANCE: at
-    most 1 passes, nan does not. On a ragged batch with grouped heads, causal and not; windows and caches are for
-    tests/gpu.py."""
+    most 1 passes, nan does not. The batch is ragged and has grouped heads; it is tried causal and not."""
     lens, heads, kv_heads = (400, 5, 64), 6, 2
     rng = torch.Generator().manual_seed(0)
     shapes = [(sum(lens), h, head_dim) for h in (heads, kv_heads, kv_heads, heads)]
@@ -1396,8 +1416,8 @@ def choose_attention(device, dtype, cfg, on_every_rank: Callable | None = None) 
     In half precision on a GPU our kernels are taken if they pass a check there. `on_every_rank` runs that check on all
     ranks of a run, since one choice serves them all.
     """
-    global HALF_GPU_BACKEND
-    HALF_GPU_BACKEND = "sdpa"
+    global half_gpu_backend
+    half_gpu_backend = "sdpa"
     kind = str(dtype).removeprefix("torch.")
     forced = os.environ.get("EXO2EGO_ATTENTION")
     if forced:
@@ -1412,7 +1432,7 @@ def choose_attention(device, dtype, cfg, on_every_rank: Callable | None = None) 
     problem = on_every_rank(check) if on_every_rank else check()
     if problem:
         return f"attention: sdpa; not triton: {problem}"
-    HALF_GPU_BACKEND = "triton"
+    half_gpu_backend = "triton"
     return f"attention: triton, for {kind}, after a self-check"
 
 
@@ -1457,8 +1477,9 @@ class KVCache:
 class SharedPrefix(KVCache):
     """A cache whose sequences all start with the tokens of one video, which is read once, whatever is asked about it.
 
-    `prefix` holds that one sequence. In the first pass each layer copies its keys and values once a sequence. Scoring takes
-    one pass: without `keep` the copies are gone after their layer. Generating takes many: `keep` stores them.
+    `prefix` holds that one sequence. In the first pass each layer puts its keys and values before those of every sequence,
+    which needs one copy per sequence. `keep`: store these copies for later passes. Generating needs them; scoring takes one
+    pass, so a layer's copies can go when the layer is done.
     """
     def __init__(self, prefix: KVCache, sequences: int, keep: bool):
         super().__init__(sequences)
@@ -1488,7 +1509,7 @@ def interleave(past, new) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------------- C checkpoints
 # The number of the format of state.json and of the names of tensors. Another one is refused by name.
-FORMAT = 3
+FORMAT = 4
 FOUR_FILES = ("model.py", "data.py", "train.py", "eval.py")
 
 
@@ -1501,12 +1522,24 @@ def read_json(path) -> dict:
 
 
 def newest_checkpoint(run: AnyPath):
-    """The newest `step_*` of a run folder (a save takes that name when it is whole), or the folder itself if it is a
-    checkpoint or holds published weights; None if there is none. Names order by step, for they are padded with zeros."""
-    run = Path(run)
+    """The last of `checkpoints` of a run folder, or the folder itself if it is a checkpoint or holds published weights;
+    None if there is none."""
+    run = Path(run).expanduser()
     if (run / "state.json").is_file() or (run / "config.json").is_file():
         return run
-    return max(run.glob("step_[0-9]*"), default=None, key=lambda path: path.name)
+    return max(checkpoints(run), default=None, key=step_of)
+
+
+def checkpoints(run) -> list[Path]:
+    """The `step_000040` of a run folder, in order of their steps; a save takes that name when it is whole. Any other name
+    (`step_000040 copy`, `step_000040_best`) is its owner's."""
+    return sorted((path for path in Path(run).glob("step_*") if step_of(path) is not None), key=step_of)
+
+
+def step_of(path) -> int | None:
+    """The step in a checkpoint's name; None if it has another name."""
+    found = re.fullmatch(r"step_(\d{6,})", path.name)
+    return int(found[1]) if found else None
 
 
 def read_state(path) -> dict:
@@ -1539,9 +1572,13 @@ def file_hash(file) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def signature(folder):
-    """What a checkpoint's state.json says of how it was made, so that a change of its weights is noticed."""
-    hashes = {file.name: file_hash(file) for file in folder.glob("*.safetensors")}
+def save_files(folder, files: dict) -> dict:
+    """Write the tensors of a checkpoint, file by file -> what its state.json says of how it was made, so that a change of
+    its weights is noticed."""
+    hashes = {}
+    for name, tensors in files.items():
+        save_tensors(tensors, folder / name)
+        hashes[name] = file_hash(folder / name)
     return dict(format=FORMAT, git=git_revision(), sha256=hashes)
 
 
@@ -1571,14 +1608,30 @@ def base_checkpoint_of(path, base=None):
 
 def load_delta(path, name="model.safetensors"):
     """The tensors of a checkpoint's own file: those that differ from its base. A flipped bit is noticed."""
+    recorded = read_state(path).get("sha256", {})
+    damage = None
     try:
-        recorded = read_state(path).get("sha256", {})
         if recorded.get(name) not in (None, file_hash(path / name)):
-            raise ValueError("it has changed since it was saved")
-        return load_file(path / name)
-    except Exception as error:
-        raise ValueError(f"{path / name} cannot be read ({error}): remove {path} to fall back to the "
-                         f"checkpoint before it") from None
+            damage = "it has changed since it was saved"
+        else:
+            return load_file(path / name)
+    except SafetensorError as error:
+        damage = error
+    except FileNotFoundError:
+        damage = "it is missing"
+    except (OSError, MemoryError) as error:
+        # The file may be whole: the machine could not read it, or has no room for it.
+        raise ValueError(f"{path / name} cannot be read here: {error or 'not enough memory'}") from None
+    raise ValueError(f"{path / name} is damaged ({damage}): remove {path} to fall back to the checkpoint before it")
+
+
+def save_tensors(tensors, file, metadata=None):
+    """A safetensors file that others may read as they may read the owner's other files: the umask decides."""
+    file = Path(file)
+    file.touch()
+    mode = file.stat().st_mode
+    save_file(tensors, file, metadata)
+    file.chmod(mode)
 
 
 def load_checkpoint(path: AnyPath, base: AnyPath | None = None,
@@ -1597,6 +1650,7 @@ def load_checkpoint(path: AnyPath, base: AnyPath | None = None,
         raise FileNotFoundError(f"no checkpoint in {path}: train it first (torchrun train.py --stage N)")
     state = read_state(folder)
     base = base_checkpoint_of(folder, base)                     # None: it is whole
+    # No file holds the parts that are added now.
     may_be_missing = []
     if "mapping" in added:
         may_be_missing += ["F.", "G."]
@@ -1605,11 +1659,12 @@ def load_checkpoint(path: AnyPath, base: AnyPath | None = None,
 
     published = next((place for place in (folder, base) if place and (place / "config.json").is_file()), None)
     if published:
-        # They are read by readers of their own; then what was trained replaces its part.
+        # These weights have a reader of their own, and are in the model then. A checkpoint of ours that builds on them holds
+        # what was trained here: its tensors replace some of theirs, and the others need not be in its file.
         model = Exo2Ego.from_videollama2(published, vision=vision or state.get("vision"))
-        state.setdefault("model", asdict(model.cfg))
-        # A checkpoint of ours has its own of some of these names, and all of the parts that are added now.
         may_be_missing += list(model.state_dict())
+        state.setdefault("model", asdict(model.cfg))
+        # F, G and LoRA, which published weights never have: those that the checkpoint has, and those that are added now.
         parts = {key: state["model"][key] for key in ("mapping", "lora")}
         model.add(**parts | added)
         tensors = load_delta(folder) if base else {}
@@ -1619,7 +1674,7 @@ def load_checkpoint(path: AnyPath, base: AnyPath | None = None,
         tensors |= load_delta(folder)
 
     # What only a loss needs is not the model's. Every other name must fit.
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("loss.")}
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("extra.")}
     try:
         missing, unknown = model.load_state_dict(tensors, strict=False, assign=bool(published))
     except RuntimeError as error:
@@ -1729,7 +1784,7 @@ class HFCheckpoint:
             raise ValueError(f"{self.path} has tensors that have no place here: {unused[:3]}")
 
 
-def vision_encoder_from_hf(files, dtype=None, prefix="", alone=False) -> VisionEncoder:
+def vit_from_hf(files, dtype=None, prefix="", alone=False) -> ViT:
     """The CLIP ViT whose tensors start with `prefix`; sizes are the tensors'. `alone`: the directory holds CLIP only,
     so its config.json must fit and every tensor must find its place. ValueError names what does not fit."""
     config = files.config.get("vision_config", files.config) if alone else {}
@@ -1747,11 +1802,11 @@ def vision_encoder_from_hf(files, dtype=None, prefix="", alone=False) -> VisionE
         image_size=image_size,
         patch=patch,
         vit_width=width,
-        vit_layers=layers,
+        vit_layers=layers - 1,
         vit_heads=config.get("num_attention_heads", width // 64),
         vit_mlp_dim=files.shape(f"{prefix}encoder.layers.0.mlp.fc1.weight")[0])
     with torch.device("meta"):
-        vit = VisionEncoder(cfg)
+        vit = ViT(cfg)
     files.load_into(vit, prefix, CLIP_NAMES, dtype)
 
     # The last layer and the post norm are in the files and are never run.
@@ -1820,9 +1875,9 @@ def exo2ego_from_videollama2(path, dtype=None, vision=None) -> Exo2Ego:
     # The three parts are read one after another; their sizes make the whole model's.
     decoder = decoder_from_hf(files, dtype)
     if vision:
-        vit = VisionEncoder.from_hf(vision, dtype)
+        vit = ViT.from_hf(vision, dtype)
     else:
-        vit = vision_encoder_from_hf(files, dtype, tower)
+        vit = vit_from_hf(files, dtype, tower)
     depth = files.count("model.mm_projector.s1.b") - 1          # its blocks count from 1
     cfg = replace(
         decoder.cfg,
@@ -1852,8 +1907,9 @@ def exo2ego_from_videollama2(path, dtype=None, vision=None) -> Exo2Ego:
 
 
 def export_hf(ckpt: AnyPath, out: AnyPath, base=None, vision=None):
-    """Write what transformers knows of a checkpoint: DIR/decoder (LoRA merged), DIR/exo_vision, DIR/ego_vision. It has
-    no place for connectors, F and G."""
+    """Write what transformers knows of a checkpoint: DIR/decoder (LoRA merged, in float32) with its tokenizer,
+    DIR/exo_vision, DIR/ego_vision. It has no place for connectors, F and G. Its AutoTokenizer needs the packages
+    sentencepiece and protobuf to read the tokenizer."""
     model, _ = load_checkpoint(ckpt, base, vision)
     # The decoder, which transformers knows as Mistral.
     if model.cfg.lora:
@@ -1861,15 +1917,34 @@ def export_hf(ckpt: AnyPath, out: AnyPath, base=None, vision=None):
     tensors = {rename(name, MISTRAL_NAMES): tensor for name, tensor in model.decoder.state_dict().items()}
     write_hf(Path(out) / "decoder", tensors, mistral_config(model.cfg))
     shutil.copyfile(newest_checkpoint(ckpt) / "tokenizer.model", Path(out) / "decoder/tokenizer.model")
+    (Path(out) / "decoder/tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG, indent=1))
     # The two ViTs, which it knows as CLIP's.
     write_hf(Path(out) / "exo_vision", clip_tensors(model.exo_vit), clip_config(model.cfg))
     write_hf(Path(out) / "ego_vision", clip_tensors(model.ego_vit), clip_config(model.cfg))
 
 
+# What AutoTokenizer must know to give the ids of data.py's Tokenizer: <s> comes first, and the chat is Mistral-Instruct's.
+TOKENIZER_CONFIG = dict(
+    tokenizer_class="LlamaTokenizer",
+    bos_token="<s>",
+    eos_token="</s>",
+    unk_token="<unk>",
+    add_bos_token=True,
+    add_eos_token=False,
+    legacy=True,
+    clean_up_tokenization_spaces=False,
+    chat_template=(
+        "{{ bos_token }}{% set lead = namespace(text='') %}{% for message in messages %}"
+        "{% if message['role'] == 'system' %}{% set lead.text = message['content'] + '\n\n' %}"
+        "{% elif message['role'] == 'user' %}{{ '[INST] ' + lead.text + message['content'] + ' [/INST]' }}"
+        "{% set lead.text = '' %}"
+        "{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"))
+
+
 def write_hf(folder, tensors, config):
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    save_tensors(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     print(f"{folder}: {len(tensors)} tensors")
 
@@ -1878,7 +1953,7 @@ def clip_tensors(vit):
     """CLIP's names. Its last layer, which is never run here, is written as zeros: a block of zeros passes its input on,
     so hidden state -2 and the last one are both our features."""
     state = vit.state_dict()
-    last = f"blocks.{vit.cfg.vit_layers - 1}."
+    last = f"blocks.{vit.cfg.vit_layers}."
     for name, tensor in list(state.items()):
         if name.startswith("blocks.0."):
             state[name.replace("blocks.0.", last)] = torch.zeros_like(tensor)
@@ -1895,7 +1970,7 @@ def clip_config(cfg) -> dict:
         model_type="clip_vision_model",
         hidden_size=cfg.vit_width,
         intermediate_size=cfg.vit_mlp_dim,
-        num_hidden_layers=cfg.vit_layers,
+        num_hidden_layers=cfg.vit_layers + 1,
         num_attention_heads=cfg.vit_heads,
         num_channels=3,
         image_size=cfg.image_size,
