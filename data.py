@@ -263,7 +263,7 @@ def chats_of(row, text):
     narration, conversation = [], []
     if row.get("text"):
         narration = [[{"user": NARRATE, "assistant": row["text"]}]]
-    if row.get("turns") and text != "text":
+    if row.get("turns") and text != "narration":
         conversation = [row["turns"]]
     if text == "turns":
         return conversation or narration
@@ -361,8 +361,8 @@ class Loader:
             cfg,
             tokenizer,
             *,
-            view,                               # exo | ego | pair | text
-            text="text",                        # text | turns | mix
+            view,                               # exo | ego | pair | none
+            supervise="narration",              # narration | turns | mix
             batch,                              # samples of a step, over all ranks
             micro=0,                            # samples of a micro batch; 0: a rank's share of a step
             seed=0,
@@ -373,7 +373,7 @@ class Loader:
         self.cfg = cfg
         self.tokenizer = tokenizer
         self.view = view
-        self.text = text
+        self.text = supervise
         self.batch_size = batch
         self.micro = micro or max(1, batch // world)
         self.seed = seed
@@ -391,7 +391,7 @@ class Loader:
                   "them")
             rows = kept
         # Name a row that lacks what this stage reads.
-        self.clips = {"exo": ["exo"], "ego": ["ego"], "pair": ["ego", "exo"], "text": []}[view]
+        self.clips = {"exo": ["exo"], "ego": ["ego"], "pair": ["ego", "exo"], "none": []}[view]
         for row in rows:
             needed = self.clips if self._has_text(row) else [*self.clips, "text"]
             for key in needed:
@@ -551,7 +551,7 @@ class Loader:
         batches = torch.utils.data.DataLoader(
             self, sampler=steps, batch_size=None, num_workers=workers, worker_init_fn=_start_worker,
             pin_memory=torch.cuda.is_available(), **options)
-        return map(_raise_if_error, iter(batches))
+        return iter(batches) if self.train else map(_raise_if_error, iter(batches))
 
     def _check_shared_memory(self):
         """Workers hand frames over in /dev/shm, which is 64 MB in a docker container: are three steps' free?"""
@@ -1610,6 +1610,10 @@ def die_with_parent():
             time.sleep(1)
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
+
+
+def usable_cores():
+    return len(os.sched_getaffinity(0))
 
 
 def worker_pool():

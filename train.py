@@ -3,7 +3,8 @@
     torchrun train.py --stage 1                        # makes the micro-world and stage 0 if they are missing
     torchrun --nproc_per_node 2 train.py --stage 2     # any number of processes: the same batches
 
-The same command again resumes, bit for bit. Every step is one object in out/stageN/log.jsonl, every validation another.
+The same command again goes on from the last save, bit for bit. Every step is one object in out/stageN/log.jsonl, every
+validation another.
 """
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 import ctypes
+import hashlib
 import json
 import math
 import re
@@ -35,22 +37,21 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+import torch.nn.functional as nnf
 from einops import rearrange
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from data import (DataError, Loader, Tokenizer, add_flags, die_with_parent, file_lock, read_manifests, toy_split,
-                  toy_tokenizer, toy_world)
+from data import (DataError, Loader, Tokenizer, add_flags, chats_of, die_with_parent, file_lock, read_manifests,
+                  toy_split, toy_tokenizer, toy_world, usable_cores)
 from eval import show_own_samples, toy_benchmark
-from model import (BLOCKS, PRESETS, Exo2Ego, choose_attention, feature_kl, file_hash, fingerprint, git_revision,
-                   load_checkpoint, load_delta, newest_checkpoint, pick_device, read_state, signature)
+from model import (BLOCKS, PRESETS, Exo2Ego, autocast, checkpoints, choose_attention, feature_kl, file_hash, fingerprint,
+                   git_revision, load_checkpoint, load_delta, newest_checkpoint, pick_device, read_state, save_files)
 
 
 # --------------------------------------------------------------------------------------------------- 1 the stage table
@@ -58,38 +59,45 @@ from model import (BLOCKS, PRESETS, Exo2Ego, choose_attention, feature_kl, file_
 class Stage:
     """What trains, on what, towards what."""
     name: str
-    trains: dict[str, float]            # part -> peak learning rate, all else is frozen; "loss": a loss's own parameters
+    trains: dict[str, float]            # part -> peak learning rate, all else is frozen; "extra": what only a loss needs
     split: str                          # of the micro-world; --data replaces it
-    view: str                           # what a sample shows: text | exo | ego | pair
+    view: str                           # what a sample shows: exo | ego | pair | none
     losses: dict[str, float]            # weight of each term
-    batch: int                          # samples a step, over all ranks
+    batch: int                          # samples per step, over all ranks
+    micro: int = 0                      # samples per forward of one rank; 0: its whole share of the batch
     steps: int = 0                      # 0: epochs decide
     epochs: int = 1
     warmup: float = 0.03                # share of the steps; after it a cosine goes down to `floor` of the peak
     floor: float = 0.05
-    text: str = "text"                  # what is supervised: the narration ("text"), answers ("turns"), or "mix"
-    loss_fn: str = "views"              # which method of Objective makes the terms: views | language | clip
+    supervise: str = "narration"        # which text: the "narration", the "turns" of a chat, or a "mix" of both
+    terms: str = "views"                # which method of Objective makes the terms: views | language | image_text
     copies: tuple = ()                  # parts that start as a copy: (from, to)
 
 
-# The paper: rates, batches and epochs are its own; the loss weights and the warm-up are our choice. Its Init is
-# VideoLLaMA2's training, whose weights come with --base.
+# The paper: rates, batches and epochs are its own, and so is Init's warm-up; the loss weights and the other stages' warm-up
+# are our choice. A micro batch is what an 80-GB card takes. Init has a row for its ego half: the exo half is
+# VideoLLaMA2's own training, whose weights come with --base.
 PAPER = {
+    0: (Stage(
+        name="init ego",
+        trains=dict(ego_vit=1e-3, ego_connector=1e-3),
+        split="ego", view="ego", losses=dict(vtg=1),
+        batch=512, micro=1, epochs=5, warmup=0.1, floor=0),),
     1: (Stage(
         name="demonstrator self-preparation",
         trains=dict(exo_vit=1e-4, exo_connector=1e-4),
         split="pairs", view="exo", losses=dict(vtg=1),
-        batch=256, epochs=2, floor=0),),
+        batch=256, micro=2, epochs=2, floor=0),),
     2: (Stage(
         name="demonstrator-learner guidance",
         trains=dict(ego_vit=1e-4, ego_connector=1e-4, F=1e-4, G=1e-4),
         split="pairs", view="pair", losses=dict(vtg=1, kl=5, ccl=0.1),
-        batch=256, epochs=2, floor=0),),
+        batch=256, micro=1, epochs=2, floor=0),),
     3: (Stage(
         name="learner self-practice",
         trains=dict(ego_vit=2e-5, F=2e-5, lora=2e-5),
-        split="instruct", view="ego", losses=dict(vtg=1), text="turns",
-        batch=64, epochs=1, floor=0),),
+        split="instruct", view="ego", losses=dict(vtg=1), supervise="turns",
+        batch=64, micro=1, epochs=1, floor=0),),
 }
 # The micro-world: rates (on Muon's scale), steps and weights are our choice, from trials. Stage 0 is our stand-in for
 # a download: a decoder that reads visual tokens, a CLIP, and the paper's Init of both encoders.
@@ -97,12 +105,12 @@ TOY = {
     0: (Stage(
             name="language",
             trains=dict(decoder=3e-3),
-            split="corpus", view="text", losses=dict(vtg=1), text="mix", loss_fn="language",
+            split="corpus", view="none", losses=dict(vtg=1), supervise="mix", terms="language",
             batch=64, steps=110, warmup=0.08),
         Stage(
-            name="clip",
-            trains=dict(exo_vit=1.5e-2, loss=1.5e-2),
-            split="corpus", view="exo", losses=dict(clip=1), loss_fn="clip",
+            name="images and texts",
+            trains=dict(exo_vit=1.5e-2, extra=1.5e-2),
+            split="corpus", view="exo", losses=dict(image_text=1), terms="image_text",
             batch=48, steps=150, warmup=0.08),
         Stage(
             name="init exo",
@@ -128,112 +136,119 @@ TOY = {
     3: (Stage(
         name="learner self-practice",
         trains=dict(ego_vit=3e-4, F=3e-4, lora=3e-3),
-        split="instruct", view="ego", losses=dict(vtg=1), text="turns",
+        split="instruct", view="ego", losses=dict(vtg=1), supervise="turns",
         batch=32, steps=150),),
 }
 
 
 # ---------------------------------------------------------------------------------------------------------- 2 the loop
-def run_stage(run, model, tokenizer, stage, loader, before, steps, folder, log):
-    """The `steps` steps of a stage, or what the checkpoint `folder` has left of them. `done` and `step` count within the
-    stage, `run_step` from 1 on through all stages of the run, of which `before` steps came earlier."""
-    cfg = run.cfg
-    objective, trained, done = prepare_objective(run, model, tokenizer, stage, loader, before, folder)
+def run_stage(run, stage, loader, objective, earlier, steps, folder, log):
+    """Take the `steps` steps of a stage, or those that the checkpoint `folder` has left of them.
+
+    `step` counts within the stage, from 0. `run_step` counts through all stages of the run, from 1: `earlier` steps came
+    before this stage.
+    """
+    trained, first = prepare_objective(run, objective, loader, earlier, folder)
     if run.rank == 0:
         describe(run, objective, loader, steps, log)
     wrapped, trained, optimizers = prepare_training(run, objective, trained)
-    validation = validation_loader(run, stage, model, tokenizer) if cfg.val_every or cfg.val_data else None
-    batches = loader.stream(done, steps, cfg.workers, cfg.overfit, cfg.timeout)
+    validation = validation_loader(run, objective)
+    batches = loader.stream(first, steps, run.cfg.workers, run.cfg.overfit, run.cfg.timeout)
     # After the DataLoader is made, which draws a random number.
-    if done:
+    if first:
         load_optimizers(folder, optimizers, run.rank, run.device)
-    log.start(done)
+    keeper = Keeper(run, objective, optimizers, trained, log, earlier + first)
 
-    for step, micro_batches in enumerate(batches, start=done):
-        # 1) learning rate: linear warm-up, then a cosine down to the stage's floor
-        lr_scale = schedule(step, steps, stage)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * lr_scale
+    with keeper:
+        for step, micro_batches in enumerate(log.timed(batches, first), start=first):
+            # 1) learning rate: linear warm-up, then a cosine down to the stage's floor
+            run_step = earlier + step + 1
+            lr_scale = schedule(step, steps, stage)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak_lr"] * lr_scale
 
-        # 2) every loss is divided by what the whole step holds, over micro batches and ranks: count that first
-        micro_batches = [batch.to(run.device) for batch in micro_batches]
-        counts = StepCounts.of(micro_batches, run)
+            # 2) every loss is divided by what the whole step holds, over micro batches and ranks: count that first. What one
+            # rank has met (a signal, clips that nobody can read) ends the run on all of them, here, between two steps
+            counts = StepCounts.of(micro_batches, run, save=keeper.is_due(run_step))
+            keeper.leave_if(keeper.reason_to_leave(counts, micro_batches, seen=(step + 1) * stage.batch))
+            micro_batches = [batch.to(run.device) for batch in micro_batches]
 
-        # 3) forward and backward, one micro batch at a time; ranks exchange gradients at the last one only
-        totals = {}
-        for i, batch in enumerate(micro_batches):
-            sync_gradients(wrapped, run, now=i == len(micro_batches) - 1)
-            with run.autocast():
-                terms = wrapped(batch, counts.supervised, counts.samples)
-            terms["loss"].backward()
-            for name, value in terms.items():
-                totals[name] = totals.get(name, 0) + value.detach()
-        losses = run.mean(totals)
+            # 3) forward and backward, one micro batch at a time; ranks exchange gradients at the last one only
+            totals = {}
+            for i, batch in enumerate(micro_batches):
+                sync_gradients(wrapped, run, now=i == len(micro_batches) - 1)
+                with autocast(run.device, run.bf16):
+                    terms = wrapped(batch, counts.supervised, counts.samples)
+                terms["loss"].backward()
+                for name, value in terms.items():
+                    totals[name] = totals.get(name, 0) + value.detach()
+            losses = run.mean(totals)
 
-        # 4) clip, refuse NaN by the names of the samples, update
-        norm = nn.utils.clip_grad_norm_(trained.values(), 1.0)
-        norm = float(gather_full_tensor(norm))
-        run_step = before + step + 1
-        refuse_nan(losses, norm, run_step, micro_batches)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            # 4) clip, refuse NaN by the names of the samples, update
+            norm = nn.utils.clip_grad_norm_(trained.values(), 1.0)
+            norm = float(gather_full_tensor(norm))
+            keeper.leave_if(not_a_number(losses, norm, run_step, micro_batches))
+            keeper.begin_update()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
 
-        # 5) one line of log.jsonl; too many unreadable samples end the run
-        log.skip(micro_batches, int(counts.skipped), (step + 1) * stage.batch, cfg.max_bad)
-        row = dict(step=run_step, steps=run.steps, lr=lr_scale * max(stage.trains.values()), grad_norm=norm)
-        log.step(step + 1, steps, counts.samples, counts.tokens, losses, row)
+            # 5) one line of log.jsonl: with it the step is whole
+            row = dict(step=run_step, steps=run.steps, lr=lr_scale * max(stage.trains.values()), grad_norm=norm)
+            log.step(step + 1, steps, counts, losses, row)
+            keeper.end_update(run_step)
 
-        # 6) validate, save
-        last = step + 1 == steps
-        if validation and (last or cfg.val_every and run_step % cfg.val_every == 0):
-            validate(run, objective, validation, run_step, log)
-        due = cfg.save_every and run_step % cfg.save_every == 0
-        if due or counts.stop or last:
-            save_checkpoint(run, objective, optimizers, run_step, trained, log.skipped)
-        if counts.stop:
-            sys.exit(f"stopped at step {run_step}, saved: the same command goes on")
+            # 6) save, validate
+            last = step + 1 == steps
+            if last or counts.save:
+                keeper.save()
+            every = run.cfg.val_every
+            if validation and (last or every and run_step % every == 0):
+                validate(run, objective, validation, run_step, log)
 
 
 class StepCounts(NamedTuple):
     """What a whole step holds, over all micro batches and ranks."""
-    supervised: float                                           # tokens, each once for every sample it serves
-    samples: float
-    skipped: float                                              # samples that could not be read
-    tokens: float
-    stop: float                                                 # ranks that a signal asked to stop
+    supervised: float = 0               # tokens, each once for every sample it serves
+    samples: float = 0
+    tokens: float = 0
+    skipped: float = 0                  # tries to read a sample that failed; another sample took its place
+    broken: float = 0                   # ranks that found nothing to read
+    stop: float = 0                     # ranks that a signal asked to stop
+    save: float = 0                     # 1 if rank 0 finds that it is time to save after this step
 
     @classmethod
-    def of(cls, micro_batches, run) -> StepCounts:
-        own = [cls(
-            supervised=batch.weights.sum(),
-            samples=batch.samples,
-            skipped=len(batch.skipped),
-            tokens=len(batch.ids),
-            stop=run.stop > 0) for batch in micro_batches]
+    def of(cls, micro_batches, run, save) -> StepCounts:
+        broken = isinstance(micro_batches, Exception)
+        own = [cls(broken=broken, stop=run.stop > 0, save=save and run.rank == 0)]
+        for batch in [] if broken else micro_batches:
+            own.append(cls(
+                supervised=batch.weights.sum(),
+                samples=batch.samples,
+                tokens=len(batch.ids),
+                skipped=len(batch.skipped)))
         total = torch.tensor(own).sum(0)
         return cls(*run.sum(total.to(run.device)))
 
 
-def prepare_objective(run, model, tokenizer, stage, loader, before, folder):
-    """-> the objective on its device, what trains, and how many steps of the stage are done."""
-    # Each rank draws noise and dropout of its own. Parameters that a loss brings are rank 0's: DDP copies them.
-    torch.manual_seed(hash((run.cfg.seed, before, run.rank)) % 2 ** 31)
-    objective = Objective(model, tokenizer, stage, run.cfg, run.world).to(run.device)
+def prepare_objective(run, objective, loader, earlier, folder):
+    """Put the objective on its device, with the weights of the checkpoint `folder` if there is one -> what trains, by name;
+    how many steps of the stage are done."""
+    stage, model = objective.stage, objective.model
     # A checkpoint may also stand where the stage before it ended: then none of this one's steps are done.
     done = 0
     if folder:
-        done = max(0, read_state(folder)["step"] - before)
+        done = max(0, read_state(folder)["step"] - earlier)
         restore_weights(objective, folder, run.device)
     if done == 0:
         for source, target in stage.copies:
             getattr(model, target).load_state_dict(getattr(model, source).state_dict())
-    trained = freeze(objective, stage, run.bf16)
+    trained = freeze(objective, run.bf16)
     if "ccl" in stage.losses and done == 0:
-        with run.autocast():
-            objective.measure_feature_std(loader)
-    return objective, trained, done
+        with autocast(run.device, run.bf16):
+            objective.measure_features(loader)
+    return trained, done
 
 
 def prepare_training(run, objective, trained):
@@ -242,39 +257,23 @@ def prepare_training(run, objective, trained):
     # FSDP has replaced the parameters by their shards.
     trained = {name: p for name, p in objective.named_parameters() if name in trained}
     rates = {name: objective.stage.trains[part_of(name)] for name in trained}
-    return wrapped, trained, make_optimizers(trained, rates, run.cfg.optimizer)
-
-
-def refuse_nan(losses, norm, step, micro_batches):
-    """End the run before an update spoils the weights; the terms, and this rank's samples of the step, may show why."""
-    if not math.isfinite(losses["loss"] + norm):
-        terms = ", ".join(f"{name} {value:g}" for name, value in losses.items())
-        names = [batch.names for batch in micro_batches]
-        raise DataError(f"step {step}: {terms}, gradient norm {norm:g}: try a lower --lr, "
-                        f"or --dtype float32; the samples were {names}")
+    return wrapped, trained, make_optimizers(trained, rates, run.cfg)
 
 
 @torch.no_grad()
 def validate(run, objective, loader, step, log):
-    """Text loss per token on the first validation clips, at most as many as eight training batches hold; ranks share
-    them."""
-    sums = torch.zeros(2, device=run.device)
-    # Ranks stay in step, each with a share of every whole batch. One process also reads the last, short one.
-    batches = loader.samples / loader.batch_size
-    batches = math.ceil(batches) if run.world == 1 else int(batches)
-    batches = min(batches, 8 * objective.stage.batch // loader.batch_size)
+    """Text loss per token on the validation clips, the same for any number of ranks. Ranks share the clips, one after
+    another; at the end one that has none left reads the first clip again, which then counts for nothing."""
+    sums = torch.zeros(2, device=run.device)                                # nats, tokens
     objective.eval()
-    for i in range(batches):
-        for batch in loader.batch(i):
+    for i in range(math.ceil(loader.samples / loader.batch_size)):
+        for batch in loader.batch(i) or [without_weight(loader.micro_batch(range(1)))]:
             batch = batch.to(run.device)
-            with run.autocast():
-                # A loss is a sum times world / count. With `world` as the count it is the plain sum.
-                vtg = objective(batch, supervised=run.world, samples=run.world)["vtg"]
-            sums += torch.stack([vtg, batch.weights.sum()])
+            with autocast(run.device, run.bf16):
+                sums += objective.text_sum(batch)
     objective.train()
     total, tokens = run.sum(sums)
-    loss = total / tokens if tokens else math.nan
-    log.write(dict(step=step, val_loss=loss), f"step {step} | val_loss {loss:.4f}")
+    log.write(dict(step=step, val_loss=total / tokens), f"step {step} | val_loss {total / tokens:.4f}")
 
 
 # -------------------------------------------------------------------------------------------------------- 3 objectives
@@ -283,40 +282,39 @@ class Objective(nn.Module):
     micro batches and ranks add up to the plain mean. DDP averages over ranks, hence the factor `world`.
 
     To add a loss: give it a weight in the stage table and return its term from `views`, a vector whose sum counts: one
-    number a sample.
+    number per sample.
     """
     def __init__(self, model, tokenizer, stage, cfg, world):
         super().__init__()
-        self.model, self.tokenizer = model, tokenizer
-        self.stage, self.cfg, self.world = stage, cfg, world
+        self.model = model
+        self.tokenizer = tokenizer
+        self.stage = stage
+        self.cfg = cfg
+        self.world = world
         # What a loss needs and the model does not.
-        self.loss = nn.Module()
-        if "clip" in stage.losses:
-            self.loss.words = nn.EmbeddingBag(model.cfg.vocab, 64, mode="sum")
-            self.loss.image = nn.Linear(model.cfg.vit_width, 64)
-            self.loss.log_scale = nn.Parameter(torch.tensor(14.0).log())
+        self.extra = nn.Module()
+        if "image_text" in stage.losses:
+            self.extra.words = nn.EmbeddingBag(model.cfg.vocab, 64, mode="sum")
+            self.extra.image = nn.Linear(model.cfg.vit_width, 64)
+            self.extra.log_scale = nn.Parameter(torch.tensor(14.0).log())
         if "ccl" in stage.losses:
             side = model.cfg.patches_per_side
-            self.loss.register_buffer("feature_std", torch.ones(side, side, model.cfg.vit_width))
+            self.extra.register_buffer("feature_std", torch.ones(side, side, model.cfg.vit_width))
 
     def forward(self, batch, supervised, samples):
         """-> {"loss": the weighted sum, and each term} of one micro batch, as its share of the whole step, which holds
-        `supervised` tokens and `samples` samples. (A sample of stage 2 is a moment's ego clip with one of its exo views; the
+        `supervised` tokens and `samples` samples. (A sample of stage 2 is a moment's ego clip with one of its exo clips; the
         text of a moment is read once, and its tokens count once for each of its samples.)"""
-        if self.stage.loss_fn == "language":
-            terms = self.language(batch)
-        elif self.stage.loss_fn == "clip":
-            terms = self.clip(batch)
-        else:
-            terms = self.views(batch)
+        make_terms = {"views": self.views, "language": self.language, "image_text": self.image_text}
+        terms = make_terms[self.stage.terms](batch)
         # Every term needs a weight, every weight a term.
         weights = self.stage.losses
         for name in terms.keys() ^ weights.keys():
-            lacks = "weight in the stage table" if name in terms else f"term from {self.stage.loss_fn}()"
+            lacks = "weight in the stage table" if name in terms else f"term from {self.stage.terms}()"
             raise DataError(f"the loss {name!r} has no {lacks}: it needs both")
         for name, term in terms.items():
             if term.dim() != 1:
-                raise DataError(f"the loss {name!r} has shape {tuple(term.shape)}: one number a sample is needed")
+                raise DataError(f"the loss {name!r} has shape {tuple(term.shape)}: one number per sample is needed")
 
         # Text is averaged over tokens, everything else over samples.
         shares = {}
@@ -324,63 +322,44 @@ class Objective(nn.Module):
         for name, term in terms.items():
             count = max(supervised, 1) if name == "vtg" else samples
             shares[name] = term.sum() * (self.world / count)
-            loss = loss + self.stage.losses[name] * shares[name]
+            loss = loss + weights[name] * shares[name]
         return shares | {"loss": loss}
 
     def views(self, batch):
-        """Init and stages 1 and 3 show one view and have one loss; stage 2 shows both and has them all."""
-        model, losses = self.model, self.stage.losses
-        if batch.ego is None:
-            return {"vtg": self.vtg(model.encode_exo(batch.exo), batch)}
-        x = model.patch_features(model.ego_vit, batch.ego)                  # (E, T, h, w, D): E moments
-        if self.stage.view == "ego" or model.F is None:
-            return {"vtg": self.vtg(model.ego_tokens(x), batch)}
+        """The paper's losses. Init and stages 1 and 3 show one view and have the first of them; stage 2 shows both views:
 
-        # The demonstrator is frozen, so its features need no gradient. Its connector is frozen too, because it makes KL's
-        # target: if it moved, the target would. It also reads F(x) below, and there gradients pass through it to F.
-        with torch.no_grad():
-            y = model.patch_features(model.exo_vit, batch.exo)              # (X, T, h, w, D): their X exo views
-        # The learner reads [con_ego(x) ; con_exo(F(x))].
-        fx = model.F(x)
-        own = model.ego_connector(x)                                        # (E, 1521, 4096)
-        estimate = model.exo_connector(fx)                                  # (E, 1521, 4096)
-        visual = torch.cat([own, estimate], dim=1)
-        terms = {"vtg": self.vtg(visual, batch)}
-
-        # Each exo view shows the moment of one ego clip: they are compared pair by pair.
-        pair = batch.ego_of.to(x.device)
-        if "kl" in losses:
-            terms["kl"] = self.kl(y, fx[pair], estimate[pair])
-        if "ccl" in losses:
-            terms["ccl"] = self.cycle(x.detach(), y, pair)
-        if "contrastive" in losses:
-            terms["contrastive"] = self.contrastive(y, fx[pair], pair)
+            stage 2, part                   its weights     gradients pass through it
+            ego ViT, ego connector, F, G    trained         yes
+            exo connector, reading F(x)     frozen          yes, to F and the ego ViT behind it
+            exo ViT and connector of y      frozen          no: KL's target must not move
+            decoder                         frozen          yes, to all visual tokens
+        """
+        seen = self.model(batch.ego, batch.exo)
+        terms = {"vtg": self.vtg(seen.visual, batch)}
+        # Each exo clip shows the moment of one ego clip: they are compared pair by pair.
+        pair = batch.ego_of.to(seen.visual.device)
+        if "kl" in self.stage.losses:
+            terms["kl"] = self.kl(seen.y, seen.estimate[pair])
+        if "ccl" in self.stage.losses:
+            terms["ccl"] = self.cycle(seen.x.detach(), seen.y, pair)
+        if "contrastive" in self.stage.losses:
+            terms["contrastive"] = self.contrastive(seen.y, seen.fx[pair], pair)
         return terms
 
     def vtg(self, visual, batch) -> Tensor:
-        """Vision-grounded text generation: the next-token cross-entropy of each supervised token."""
-        if not batch.lens:
-            # All ranks must run the same blocks, also where no row has text.
-            batch = batch.with_stand_in_text(visual.shape[1])
-        # The clip that each text tells of.
-        shown = visual[batch.text_of.to(visual.device)]
-        logits, targets = self.model.text_logits(shown, batch.ids, batch.labels, batch.lens)
-        losses = F.cross_entropy(logits.float(), targets, reduction="none")
-        # The weight of each supervised token, in order: a narration of two exo views counts twice. (The first token of a
-        # batch is nobody's target.) A stand-in text has one loss and no weight: (1,) * (0,) is empty and adds nothing.
-        weights = batch.weights[1:]
-        weights = weights[weights > 0].to(logits.device)
-        return losses * weights
+        """Vision-grounded text generation (tokens,): the cross-entropy of each supervised token, as often as it counts."""
+        shown = visual[batch.text_of.to(visual.device)]                     # the clip that each text tells of
+        losses = self.model.text_losses(shown, batch.ids, batch.labels, batch.lens)
+        return losses * batch.weights.to(losses.device)
 
-    def kl(self, y: Tensor, fx: Tensor, estimate: Tensor) -> Tensor:
-        """KL(exo || F(ego)) of each pair (X,), between the connector's tokens, which the decoder reads (`estimate` is
-        con_exo(F(x))), or with --kl-space vit between the patches."""
-        if self.cfg.kl_space == "connector":
-            with torch.no_grad():
-                target = self.model.exo_connector(y)                        # (X, 1521, 4096)
-        else:
-            target, estimate = (rearrange(t, "b t h w d -> b (t h w) d") for t in (y, fx))
-        return feature_kl(target, estimate, self.cfg.kl_temperature)
+    def text_sum(self, batch) -> Tensor:
+        """For validation: the sum of the text losses of a micro batch, and how many tokens that is (2,)."""
+        seen = self.model(batch.ego, batch.exo if batch.ego is None else None)
+        return torch.stack([self.vtg(seen.visual, batch).sum(), batch.weights.sum()])
+
+    def kl(self, y: Tensor, estimate: Tensor) -> Tensor:
+        """KL(exo || F(ego)) of each pair (X,), between tokens as the decoder reads them: con_exo(y) and con_exo(F(x))."""
+        return feature_kl(self.model.exo_connector(y), estimate)            # both (X, 1521, 4096)
 
     def cycle(self, x, y, pair) -> Tensor:
         """CCL(F, G) of each pair (X,): |G(F(x)) - x| + |F(G(y)) - y|, in units of the demonstrator's spread.
@@ -388,30 +367,30 @@ class Objective(nn.Module):
         x (of E moments) and y are data here, as in CycleGAN: only F and G learn from it. So F runs again, on x without its
         gradient.
         """
-        F_, G = self.model.F, self.model.G
-        forward = self.distance(G(F_(x)), x)[pair]
+        F, G = self.model.F, self.model.G
+        forward = self.distance(G(F(x)), x)[pair]
         if self.cfg.forward_cycle_only:
             return forward
-        return forward + self.distance(F_(G(y)), y)
+        return forward + self.distance(F(G(y)), y)
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
-        """Mean absolute difference of each sample. Standardising subtracts one mean from both, so only the spread counts."""
-        return ((a - b) / self.loss.feature_std).abs().flatten(1).mean(1)
+        """Mean absolute difference of each sample, in units of the exo features' spread at each patch and channel."""
+        return ((a - b) / self.extra.feature_std).abs().flatten(1).mean(1)
 
     def contrastive(self, y: Tensor, fx: Tensor, pair: Tensor, tau: float = 0.07) -> Tensor:
         """InfoNCE (X,) of pooled F(x) against every y of the micro batch: it depends on what else is in there."""
-        a = F.normalize(fx.float().mean((1, 2, 3)), dim=-1)
-        b = F.normalize(y.float().mean((1, 2, 3)), dim=-1)
+        a = nnf.normalize(fx.float().mean((1, 2, 3)), dim=-1)
+        b = nnf.normalize(y.float().mean((1, 2, 3)), dim=-1)
         own = torch.arange(len(a), device=a.device)
-        # Another view of the same moment is no negative.
+        # Another camera's clip of the same moment is no negative.
         sibling = (pair[:, None] == pair).fill_diagonal_(False)
         logits = (a @ b.T / tau).masked_fill(sibling, -math.inf)
-        return F.cross_entropy(logits, own, reduction="none")
+        return nnf.cross_entropy(logits, own, reduction="none")
 
     @torch.no_grad()
-    def measure_feature_std(self, loader, samples=256):
+    def measure_features(self, loader, samples=256):
         """The cycle's constant, which the checkpoint stores: the spread of exo features per patch and channel."""
-        std = self.loss.feature_std
+        std = self.extra.feature_std
         samples = min(samples, loader.samples)
         # Sums, batch by batch: the features of 256 clips of 7b are 10 GB.
         n, total, squares = 0, 0, 0
@@ -435,47 +414,48 @@ class Objective(nn.Module):
         visual = mixture.to(embedding.device) @ embedding                   # (B, slots, W)
         return {"vtg": self.vtg(visual + 0.1 * torch.randn_like(visual), batch)}
 
-    def clip(self, batch):
-        """CLIP's InfoNCE of frames and narrations. Its text tower, a bag of words, is not kept."""
+    def image_text(self, batch):
+        """CLIP's InfoNCE of frames and narrations (B,). Its text tower, a bag of words, is not kept."""
         # Every second frame, its strongest patch in each channel.
         features = self.model.patch_features(self.model.exo_vit, batch.exo[:, ::2])         # (B, T/2, h, w, D)
-        image = self.loss.image(rearrange(features, "b t h w d -> (b t) (h w) d").amax(1))
+        image = self.extra.image(rearrange(features, "b t h w d -> (b t) (h w) d").amax(1))
 
         # Narrations as bags of words: all ids in a row, and where each narration starts.
         ids = [self.tokenizer.encode(text) for text in batch.texts]
         lengths = torch.tensor([len(own) for own in ids], device=image.device)
         starts = lengths.cumsum(0) - lengths
-        text = self.loss.words(torch.tensor(sum(ids, []), device=image.device), starts)
+        text = self.extra.words(torch.tensor(sum(ids, []), device=image.device), starts)
 
-        image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
-        logits = self.loss.log_scale.exp() * image @ text.T                                 # (B*T/2, B)
+        image, text = nnf.normalize(image, dim=-1), nnf.normalize(text, dim=-1)
+        logits = self.extra.log_scale.exp() * image @ text.T                                # (B*T/2, B)
         # Equal narrations are equally right.
         same = [[float(a == b) for b in batch.texts] for a in batch.texts]
         same = torch.tensor(same, device=image.device)                                      # (B, B)
         right = same.repeat_interleave(features.shape[1], 0)                                # (B*T/2, B)
-        text_to_image = logits.log_softmax(0) * right / right.sum(0, keepdim=True)
-        text_to_image = text_to_image.sum(0).mean()
-        image_to_text = logits.log_softmax(1) * right / right.sum(1, keepdim=True)
-        image_to_text = image_to_text.sum(1).mean()
-        # A mean over the batch, given as a sum over it: `forward` divides by the samples.
-        mean = -(text_to_image + image_to_text) / 2
-        return {"clip": (mean * len(text))[None]}
+        from_text = -(logits.log_softmax(0) * right / right.sum(0)).sum(0)                  # (B,)
+        from_image = -(logits.log_softmax(1) * right / right.sum(1, keepdim=True)).sum(1)
+        from_image = from_image.unflatten(0, (len(text), -1)).mean(1)                       # (B,) over a clip's frames
+        return {"image_text": (from_text + from_image) / 2}
 
 
 def scatter_words(texts, slots, vocab) -> Tensor:
-    """The weight of each word in each place of a video's tokens (B, slots, vocab): the words of a text (their ids), each
-    spread over few or many places, among fainter words of another text. The toy decoder learns to read this."""
+    """What a connector might give of clips that these texts (their ids) describe: the weight of each word at each of a
+    clip's visual tokens (B, slots, vocab). The toy's decoder learns to read this, so that it can read a connector later.
+
+    A word's weight is spread over the slots by a draw from a Dirichlet distribution. Its parameter, 0.03 to 10, differs
+    from word to word: a small one puts the word into one slot, a large one into all of them. Fainter words of another text
+    are the noise. All ranges are our choice, from trials.
+    """
     mixture = torch.zeros(len(texts), slots, vocab)
     others = texts[-1:] + texts[:-1]                            # the text before it in the batch
     for row, own, other in zip(mixture, texts, others):
-        strong = torch.empty(len(own)).uniform_(0.7, 1.3)
+        clear = torch.empty(len(own)).uniform_(0.7, 1.3)
         faint = torch.empty(len(other)).uniform_(0, 0.5)
-        weight = torch.cat([strong, faint])
-        # A small focus puts a word into one place, a large one into all of them.
-        focus = 10 ** torch.empty(len(weight), 1).uniform_(-1.5, 1)
-        spread = torch._standard_gamma(focus.expand(-1, slots)) + 1e-6                      # (words, slots)
-        total = spread.sum(1, keepdim=True)
-        spread = 0.35 * slots * weight[:, None] * spread / total
+        weight = torch.cat([clear, faint])
+        parameter = 10 ** torch.empty(len(weight), 1).uniform_(-1.5, 1)
+        spread = torch.distributions.Dirichlet(parameter.expand(-1, slots), validate_args=False).sample()   # (words, slots)
+        # 0.35 is a word's mean weight in a slot.
+        spread = 0.35 * slots * weight[:, None] * spread
         row.index_add_(1, torch.tensor(own + other), spread.T.contiguous())
     return mixture
 
@@ -488,16 +468,16 @@ def part_of(name):
     return name.removeprefix("model.").split(".")[0]
 
 
-def freeze(objective, stage, bf16):
+def freeze(objective, bf16):
     """Freeze every part that the stage does not train; returns what trains, by name.
 
-    Trained weights are float32. Frozen ones are kept in the dtype they are computed with, except in stage 0, where the
-    next row may train them.
+    Trained weights are float32. Frozen ones are kept in the dtype they are computed with, except where the run makes all
+    weights itself: then the next row of the stage table may train them.
     """
     trained = {}
     for name, p in objective.named_parameters():
-        p.requires_grad_(part_of(name) in stage.trains)
-        half = bf16 and not p.requires_grad and objective.cfg.stage > 0
+        p.requires_grad_(part_of(name) in objective.stage.trains)
+        half = bf16 and not p.requires_grad and not objective.cfg.from_nothing
         p.data = p.data.to(torch.bfloat16 if half else torch.float32)
         if p.requires_grad:
             trained[name] = p
@@ -513,6 +493,9 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
+                # A loss of one's own may leave a parameter out.
+                if p.grad is None:
+                    continue
                 state = self.state[p]
                 if "momentum" not in state:
                     state["momentum"] = torch.zeros_like(p)
@@ -538,14 +521,14 @@ def orthogonal(m: Tensor) -> Tensor:
     return x.T if m.shape[0] > m.shape[1] else x
 
 
-def make_optimizers(trained, rates, kind) -> list:
-    """Muon for the matrices inside the network, AdamW for the rest: both ends, norms, biases, depthwise filters. Kind
-    "adamw": AdamW for all. `rates` is the peak learning rate of each name."""
+def make_optimizers(trained, rates, cfg) -> list:
+    """Muon for the matrices inside the network, AdamW for the rest: both ends, norms, biases, depthwise filters. With
+    --optimizer adamw AdamW for all. `rates` is the peak learning rate of each name."""
     matrices, others = {}, {}                                   # rate -> parameters
     for name, p in trained.items():
-        is_end = any(word in name for word in ("embedding", "position", "head", "loss."))
+        is_end = any(word in name for word in ("embedding", "position", "head", "extra."))
         is_matrix = p.ndim >= 2 and p.shape[1] > 1
-        by_rate = matrices if kind == "muon" and is_matrix and not is_end else others
+        by_rate = matrices if cfg.optimizer == "muon" and is_matrix and not is_end else others
         by_rate.setdefault(rates[name], []).append(p)
 
     optimizers = []
@@ -554,7 +537,9 @@ def make_optimizers(trained, rates, kind) -> list:
         optimizers.append(Muon(groups, {}))
     if others:
         groups = [dict(params=params, lr=rate, peak_lr=rate) for rate, params in others.items()]
-        optimizers.append(torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0, fused=True))
+        # VideoLLaMA2's second beta at 7b; 0.95 at the toy's few steps, our choice.
+        betas = (0.9, 0.999) if cfg.preset == "7b" else (0.9, 0.95)
+        optimizers.append(torch.optim.AdamW(groups, betas=betas, weight_decay=0, fused=True))
     return optimizers
 
 
@@ -579,13 +564,12 @@ class Run:
     bf16: bool
     attention: str = ""                                         # which backend, and why
     steps: int = 0                                              # of all its stages
+    # What its checkpoints record of where it began.
     provenance: dict = field(default_factory=lambda: dict(base=None, base_hash=None, init=None))
+    start: Start | None = None
     inherited: set = field(default_factory=set)                 # tensors that its checkpoints hold, trained here or not
+    tokenizer: bytes = b""                                      # the file, as it was when the run began
     stop: float = 0.0                                           # when a signal asked it to stop
-
-    def autocast(self):
-        """The context of a forward pass: products in bfloat16 if asked for, norms and losses in float32."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def sum(self, tensor):
         """The sum of a tensor over all ranks, as numbers."""
@@ -599,92 +583,73 @@ class Run:
         return {name: total / self.world for name, total in zip(totals, sums)}
 
 
+class Start(NamedTuple):
+    """Which weights a stage starts from."""
+    source: Path                        # the checkpoint that it goes on from
+    base: Path                          # the one with the weights that no stage trains
+    added: dict                         # parts that the stage adds, which start fresh
+
+
+def starting_point(cfg) -> Start:
+    """Which weights a stage starts from: the first of each list that is given or there.
+
+        stage                   source                                          base
+        0 at 7b, the ego half   --base                                          source
+        1                       --init, --base, stage0 beside --out             source, if it holds all weights; else
+        2                       --init, stage1 beside --out                     --base, the one that source recorded,
+        3                       --init, stage2 beside --out (or a stage 3)      stage0 beside --out
+
+    DataError: there is none, it is not finished, or of another stage.
+    """
+    beside = Path(cfg.out).parent
+    if cfg.stage == 0:
+        source = finished_checkpoint(cfg.base, "--base", stages=(0,))
+    elif cfg.stage == 1:
+        flag = "--base" if cfg.base and not cfg.init else "--init"
+        source = finished_checkpoint(cfg.init or cfg.base or beside / "stage0", flag, stages=(0,))
+    else:
+        stages = (1,) if cfg.stage == 2 else (2, 3)             # instruction tuning may go on, with other data
+        source = finished_checkpoint(cfg.init or beside / f"stage{cfg.stage - 1}", "--init", stages)
+
+    recorded = read_state(source)["base"]
+    if recorded is None:
+        base = source
+    elif cfg.base:
+        base = finished_checkpoint(cfg.base, "--base", stages=(0,))
+    else:
+        there = newest_checkpoint(source.parent / recorded)
+        base = there or finished_checkpoint(beside / "stage0", "--base", stages=(0,))
+
+    added = {}
+    if cfg.stage == 2 and not cfg.no_mapping:
+        added = {"mapping": cfg.mapping}
+    if cfg.stage == 3 and not cfg.no_lora:
+        added = {"lora": True}
+    return Start(source, base, added)
+
+
 def initial_model(run):
     """The model at the start of the stage: the previous stage's, or published weights, plus the parts it adds."""
     cfg = run.cfg
-    torch.manual_seed(cfg.seed * 10 + cfg.stage)
-    if cfg.stage == 0:
+    seed_torch(cfg.seed, cfg.stage)
+    if cfg.from_nothing:
         model = Exo2Ego(PRESETS[cfg.preset])
-        return model, Tokenizer(toy_tokenizer(cfg.toy_folder, toy_world(cfg.toy_folder)))
-
-    source, base, added = starting_point(cfg)
-    model, state = load_checkpoint(source, base, cfg.vision, **added)
-    tokenizer = Tokenizer(cfg.tokenizer or source)
-    vocab = model.cfg.vocab
-    if tokenizer.size > vocab:
-        raise DataError(f"{tokenizer.path}: {tokenizer.size} pieces, the decoder {vocab}: pass its --tokenizer")
-    published = (base / "config.json").is_file()
-    sizes = replace(model.cfg, mapping="none", lora=False)
-    if not published and sizes != PRESETS[cfg.preset]:
-        raise DataError(f"{source} has other sizes than --preset {cfg.preset}: pass its own preset")
-
-    # What the checkpoints of this run record of where it began. They record the folder of the base's run, not its step:
-    # whoever loads them takes the newest.
-    recorded_base = base if published else base.parent
-    run.provenance |= dict(
-        init=fingerprint(source),
-        init_stage=state["stage"],
-        base_hash=fingerprint(base),
-        base=os.path.relpath(recorded_base, cfg.out),
-        vision=os.path.abspath(cfg.vision) if cfg.vision else state.get("vision"))
-    # What a checkpoint of this stage has to hold besides what it trains.
-    run.inherited = set(load_delta(source)) if state["base"] else set()
-    run.inherited |= {name for name in model.state_dict() if part_of(name) in ("F", "G")}
-    if cfg.preset == "7b" and cfg.stage == 1:
-        # Stage 1 sees exo clips only: 780 million parameters less in memory.
-        model.ego_vit = model.ego_connector = None
-    return model, tokenizer
-
-
-def starting_point(cfg):
-    """-> the checkpoint that a stage goes on from, the one with the weights that no stage trains (published ones, or stage
-    0's), and the parts that the stage adds."""
-    if cfg.stage == 1:
-        source = init_checkpoint(cfg.init, 0)
-        added = {}
-    elif cfg.stage == 2:
-        source = init_checkpoint(cfg.init, 1)
-        added = {} if cfg.no_mapping else {"mapping": cfg.mapping}
+        tokenizer = Tokenizer(toy_tokenizer(cfg.toy_folder, toy_world(cfg.toy_folder)))
     else:
-        # Instruction tuning may go on from instruction tuning, with other data.
-        source = init_checkpoint(cfg.init, 2, 3)
-        added = {} if cfg.no_lora else {"lora": True}
-    return source, base_folder(cfg), added
-
-
-def base_folder(cfg):
-    """The checkpoint with the untouched weights: --init if it holds them all, else --base if it is given, else the one
-    that --init recorded, else stage0 beside --out. None if it is not there; stage 0 has none."""
-    if cfg.stage == 0:
-        return None
-    base = newest_checkpoint(cfg.base)
-    given = Path(cfg.base) != Path(cfg.out).parent / "stage0"   # else it is what `parse` has filled in
-    if given and base is None:
-        raise DataError(f"--base {cfg.base}: there are no weights")
-    init = newest_checkpoint(cfg.init)
-    recorded = read_state(init)["base"] if init else None
-    # A checkpoint that builds on no other holds all weights: it is the base.
-    if init and recorded is None:
-        return init
-    if given or recorded is None:
-        return base
-    return newest_checkpoint(init.parent / recorded) or base
-
-
-def init_checkpoint(init, *stages: int):
-    """The last checkpoint of the finished run `init` of one of these stages; all else is refused."""
-    wanted = " or ".join(map(str, stages))
-    folder = newest_checkpoint(init)
-    if folder is None:
-        weights = "pass --base WEIGHTS, or " if stages[0] == 0 else ""
-        raise DataError(f"--init {init}: no checkpoint there; {weights}torchrun train.py "
-                        f"--stage {stages[0]} --out {init}")
-    state = read_state(folder)
-    step, steps = state["step"], state["steps"]
-    if state["stage"] not in stages or step < steps:
-        raise DataError(f"--init {init} is of stage {state['stage']} at step {step} of {steps}; "
-                        f"stage {stages[0] + 1} starts from a finished stage {wanted}")
-    return folder
+        run.start = starting_point(cfg)
+        source, base, added = run.start
+        model, state = load_checkpoint(source, base, cfg.vision, **added)
+        tokenizer = Tokenizer(cfg.tokenizer or source)
+        refuse_misfits(cfg, model, tokenizer, run.start)
+        record_start(run, model, state)
+        # A part that no clip of the stage passes through needs no memory: at 7b 780 million parameters.
+        idle = {0: "exo", 1: "ego"}.get(cfg.stage) if cfg.preset == "7b" else None
+        if idle:
+            setattr(model, f"{idle}_vit", None)
+            setattr(model, f"{idle}_connector", None)
+    run.tokenizer = Path(tokenizer.path).read_bytes()
+    run.provenance["tokenizer"] = hashlib.sha256(run.tokenizer).hexdigest()[:16]
+    return model, tokenizer
 
 
 def training_loader(run, stage, model, tokenizer) -> Loader:
@@ -696,11 +661,9 @@ def training_loader(run, stage, model, tokenizer) -> Loader:
     rows = read_manifests(manifests, cfg.root, cfg.allow_outside)
     if cfg.shuffle_pairs and stage.view == "pair":
         rows = shuffle_pairs(rows, cfg.seed)
-    run.provenance.setdefault("manifest", hash_with_skip_lists(manifests))
-    if (cfg.micro_batch or stage.batch // run.world) == 1 and stage.losses.keys() & {"clip", "contrastive"}:
-        raise DataError("InfoNCE compares the samples of a micro batch with one another: "
-                        "--micro-batch 2 or more")
-    return make_loader(run, stage, model, tokenizer, rows=rows, batch=stage.batch, micro=cfg.micro_batch)
+    run.provenance.setdefault("manifest", hash_of_manifests(manifests))
+    run.provenance.setdefault("skip_list", hash_of_manifests(skip_lists(manifests)))
+    return make_loader(run, stage, model, tokenizer, rows=rows, batch=stage.batch, micro=stage.micro)
 
 
 def make_loader(run, stage, model, tokenizer, **options) -> Loader:
@@ -711,7 +674,7 @@ def make_loader(run, stage, model, tokenizer, **options) -> Loader:
         cfg=model.cfg,
         tokenizer=tokenizer,
         view=stage.view,
-        text=stage.text,
+        supervise=stage.supervise,
         seed=run.cfg.seed,
         rank=run.rank,
         world=run.world,
@@ -721,63 +684,62 @@ def make_loader(run, stage, model, tokenizer, **options) -> Loader:
 
 # --------------------------------------------------------------------------------------------- 6 a run from end to end
 def stages_of(cfg) -> tuple[Stage, ...]:
-    """The rows of this run: the table's, changed by the flags. Stage 0 has four, every other stage one."""
+    """The rows of this run: the table's, changed by the flags. The toy's stage 0 has four, every other stage one."""
     table = PAPER if cfg.preset == "7b" else TOY
-    if cfg.stage not in table:
-        raise DataError("stage 0 is the micro-world's own: --preset 7b is of stages 1, 2 and 3")
     return tuple(changed_by_flags(stage, cfg) for stage in table[cfg.stage])
 
 
-def train(cfg, rank=0, world=1):
-    """Run a stage to its end, then score it."""
-    # The stages of this run: stage 0 has four, every other stage one.
+def train(cfg, rank=0, world=1, objective=Objective, change=None):
+    """Run a stage to its end, then score it. A fork's experiment may bring a class of its own for the losses, and a function
+    that changes the model before training."""
     stages = stages_of(cfg)
     bf16 = torch.cuda.is_available() if cfg.dtype is None else cfg.dtype == "bfloat16"
     run = Run(cfg, rank, world, pick_device(), bf16)
-    run.provenance["bf16"] = bf16
     model, tokenizer = initial_model(run)
+    if change:
+        change(model)
     dtype = torch.bfloat16 if bf16 else torch.float32
     run.attention = choose_attention(run.device, dtype, model.cfg, first_problem_of_any_rank)
 
     loaders = [training_loader(run, stage, model, tokenizer) for stage in stages]
-    stage_steps = [stage.steps or max(1, stage.epochs * loader.samples // stage.batch)
-                   for stage, loader in zip(stages, loaders)]
-    run.steps = sum(stage_steps)
+    lengths = [stage.steps or max(1, stage.epochs * loader.samples // stage.batch)
+               for stage, loader in zip(stages, loaders)]
+    run.steps = sum(lengths)
     # Where an earlier call of this command has come.
     folder = resume_checkpoint(run)
     state = read_state(folder) if folder else dict(step=0, skipped=0)
-    resumed_at = state["step"]
-    was_finished = resumed_at == run.steps
-    if was_finished and rank == 0:
-        print(f"{folder} is finished: nothing to train")
-    log_file = Path(cfg.out) / "log.jsonl"
-    log = Log(log_file if rank == 0 else None, resumed_at, state["skipped"])
+    done = state["step"]
+    log = Log(Path(cfg.out) / "log.jsonl" if rank == 0 else None, done, state["skipped"])
 
     # One stage after another, those that are not finished. The first of them goes on from the checkpoint.
-    before = 0
-    for stage, loader, steps in zip(stages, loaders, stage_steps):
-        if resumed_at < before + steps:
+    earlier = 0
+    for stage, loader, steps in zip(stages, loaders, lengths):
+        if done < earlier + steps:
+            # Each rank draws noise and dropout of its own. Parameters that a loss brings are rank 0's: DDP copies them.
+            seed_torch(cfg.seed, cfg.stage, earlier, rank)
+            losses = objective(model, tokenizer, stage, cfg, world).to(run.device)
             with stop_gracefully_on_signals(run):
-                run_stage(run, model, tokenizer, stage, loader, before, steps, folder, log)
+                run_stage(run, stage, loader, losses, earlier, steps, folder, log)
             folder = None
-        before += steps
-
-    result = Path(cfg.out) / ("eval.json" if cfg.toy_folder else "samples.png")
-    already_shown = was_finished and result.is_file()
-    if rank == 0 and not cfg.no_eval and not already_shown:
-        if cfg.fsdp or was_finished:
-            # Read the result: with FSDP this process holds a share of it, and a finished run has trained nothing.
-            model, _ = load_checkpoint(cfg.out, base_folder(cfg), cfg.vision)
-        show_result(run, model.to(run.device), tokenizer, loaders[-1].rows)
+        earlier += steps
+    if rank == 0 and not cfg.no_eval:
+        show_result(run, model, tokenizer, loaders[-1].rows, was_finished=done == run.steps)
 
 
-def show_result(run, model, tokenizer, rows):
+def show_result(run, model, tokenizer, rows, was_finished):
     """The micro-world has a benchmark for every stage; of one's own data a few samples are shown."""
     cfg = run.cfg
-    with run.autocast():
+    result = Path(cfg.out) / ("eval.json" if cfg.toy_folder else "samples.png")
+    if was_finished and result.is_file():
+        return
+    if cfg.fsdp or was_finished:
+        # Read the result: with FSDP this process holds a share of it, and a finished run has trained nothing.
+        model, _ = load_checkpoint(cfg.out, run.start and run.start.base, cfg.vision)
+    model.to(run.device)
+    with autocast(run.device, run.bf16):
         if cfg.toy_folder:
-            init = cfg.init if cfg.stage > 0 else None
-            toy_benchmark(model, tokenizer, cfg.toy_folder, cfg.stage, cfg.out, init, base_folder(cfg))
+            base = run.start and run.start.base
+            toy_benchmark(model, tokenizer, cfg.toy_folder, cfg.stage, cfg.out, cfg.init, base)
         else:
             show_own_samples(model, tokenizer, rows, cfg.stage, cfg.out)
 
@@ -788,32 +750,33 @@ def show_result(run, model, tokenizer, rows):
 # ------------------------------------------------------------------------------------------------------------- A flags
 @dataclass(frozen=True)
 class TrainConfig:
-    """Every flag. Where the default is None, the stage table's row decides, or what stands in the comment's brackets."""
+    """Every flag. Where the default is None, what the comment has in brackets counts, or else the stage table's row."""
     stage: Literal[0, 1, 2, 3]                      # 0 Init | 1 demonstrator | 2 guidance | 3 self-practice
     preset: Literal["toy", "small", "7b"] = "toy"   # all sizes; 7b is the paper's
     data: list[str] = field(default_factory=lambda: ["out/toy"])    # manifests (.jsonl), or the micro-world's folder
     root: str | None = None                         # where the paths of the manifests start (each one's folder)
-    base: str | None = None                         # untouched weights, a folder (stage0 beside --out)
+    base: str | None = None                         # untouched weights, a folder (what --init builds on, or stage0 beside --out)
     vision: str | None = None                       # a CLIP directory, where --base has no vision tower
     tokenizer: str | None = None                    # a tokenizer.model (the one beside the weights)
-    init: str | None = None                         # checkpoint to start from (stage 1: --base; stage{N-1} beside --out)
+    init: str | None = None                         # run to go on from (stage{N-1} beside --out; stage 1: --base)
     out: str | None = None                          # run folder (out/stage{N})
-    steps: int | None = None                        # optimiser steps; in stage 0 of each of its four rows
+    steps: int | None = None                        # optimiser steps; in the toy's stage 0 of each of its four rows
     epochs: int | None = None                       # instead of steps
-    batch: int | None = None                        # samples a step over all ranks
-    micro_batch: int | None = None                  # samples a forward of one rank (batch / ranks)
+    batch: int | None = None                        # samples per step over all ranks
+    micro_batch: int | None = None                  # samples per forward of one rank (batch / ranks; at 7b 1 or 2)
     lr: float | None = None                         # peak rate of the fastest part; the others keep their ratio
     seed: int = 0                                   # of new weights and of the order of samples
     dtype: Literal["bfloat16", "float32"] | None = None     # compute (bfloat16 on CUDA, else float32)
     optimizer: Literal["muon", "adamw"] | None = None       # of matrices (muon; adamw for 7b)
-    save_every: int | None = None                   # steps; the last step is always saved
+    save_every: int | None = None                   # steps between saves (a tenth of the run, or ten minutes)
     keep: int = 2                                   # checkpoints kept
     val_data: str | None = None                     # a manifest for the validation loss (the micro-world has its own)
     val_every: int | None = None                    # steps between validation losses (at the end, with --val-data)
-    workers: int = 1                                # loader processes a rank
+    workers: int | None = None                      # loader processes per rank (by cores and ranks, at most 8)
     fsdp: bool = False                              # FSDP2 instead of DDP: a rank holds its share of it all
-    checkpoint_activations: bool = False            # backward computes whole blocks again: less memory, more work
-    compile: bool = False                           # torch.compile of the blocks: a slow start, less memory
+    recompute: Literal["none", "cheap", "blocks"] | None = None     # in backward, to save memory (none; cheap for 7b, not compiled)
+    compile: bool = False                           # torch.compile of the blocks: a slow start, faster steps (on for 7b on CUDA)
+    no_compile: bool = False                        # not even for 7b on CUDA
     timeout: int = 600                              # seconds until a silent rank ends the run
     max_bad: float = 0.01                           # share of samples that may be unreadable
     allow_outside: bool = False                     # manifest paths may leave their root
@@ -822,46 +785,77 @@ class TrainConfig:
     no_kl: bool = False                             # the paper's ablation: no KL(exo || F(ego))
     no_cycle: bool = False                          # the paper's ablation: no cycle consistency; G is not trained
     forward_cycle_only: bool = False                # the paper's ablation: |G(F(x)) - x| alone
-    no_mapping: bool = False                        # the paper's ablation: the LLM reads x alone, neither F nor G
-    mapping: Literal["resnet", "mlp"] = "resnet"    # of which blocks F and G are; mlp is an ablation
+    no_mapping: bool = False                        # our control: the LLM reads x alone, neither F nor G
+    mapping: Literal["resnet", "mlp"] = "resnet"    # of which blocks F and G are; mlp is the paper's ablation
     no_lora: bool = False                           # the paper's ablation: stage 3 without LoRA
     contrastive: float | None = None                # weight of InfoNCE between F(x) and y (0)
     shuffle_pairs: bool = False                     # our control: wrong exo partners
-    kl_space: Literal["connector", "vit"] = "connector"     # where exo and F(ego) are compared
     kl_weight: float | None = None                  # instead of the stage table's
     ccl_weight: float | None = None                 # instead of the stage table's
-    kl_temperature: float = 1.0                     # of the softmax over channels
 
     @property
     def toy_folder(self):
         """The folder of the micro-world, or None where manifests are given."""
         return None if self.data[0].endswith(".jsonl") else self.data[0]
 
+    @property
+    def from_nothing(self):
+        """Whether this run makes all weights itself: stage 0 of the micro-world."""
+        return self.stage == 0 and self.preset != "7b"
 
-# Flags that may differ when a run resumes. Most do not change what it computes. Two can: more steps stretch the schedule,
-# and where the negatives of a loss are the micro batch (--contrastive, stage 0's clip), another micro_batch has others.
-# base and init are known by their hashes.
-MAY_CHANGE = {"out", "save_every", "keep", "val_data", "val_every", "workers", "timeout", "micro_batch", "no_eval", "max_bad",
-              "fsdp", "checkpoint_activations", "base", "init", "steps"}
+
+# Flags that may differ when a run resumes: they change nothing of what it computes, or only how fast. Places (data, base,
+# tokenizer, ...) are known by what they hold. More steps stretch the schedule, another rate or dtype is said. Where the
+# negatives of a loss are the micro batch (InfoNCE), another micro_batch has other negatives.
+MAY_CHANGE = {"data", "root", "base", "vision", "tokenizer", "init", "out", "steps", "epochs", "lr", "dtype", "micro_batch", "save_every",
+              "keep", "val_data", "val_every", "workers", "fsdp", "recompute", "compile", "no_compile", "timeout", "max_bad",
+              "allow_outside", "no_eval"}
+# Flags whose effect is in the stage's row, which a checkpoint records.
+IN_THE_ROW = {"batch", "no_kl", "no_cycle", "no_mapping", "no_lora", "contrastive", "kl_weight", "ccl_weight"}
 MAY_BE_ZERO = {"stage", "seed", "workers", "max_bad", "contrastive", "kl_weight", "ccl_weight"}
 STAGE_2_ONLY = {"no_kl", "no_cycle", "forward_cycle_only", "no_mapping", "mapping", "contrastive", "shuffle_pairs",
-                "kl_space", "kl_weight", "ccl_weight", "kl_temperature"}
+                "kl_weight", "ccl_weight"}
 
 # What an ablation takes away leaves these flags without effect.
 CLASHES = {
-    "no_kl": ("kl_weight", "kl_space", "kl_temperature"),
+    "no_kl": ("kl_weight",),
     "no_cycle": ("ccl_weight", "forward_cycle_only"),
-    "no_mapping": ("kl_weight", "kl_space", "kl_temperature", "ccl_weight",
-                   "forward_cycle_only", "contrastive")}
+    "no_mapping": ("kl_weight", "ccl_weight", "forward_cycle_only", "contrastive", "mapping", "shuffle_pairs"),
+    "steps": ("epochs",),
+    "no_compile": ("compile",)}
 
 
 def parse(argv: list[str] | None = None) -> TrainConfig:
-    """The command line: one flag a field. Unknown, abbreviated and misspelt flags are refused by name."""
+    """The command line: one flag per field. Unknown, abbreviated and misspelt flags are refused by name."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser, TrainConfig, [f.name for f in fields(TrainConfig) if f.name != "data"])
     parser.add_argument("--data", nargs="+", default=["out/toy"], help="manifests (.jsonl), or the micro-world's folder")
+    if "--checkpoint-activations" in (argv or sys.argv):
+        parser.error("--checkpoint-activations is now --recompute blocks")
     cfg = TrainConfig(**vars(parser.parse_args(argv)))
+    refuse_idle_flags(parser, cfg)
+    refuse_wrong_files(parser, cfg)
+
+    # What is not given follows from the stage, the preset and the machine. Where the stage starts is `starting_point`'s.
+    for_7b = cfg.preset == "7b"
+    compiles = cfg.compile or for_7b and torch.cuda.is_available() and not cfg.no_compile
+    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    workers = max(1, min(8, usable_cores() // neighbours - 1))
+    cfg = replace(
+        cfg,
+        out=str(Path(cfg.out or f"out/stage{cfg.stage}").expanduser()),
+        optimizer=cfg.optimizer or ("adamw" if for_7b else "muon"),
+        compile=compiles,
+        recompute=cfg.recompute or ("cheap" if for_7b and not compiles else "none"),
+        workers=workers if cfg.workers is None else cfg.workers)
+    if cfg.fsdp and (cfg.optimizer == "muon" or cfg.from_nothing):
+        parser.error("--fsdp needs --optimizer adamw (Muon wants whole matrices), and not the micro-world's stage 0")
+    return cfg
+
+
+def refuse_idle_flags(parser, cfg):
+    """Numbers that are none, and flags that would do nothing in this run."""
     for name, value in vars(cfg).items():
         flag = "--" + name.replace("_", "-")
         if type(value) in (int, float):
@@ -870,19 +864,34 @@ def parse(argv: list[str] | None = None) -> TrainConfig:
                 parser.error(f"{flag} {value}: a number {'of 0 or more' if may_be_zero else 'above 0'} is needed")
         if name in STAGE_2_ONLY and cfg.stage != 2 and value != getattr(TrainConfig, name):
             parser.error(f"{flag} is of stage 2, whose F and G stage 3 goes on with")
+    for reason, idle in CLASHES.items():
+        for name in idle:
+            if getattr(cfg, reason) and getattr(cfg, name) != getattr(TrainConfig, name):
+                parser.error(f"--{name} does nothing with --{reason}: give one of them".replace("_", "-"))
     if cfg.no_lora and cfg.stage != 3:
         parser.error("--no-lora is of stage 3: no other stage trains a LoRA")
-    if cfg.stage == 0 and cfg.toy_folder is None:
-        parser.error("stage 0 is the micro-world's own: your own data starts at stage 1, from its weights or from --base")
+    if cfg.from_nothing and cfg.toy_folder is None:
+        parser.error("stage 0 of this preset is the micro-world's own: your own data starts at stage 1, from its weights or "
+                     "from --base")
+    if cfg.stage == 0 and cfg.preset == "7b" and not cfg.base:
+        parser.error("stage 0 at 7b trains the ego half of published weights: pass --base, a folder with VideoLLaMA2's")
+    if cfg.stage == 0 and cfg.init:
+        parser.error("--init is of stages 1 to 3: stage 0 starts from --base, or from nothing")
     validates = cfg.val_every or cfg.val_data
-    if validates and (cfg.stage == 0 or not (cfg.val_data or cfg.toy_folder)):
+    if validates and (cfg.from_nothing or not (cfg.val_data or cfg.toy_folder)):
         parser.error("a validation loss needs stage 1, 2 or 3, and --val-data x.jsonl or the micro-world")
-    if cfg.steps and cfg.epochs:
-        parser.error("--steps and --epochs both say how long: give one of them")
-    for ablation, idle in CLASHES.items():
-        for name in idle:
-            if getattr(cfg, ablation) and getattr(cfg, name) != getattr(TrainConfig, name):
-                parser.error(f"--{name} does nothing with --{ablation}: give one of them".replace("_", "-"))
+    # How a step is divided is known before anything is trained.
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    for stage in stages_of(cfg):
+        micro = stage.micro or max(1, stage.batch // world)
+        if stage.batch % (micro * world):
+            parser.error(f"--batch {stage.batch} is no multiple of {micro} (--micro-batch) x {world} ranks")
+        if micro == 1 and stage.losses.keys() & {"image_text", "contrastive"}:
+            parser.error("InfoNCE compares the samples of a micro batch with one another: --micro-batch 2 or more")
+
+
+def refuse_wrong_files(parser, cfg):
+    """Manifests that are no files, and worlds that are no folders."""
     if cfg.val_data and not cfg.val_data.endswith(".jsonl"):
         parser.error(f"--val-data {cfg.val_data}: a manifest is a file that ends in .jsonl")
     manifests = [*cfg.data, cfg.val_data] if cfg.val_data else cfg.data
@@ -893,24 +902,12 @@ def parse(argv: list[str] | None = None) -> TrainConfig:
         if not is_manifest and (len(cfg.data) > 1 or Path(path).is_file()):
             parser.error(f"--data {path}: a manifest is a file that ends in .jsonl, a micro-world one folder")
 
-    # What is not given lies beside --out. Stage 1 starts from the base, every later stage from the one before it.
-    out = Path(cfg.out or f"out/stage{cfg.stage}")
-    base = cfg.base or str(out.parent / "stage0")
-    init = cfg.init or (base if cfg.stage < 2 else str(out.parent / f"stage{cfg.stage - 1}"))
-    optimizer = cfg.optimizer or ("adamw" if cfg.preset == "7b" else "muon")
-    if cfg.fsdp and (optimizer == "muon" or cfg.stage == 0):
-        parser.error("--fsdp needs --optimizer adamw (Muon wants whole matrices) and stage 1, 2 or 3")
-    return replace(
-        cfg,
-        out=str(out),
-        base=base,
-        init=init,
-        optimizer=optimizer)
-
 
 def changed_by_flags(stage, cfg) -> Stage:
+    """A row of the stage table as the flags of a run change it."""
     losses = dict(stage.losses)
     trains = dict(stage.trains)
+    view = stage.view
     if cfg.stage == 2:
         given = dict(kl=cfg.kl_weight, ccl=cfg.ccl_weight, contrastive=cfg.contrastive)
         losses |= {name: weight for name, weight in given.items() if weight is not None}
@@ -918,7 +915,9 @@ def changed_by_flags(stage, cfg) -> Stage:
     # The ablations take away parts and losses.
     gone = set()
     if cfg.no_mapping:
-        gone |= {"F", "G", *losses} - {"vtg"}                   # every other loss compares what F or G has mapped
+        # Without F and G nothing is compared with an exo clip: the losses that do so go, and the clips, too.
+        gone |= {"F", "G", *losses} - {"vtg"}
+        view = "ego"
     if cfg.no_cycle:
         gone |= {"G", "ccl"}
     if cfg.no_kl:
@@ -931,25 +930,30 @@ def changed_by_flags(stage, cfg) -> Stage:
     # --lr is the fastest part's rate; the other parts keep their ratio to it.
     factor = cfg.lr / max(trains.values()) if cfg.lr else 1
     trains = {part: rate * factor for part, rate in trains.items()}
+    # InfoNCE has no negatives in a micro batch of one.
+    micro = max(stage.micro, 2) if stage.micro and "contrastive" in losses else stage.micro
     return replace(
         stage,
         trains=trains,
+        view=view,
         losses=losses,
         batch=cfg.batch or stage.batch,
+        micro=cfg.micro_batch or micro,
         epochs=cfg.epochs or stage.epochs,
         steps=0 if cfg.epochs else cfg.steps or stage.steps)
 
 
 # --------------------------------------------------------------------------------------------------- B ranks, wrapping
 def start_process():
-    """Rank and world size, as torchrun tells. The process takes its share of the cores."""
+    """Rank and world size, as torchrun tells. The process takes its share of the cores that it may use."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
+    # torchrun sets OMP_NUM_THREADS to 1 where several ranks share a machine; what a user sets counts.
     if "OMP_NUM_THREADS" not in os.environ:
         neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(max(1, os.cpu_count() // neighbours))
+        torch.set_num_threads(max(1, usable_cores() // neighbours))
     return rank, world
 
 
@@ -968,37 +972,48 @@ def join_ranks(backend, seconds):
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
 
 
+def gather(value) -> list:
+    """This value of every rank, by rank."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def first_problem_of_any_rank(check):
     """Call a check first on local rank 0, which fills the cache of compiled kernels, then on the others."""
     if not dist.is_initialized():
         return check()
     # One process of each machine compiles, then the others find the result.
-    problems = [None] * dist.get_world_size()
     goes_first = os.environ.get("LOCAL_RANK", "0") == "0"
     own = check() if goes_first else None
     dist.barrier()
     if not goes_first:
         own = check()
-    dist.all_gather_object(problems, own)
-    return next(filter(None, problems), None)
+    return next(filter(None, gather(own)), None)
 
 
 @contextlib.contextmanager
 def stop_gracefully_on_signals(run):
-    """SIGTERM or Ctrl-C: the step under way ends, at most one more is taken, then the run saves and exits.
+    """SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C: the step under way ends, then all ranks save and exit. Under nohup, which ignores
+    SIGHUP, the run goes on.
 
     A second signal, more than a second later (launchers pass theirs on at once), ends it on the spot. torchrun kills
-    30 s after its own SIGTERM: where two steps and a save take longer, rely on --save-every.
+    30 s after its own SIGTERM; it passes SIGUSR1 on only if TORCHELASTIC_SIGNALS_TO_HANDLE names it.
     """
     def asked(number, _):
         if run.stop and time.monotonic() - run.stop > 1:
             os._exit(128 + number)
         run.stop = run.stop or time.monotonic()
-    before = {number: signal.signal(number, asked) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    former = {number: signal.signal(number, asked) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in former.items():
             signal.signal(number, handler)
 
 
@@ -1010,8 +1025,8 @@ def tune_malloc():
         libc.mallopt(-1, -1)                                    # M_TRIM_THRESHOLD: the heap never shrinks
 
 
-# Operators whose results are stored during a block's forward: products and fused attention. Backward computes the rest
-# of the block (norms, activations, gates) again, which costs little.
+# Operators whose results --recompute cheap stores during a block's forward: products and fused attention. Backward
+# computes the rest of the block (norms, activations, gates) again.
 KEPT_FOR_BACKWARD = [
     torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.convolution.default,
     torch.ops.exo2ego.flash_attention.default,
@@ -1022,41 +1037,41 @@ KEPT_FOR_BACKWARD = [
 
 
 def wrap(run, objective) -> nn.Module:
-    """The objective as the ranks share it: its blocks compiled or checkpointed, then DDP, or FSDP2 by block."""
+    """The objective as the ranks share it: its blocks compiled, computed again in backward as --recompute says, then DDP, or
+    FSDP2 by block."""
     cfg = run.cfg
     blocks = [module for module in objective.modules() if isinstance(module, BLOCKS)]
     keep_products = partial(create_selective_checkpoint_contexts, KEPT_FOR_BACKWARD)
-    if cfg.compile:
-        # All blocks of a class share their compiled code: one version for each width, frozen or trained.
-        torch._dynamo.config.recompile_limit = 64
     for block in blocks:
-        # Undo what an earlier row of stage 0 has set.
-        block.__dict__.pop("forward", None)
+        # The rows of stage 0 share the model: undo what an earlier row has set.
+        vars(block).pop("forward", None)
         if cfg.compile:
-            block.forward = compiled(block)
-        # The one policy of memory: keep products, or with --checkpoint-activations the block's input alone. A compiler
-        # decides by itself.
-        if cfg.checkpoint_activations:
+            # The decoder's batches have another number of tokens at every step: one compiled form for all of them.
+            block.forward = compiled(block, dynamic=block in set(objective.model.decoder.blocks))
+        if cfg.recompute == "blocks":
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        elif not cfg.compile:
+        if cfg.recompute == "cheap":
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=keep_products)
 
     if cfg.fsdp:
         for module in [*blocks, objective]:
             fully_shard(module)
+        register_fsdp_forward_method(objective, "text_sum")
         return objective
     if run.world > 1:
         return DistributedDataParallel(objective, forward_sync_buffers=False, gradient_as_bucket_view=True)
     return objective
 
 
-def compiled(block: nn.Module):
+def compiled(block: nn.Module, dynamic):
     """torch.compile of a block where gradients pass; scoring has other shapes and runs as it is. Attention is left out:
     its kernels are fused already, and the lengths in `seg` differ in every batch."""
+    # All blocks of a class share their compiled code: one version for each width, frozen or trained.
+    torch._dynamo.config.recompile_limit = 64
     if hasattr(block, "attention"):
         block.attention = torch.compiler.disable(type(block).attention)
     plain = block.forward
-    fast = torch.compile(block.forward, dynamic=getattr(block, "tokens_vary", False))
+    fast = torch.compile(block.forward, dynamic=dynamic)
 
     def forward(*args):
         return fast(*args) if torch.is_grad_enabled() else plain(*args)
@@ -1064,7 +1079,7 @@ def compiled(block: nn.Module):
 
 
 def sync_gradients(wrapped, run, now):
-    """Whether the next backward exchanges gradients with the other ranks. To be said before its forward."""
+    """Whether the next backward exchanges gradients with the other ranks. Call it before the forward."""
     if run.cfg.fsdp:
         wrapped.set_requires_gradient_sync(now)
     elif run.world > 1:
@@ -1077,8 +1092,108 @@ def gather_full_tensor(tensor) -> Tensor:
 
 
 # -------------------------------------------------------------------------------------------------- C saving, resuming
+class Keeper:
+    """Keeps what was trained, however a run ends. It saves after a tenth of the run or ten minutes (or every --save-every
+    steps), and once more when the run ends early:
+
+        all ranks leave together, between two steps         the last whole step is saved
+        one process alone fails                             the same, unless it fails within an update
+        one of several ranks fails                          nothing: the others wait for it, and what was saved last counts
+
+    A step is whole when its row is in the log; the random state that is saved is that of the next step's beginning.
+    """
+    def __init__(self, run, objective, optimizers, trained, log, step):
+        self.run = run
+        self.objective = objective
+        self.optimizers = optimizers
+        self.trained = trained
+        self.log = log
+        self.step = self.saved = step                           # the last whole step, and the last that was saved
+        self.saved_at = time.monotonic()
+        self.updating = False
+        self.remember()
+
+    def remember(self):
+        """What a checkpoint of the step that is whole now must hold besides weights."""
+        self.random = random_state(self.run.device)
+        self.skipped = self.log.skipped
+
+    def is_due(self, step):
+        """Whether to save after this step."""
+        every = self.run.cfg.save_every
+        if every:
+            return step % every == 0
+        return step % math.ceil(self.run.steps / 10) == 0 or time.monotonic() - self.saved_at > 600
+
+    def begin_update(self):
+        self.updating = True
+
+    def end_update(self, step):
+        self.updating = False
+        self.step = step
+        self.remember()
+
+    def save(self):
+        """Save the last whole step, if there is one that is not saved."""
+        if self.step > self.saved:
+            set_random_state(self.random, self.run.device)
+            save_checkpoint(self.run, self.objective, self.optimizers, self.step, self.trained, self.skipped)
+            self.saved = self.step
+        self.saved_at = time.monotonic()
+
+    def leave_if(self, reason):
+        """End the run with this error, if it is one. All ranks must call it alike."""
+        if reason is not None:
+            self.save()
+            raise reason
+
+    def reason_to_leave(self, counts, micro_batches, seen):
+        """What ends the run between two steps, on all ranks: clips that nobody can read, too many of them, a signal. None: it
+        goes on. `seen` samples have been drawn since the stage began."""
+        if counts.broken:
+            own = isinstance(micro_batches, Exception)
+            return micro_batches if own else DataError("another rank found nothing to read: it says what")
+        self.log.name_skipped(micro_batches, int(counts.skipped))
+        failed = self.log.skipped
+        tried = seen + failed
+        most = self.run.cfg.max_bad
+        # Of a short run a few may be bad.
+        if failed > most * max(tried, 500):
+            return DataError(f"{failed} of {tried} tries to read a sample failed, more than --max-bad {most}; the lines above "
+                             f"name them. python data.py check lists all of them, and the same command then goes on "
+                             f"without them")
+        if counts.stop and self.step == 0:
+            return SystemExit("stopped before the first step was done: there is nothing to save")
+        if counts.stop:
+            return SystemExit(f"stopped at step {self.step}, saved: the same command goes on")
+        return None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if kind is None or self.updating or self.run.world > 1:
+            return
+        try:
+            self.save()
+        except Exception as problem:
+            # The first error is the one to be told.
+            print(f"step {self.step} could not be saved: {problem}", file=sys.stderr)
+
+
+def not_a_number(losses, norm, step, micro_batches):
+    """The error that ends the run before an update spoils the weights, or None; the terms, and this rank's samples of the
+    step, may show why."""
+    if math.isfinite(losses["loss"] + norm):
+        return None
+    terms = ", ".join(f"{name} {value:g}" for name, value in losses.items())
+    names = [batch.names for batch in micro_batches]
+    return DataError(f"step {step}: {terms}, gradient norm {norm:g}; what was trained before it is saved. The same command "
+                     f"with a lower --lr, or with --dtype float32, goes on from there; the samples were {names}")
+
+
 def save_checkpoint(run, objective, optimizers, step, trained, skipped):
-    """What differs from the base (in stage 0 everything), and what resuming exactly needs, in step_000200/.
+    """What differs from the base (where there is none everything), and what resuming exactly needs, in step_000200/.
 
     It is written under a temporary name, synced, and renamed: a killed save never looks finished.
     """
@@ -1091,13 +1206,7 @@ def save_checkpoint(run, objective, optimizers, step, trained, skipped):
     # With DDP all ranks hold the same. With FSDP each has a share, and all must help to gather it.
     if run.rank and not cfg.fsdp:
         return
-    # Of the model what this stage or an earlier one trained, and what a loss needs.
-    kept = run.inherited | {name.removeprefix("model.") for name in trained}
-    tensors = {}
-    for name, tensor in objective.state_dict().items():
-        name = name.removeprefix("model.")
-        if cfg.stage == 0 or name.startswith("loss.") or name in kept:
-            tensors[name] = gather_full_tensor(tensor).contiguous().cpu()
+    tensors = checkpoint_tensors(run, objective, trained)
     resume = optimizer_state(optimizers)
     if run.rank:
         return
@@ -1108,13 +1217,13 @@ def save_checkpoint(run, objective, optimizers, step, trained, skipped):
     unfinished = folder.with_name(f"part_{folder.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    save_file(tensors, unfinished / "model.safetensors")
-    save_file(resume, unfinished / "optim.safetensors")
-    shutil.copyfile(objective.tokenizer.path, unfinished / "tokenizer.model")
-    state = run.provenance | signature(unfinished) | dict(
+    made = save_files(unfinished, {"model.safetensors": tensors, "optim.safetensors": resume})
+    (unfinished / "tokenizer.model").write_bytes(run.tokenizer)
+    state = run.provenance | made | dict(
         stage=cfg.stage,
         step=step,
         steps=run.steps,
+        bf16=run.bf16,
         model=asdict(objective.model.cfg),
         config=asdict(cfg),
         recipe=recipe_of(cfg),
@@ -1127,12 +1236,31 @@ def save_checkpoint(run, objective, optimizers, step, trained, skipped):
             os.fsync(opened.fileno())
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(unfinished, folder)
-    for old in sorted(folder.parent.glob("step_[0-9]*"))[:-cfg.keep]:
-        shutil.rmtree(old)
+    for old in checkpoints(folder.parent)[:-cfg.keep]:
+        try:
+            shutil.rmtree(old)
+        except OSError as error:
+            print(f"{old} is not needed any more and cannot be removed: {error}", flush=True)
+
+
+def checkpoint_tensors(run, objective, trained):
+    """What this stage or an earlier one trained, and what a loss needs, by name, on the CPU. Every FSDP rank must call it."""
+    kept = run.inherited | {name.removeprefix("model.") for name in trained}
+    tensors = {}
+    for name, tensor in objective.state_dict().items():
+        name = name.removeprefix("model.")
+        if run.cfg.from_nothing or name.startswith("extra.") or name in kept:
+            tensors[name] = gather_full_tensor(tensor).contiguous().cpu()
+    # Parts that are not in memory (at 7b stage 1 has no ego encoder) pass from file to file.
+    absent = run.inherited - tensors.keys()
+    if absent and run.rank == 0:
+        carried = load_delta(run.start.source)
+        tensors |= {name: carried[name] for name in absent}
+    return tensors
 
 
 def optimizer_state(optimizers):
-    """The optimisers' moments by name: number of the optimiser, of the parameter, key. Every rank must call it."""
+    """The optimisers' moments by name: number of the optimiser, of the parameter, key. Every FSDP rank must call it."""
     tensors = {}
     for i, optimizer in enumerate(optimizers):
         for j, values in optimizer.state_dict()["state"].items():
@@ -1176,75 +1304,194 @@ def set_random_state(state, device):
         torch.cuda.set_rng_state(state[size:], device)
 
 
+def seed_torch(*place: int):
+    """Seed torch by a place in the run: (seed, stage) for new weights, (seed, stage, earlier steps, rank) for noise."""
+    torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
+
+
 def recipe_of(cfg):
     """What a run computes, by name: the flags that matter, and the rows of the stage table as the flags changed them."""
-    recipe = {flag: value for flag, value in asdict(cfg).items() if flag not in MAY_CHANGE}
+    recipe = {flag: value for flag, value in asdict(cfg).items() if flag not in MAY_CHANGE | IN_THE_ROW}
     for stage in stages_of(cfg):
         row = asdict(stage)
-        del row["steps"]                                        # which may grow
+        # Steps may grow, and a micro batch changes nothing.
+        del row["steps"], row["epochs"], row["micro"]
         recipe |= {f"{stage.name}: {key}": value for key, value in row.items()}
-    return json.loads(json.dumps(recipe))                       # as a file gives it back
+    return json.loads(json.dumps(recipe))                       # tuples become lists, as in a file
 
 
-def hash_with_skip_lists(manifests) -> str:
-    """Known by their bytes, and by those of the lists of bad rows that data.py check left beside them."""
-    hashes = []
-    for manifest in map(Path, manifests):
-        for file in (manifest, manifest.with_suffix(".bad.jsonl")):
-            if file.is_file() and file.stat().st_size:
-                hashes.append(file_hash(file)[:16])
-    return "+".join(hashes)
+def hash_of_manifests(files) -> str:
+    """Manifests (or skip lists) are known by their bytes, wherever they lie."""
+    files = [Path(file) for file in files]
+    return "+".join(file_hash(file)[:16] for file in files if file.is_file() and file.stat().st_size)
 
 
-def resume_checkpoint(run):
-    """The newest finished checkpoint of this very run, or None."""
-    folder = newest_checkpoint(run.cfg.out)
-    if folder is not None:
-        refuse_another_run(run, folder)
+def skip_lists(manifests) -> list[Path]:
+    """The lists of bad rows that data.py check leaves beside manifests."""
+    return [Path(manifest).with_suffix(".bad.jsonl") for manifest in manifests]
+
+
+def record_start(run, model, state):
+    """Where a run began, for its checkpoints. They record the folder of a run, not its step: whoever loads them takes the
+    newest."""
+    cfg, start = run.cfg, run.start
+    source, base = (place if (place / "config.json").is_file() else place.parent for place in (start.source, start.base))
+    run.cfg = replace(cfg, init=str(source), base=str(base))
+    run.provenance |= dict(
+        init=fingerprint(start.source),
+        init_stage=state["stage"],
+        base_hash=fingerprint(start.base),
+        base=os.path.relpath(base, cfg.out),
+        vision=os.path.abspath(cfg.vision) if cfg.vision else state.get("vision"))
+    # What a checkpoint of this run has to hold besides what it trains: what an earlier stage trained, and F and G.
+    if state["base"]:
+        run.inherited = {name for name in load_delta(start.source) if not name.startswith("extra.")}
+    run.inherited |= {name for name in model.state_dict() if part_of(name) in ("F", "G")}
+
+
+def finished_checkpoint(place, flag, stages):
+    """The last checkpoint of the finished run `place`, of one of these stages; all else is refused, with the way out."""
+    folder = newest_checkpoint(place)
+    if folder is None:
+        way_out = "there are no weights; pass --base DIR, or train it first:  python train.py --stage 0"
+        if stages[0] > 0:
+            way_out = f"no checkpoint there; python train.py --stage {stages[0]} --out {place}"
+        elif flag == "--base":
+            way_out = "there are no weights: a folder with VideoLLaMA2's, or a run of stage 0, is needed"
+        raise DataError(f"{flag} {place}: {way_out}")
+    state = read_state(folder)
+    step, steps = state["step"], state["steps"]
+    if state["stage"] not in stages or step < steps:
+        wanted = " or ".join(map(str, stages))
+        raise DataError(f"{flag} {place} is of stage {state['stage']} at step {step} of {steps}; a finished stage {wanted} "
+                        f"is needed here")
     return folder
 
 
+def refuse_misfits(cfg, model, tokenizer, start):
+    """A tokenizer of another vocabulary, or weights of another preset."""
+    if tokenizer.size > model.cfg.vocab:
+        raise DataError(f"{tokenizer.path}: {tokenizer.size} pieces, the decoder {model.cfg.vocab}: pass its --tokenizer")
+    published = (start.base / "config.json").is_file()
+    sizes = replace(model.cfg, mapping="none", lora=False)
+    if not published and sizes != PRESETS[cfg.preset]:
+        raise DataError(f"{start.source} has other sizes than --preset {cfg.preset}: pass its own preset")
+    if cfg.stage == 0 and not published:
+        raise DataError(f"--base {cfg.base}: stage 0 at 7b trains the ego half of published weights, and these are a run's")
+
+
+def resume_checkpoint(run):
+    """The newest finished checkpoint of this very run, or None. All ranks must find the same, and be the same run."""
+    cfg = run.cfg
+    folder = newest_checkpoint(cfg.out)
+    if folder == Path(cfg.out):
+        raise DataError(f"--out {cfg.out} holds weights and is no run folder: choose another --out")
+    refuse_other_ranks(run, folder)
+    if folder is not None:
+        refuse_another_run(run, folder)
+    if run.rank == 0:
+        refuse_a_poor_folder(run)
+    return folder
+
+
+def refuse_other_ranks(run, folder):
+    """Ranks are one run: flags, data, code and the step to go on from must be those of rank 0."""
+    own = recipe_of(run.cfg) | run.provenance | dict(
+        steps=run.steps,
+        lr=run.cfg.lr,
+        bf16=run.bf16,
+        fsdp=run.cfg.fsdp,
+        micro_batch=run.cfg.micro_batch,
+        code=git_revision())
+    del own["skip_list"]
+    ranks = gather(own | {"step to go on from": folder.name if folder else "none"})
+    for number, other in enumerate(ranks):
+        for key, value in ranks[0].items():
+            if other.get(key) != value and key not in ("base", "vision"):
+                where = f": all machines must see one folder {run.cfg.out}" if key.startswith("step") else ""
+                raise DataError(f"rank 0 has {key}={value}, rank {number} has {other.get(key)}: ranks are one run{where}")
+
+
 def refuse_another_run(run, folder):
-    """The recipe of a checkpoint, and what it stands on, must be those of the run, field by field; steps may grow."""
+    """The recipe of a checkpoint, and what it stands on, must be those of the run, field by field. What may change is said."""
     cfg, state = run.cfg, read_state(folder)
+    changes = []
     now = git_revision()
-    if run.rank == 0 and state["git"] != now:
-        print(f"{folder} was made by code {state['git']}, {now} goes on with it")
-    # The base may move: its hash tells which it is.
+    if state["git"] != now:
+        changes.append(f"code {now} instead of {state['git']}")
     saved = state["recipe"] | {key: state.get(key) for key in run.provenance}
+    # A flag that the checkpoint's code did not have yet counts as not given.
+    defaults = {flag.name: flag.default for flag in fields(TrainConfig)}
     for key, value in (recipe_of(cfg) | run.provenance).items():
-        if saved.get(key) != value and key != "base":
-            raise DataError(f"{cfg.out} holds a run with {key}={saved.get(key)}, this one has {value}: choose "
+        found = saved.get(key, defaults.get(key))
+        if found == value or key in ("base", "vision"):         # these may move: base_hash tells which it is
+            continue
+        if key.endswith(": trains") and found.keys() == value.keys():
+            changes.append(f"rates {value} instead of {found}")
+        elif key == "skip_list":
+            changes.append("another list of rows to skip: the order of the samples differs from there on")
+        else:
+            raise DataError(f"{cfg.out} holds a run with {key}={found}, this one has {value}: choose "
                             f"another --out or remove the folder")
+    if state.get("bf16", run.bf16) != run.bf16:
+        changes.append(f"{'bfloat16' if run.bf16 else 'float32'} instead of the other dtype")
+
     # More steps than the run was meant to have go on from where it is, on the schedule of the new length.
-    before = state["steps"]
-    if run.steps < before or run.steps > before and cfg.stage == 0:
-        raise DataError(f"{cfg.out} holds a run of {before} steps, this one has {run.steps}: --steps may only grow, "
+    former = state["steps"]
+    if run.steps < former or run.steps > former and len(stages_of(cfg)) > 1:
+        raise DataError(f"{cfg.out} holds a run of {former} steps, this one has {run.steps}: --steps may only grow, "
                         f"and not in stage 0; choose another --out")
-    if run.steps > before and run.rank == 0:
+    if run.steps > former:
         stage, = stages_of(cfg)
-        old, new = (schedule(state["step"], length, stage) for length in (before, run.steps))
-        print(f"{folder} goes on to step {run.steps} instead of {before}: at step {state['step']} the rate jumps from "
-              f"{old:.3f} to {new:.3f} of its peak")
+        old, new = (schedule(state["step"], length, stage) for length in (former, run.steps))
+        changes.append(f"{run.steps} steps instead of {former}: at step {state['step']} the rate jumps from {old:.3f} to "
+                       f"{new:.3f} of its peak")
+    if run.rank == 0:
+        done = "is finished: nothing to train" if state["step"] == run.steps else f"goes on from step {state['step']}"
+        print("; with ".join([f"{folder} {done}", *changes]), flush=True)
+
+
+def refuse_a_poor_folder(run):
+    """A run folder that cannot hold a checkpoint is found before the first step: a folder is written, synced and renamed in
+    it, and there must be room."""
+    out = Path(run.cfg.out)
+    trial, renamed = out / "part_trial", out / "part_trial_renamed"
+    for folder in (trial, renamed):
+        shutil.rmtree(folder, ignore_errors=True)
+    trial.mkdir(parents=True)
+    try:
+        with open(trial / "file", "wb") as file:
+            file.write(run.tokenizer)
+            os.fsync(file.fileno())
+        os.rename(trial, renamed)
+    except OSError as error:
+        raise DataError(f"{out}: a checkpoint cannot be saved there ({error.strerror or error}): choose another "
+                        f"--out") from None
+    finally:
+        for folder in (trial, renamed):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def restore_weights(objective, folder, device):
     """Put a checkpoint's own tensors into the objective; they are assigned, since the base may be half precision."""
     tensors = {}
     for name, tensor in load_delta(folder).items():
-        owner = "" if name.startswith("loss.") else "model."
+        owner = "" if name.startswith("extra.") else "model."
         tensors[owner + name] = tensor.to(device, copy=True)
     objective.load_state_dict(tensors, strict=False, assign=True)
 
 
 # --------------------------------------------------------------------------------------------------------------- D log
 class Log:
-    """log.jsonl, one object a step, cut back to the step that a run resumes from; and the progress line."""
+    """log.jsonl, one object per step, cut back to the step that a run resumes from; and the progress line."""
     def __init__(self, path, step, skipped=0):
         """`path` None: a rank that keeps no log."""
-        self.file, self.skipped = None, skipped
-        self.flops = 0.0                                        # of a sample; 0 is not known
+        self.file = None
+        self.skipped = skipped
+        self.flops = 0.0                                        # per sample; 0 is not known
         self.peak = None                                        # TFLOP/s of all ranks' GPUs, where it is known
+        self.waited = 0.0                                       # seconds that this step waited for its data
+        self.is_shown = path is not None
         if path is None:
             return
         # What was logged after the checkpoint is run again, so it goes.
@@ -1261,65 +1508,85 @@ class Log:
         self.file = open(path, "a", buffering=1)
 
     def write(self, row, text=""):
-        """One object to the file, one line to the screen."""
+        """One object to the file, one line to the screen. A log that cannot be written is said once, and ends nothing."""
         if self.file:
-            self.file.write(json.dumps(row) + "\n")
-            if text:
-                print(text, flush=True)
+            try:
+                self.file.write(json.dumps(row, allow_nan=False) + "\n")
+            except OSError as error:
+                print(f"{self.file.name} cannot be written any more: {error}; training goes on", file=sys.stderr, flush=True)
+                self.file = None
+        if text and self.is_shown:
+            print(text, flush=True)
 
-    def skip(self, micro_batches, number, seen, max_bad):
-        """Name this rank's unreadable samples, and count those of all ranks, `number`. Too many of `seen` end the run."""
+    def timed(self, batches, first):
+        """Pass the batches on, and take the time that each step waits for its own. `first` steps of the stage are done; where
+        it begins, the skipped samples of the stage before count no more."""
+        if first == 0:
+            self.skipped = 0
+        self.clock = time.monotonic()
+        self.shown = Shown(first, self.clock, 0.0)
+        self.waited_in_all = 0.0
+        while True:
+            asked = time.monotonic()
+            batch = next(batches, None)
+            self.waited = time.monotonic() - asked
+            self.waited_in_all += self.waited
+            if batch is None:
+                return
+            yield batch
+
+    def name_skipped(self, micro_batches, number):
+        """Name this rank's unreadable samples, and count those of all ranks, `number`."""
         for batch in micro_batches:
             for reason in batch.skipped:
                 print(f"skipped {reason}", flush=True)
-        # Of a short run a few may be bad.
         self.skipped += number
-        if self.skipped > max_bad * max(seen, 500):
-            raise DataError(f"{self.skipped} of {seen} samples could not be read, more than "
-                            f"--max-bad {max_bad}; the lines above name them, python data.py check "
-                            f"all of them; a new run leaves those out")
 
-    def start(self, done: int):
-        """A stage begins, or goes on after its first `done` steps; then their skipped samples still count."""
-        if done == 0:
-            self.skipped = 0
-        self.clock = time.monotonic()
-        self.shown = done, self.clock                           # the step of the last line, and when it was
-
-    def step(self, done, length, samples, tokens, losses, row):
+    def step(self, done, length, counts, losses, row):
         """Step number `done` of `length` is over. Its time runs from the end of the step before: with waiting for data, and
         with a validation or a save that came between."""
         now = time.monotonic()
-        took, self.clock = now - self.clock, now
+        took = now - self.clock
+        self.clock = now
         if torch.cuda.is_available():
             memory = torch.cuda.max_memory_allocated()
         else:
             unit = 1 if sys.platform == "darwin" else 1024
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        work = samples * self.flops / 1e12                      # TFLOP
         row = row | losses | dict(
             skipped=self.skipped,
             seconds=took,
-            clips_per_second=samples / took,
-            tokens_per_second=tokens / took,
-            tflops=work / took,
+            waited=self.waited,
+            clips_per_second=counts.samples / took,
+            tokens_per_second=counts.tokens / took,
             max_memory_bytes=memory)
+        if self.flops:
+            row["tflops"] = counts.samples * self.flops / 1e12 / took
         # The screen gets every tenth step.
         text = ""
         if done % 10 == 0 or done == length:
-            # The speed is that since the last line.
-            shown, when = self.shown
-            each = (now - when) / (done - shown)
-            self.shown = done, now
-            values = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
-            speed = f"{each:.3f} s/step | {samples / each:.0f} clips/s"
-            if work:
-                speed += f" | {work / each:.3g} TFLOP/s"
-            if work and self.peak:
-                speed += f", {100 * work / each / self.peak:.0f} % of the peak"
-            seconds_left = (length - done) * each
-            text = f"step {done}/{length} | {values} | {speed} | ETA {seconds_left:.0f} s"
+            text = self.line(done, length, counts.samples, losses)
         self.write(row, text)
+
+    def line(self, done, length, samples, losses):
+        """What the screen says of the steps since its last line: losses, speed, the share of waiting, the time that is left."""
+        steps = done - self.shown.done
+        seconds = (self.clock - self.shown.clock) / steps       # per step
+        waiting = (self.waited_in_all - self.shown.waited) / steps
+        self.shown = Shown(done, self.clock, self.waited_in_all)
+        values = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
+        speed = f"{seconds:.3f} s/step, {waiting:.3f} of it waiting for data | {samples / seconds:.0f} clips/s"
+        if self.flops:
+            work = samples * self.flops / 1e12 / seconds
+            speed += f" | {work:.3g} TFLOP/s, {100 * work / self.peak:.0f} % of the peak"
+        return f"step {done}/{length} | {values} | {speed} | ETA {(length - done) * seconds:.0f} s"
+
+
+class Shown(NamedTuple):
+    """Where the last line on the screen stood: the steps done, the time, the seconds waited for data until then."""
+    done: int
+    clock: float
+    waited: float
 
 
 # TFLOP/s of cards in bfloat16, as their makers give them for dense matrices. The first name that is in a card's counts.
@@ -1327,13 +1594,13 @@ PEAK_TFLOPS = {"A100": 312, "H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 
 
 
 def count_flops(objective, batch) -> float:
-    """FLOPs a sample of the matrix products of a step, forward and backward (what --checkpoint-activations computes again
-    does not count). A twin on the meta device, which has shapes and no numbers, takes the micro batch."""
+    """FLOPs per sample of the matrix products of a step, forward and backward (what --recompute computes again does not
+    count). A twin on the meta device, which has shapes and no numbers, takes the micro batch."""
     from torch.utils.flop_counter import FlopCounterMode        # here, because it registers an exit hook
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = Exo2Ego(objective.model.cfg)
-        twin = Objective(model, objective.tokenizer, objective.stage, objective.cfg, objective.world)
-    freeze(twin, objective.stage, bf16=False)
+        twin = type(objective)(model, objective.tokenizer, objective.stage, objective.cfg, objective.world)
+    freeze(twin, bf16=False)
     ego, exo = (clips if clips is None else clips.to("meta") for clips in (batch.ego, batch.exo))
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: convolution_backward_flops})
     # The counter knows products, not the fused kernels of attention: torch's formula, then, which the variable asks for.
@@ -1343,21 +1610,23 @@ def count_flops(objective, batch) -> float:
     return counter.get_total_flops() / batch.samples
 
 
-def convolution_backward_flops(grad, x, weight, bias, stride, padding, dilation, transposed, outside, groups, wanted, **_):
-    """Each of the `wanted` gradients costs what the forward did. torch's own count forgets that groups do not mix. The
-    tensors are given as their shapes."""
+def convolution_backward_flops(grad, x, weight, bias, stride, padding, dilation, transposed, output_padding, groups, wanted, **_):
+    """Each of the gradients that are `wanted` (of the input, of the weight) costs what the forward did. torch's own count
+    forgets that groups do not mix. The tensors are given as their shapes."""
     positions = x[0] * math.prod((x if transposed else grad)[2:])
     return 2 * positions * math.prod(weight) * sum(wanted[:2])
 
 
 def describe(run, objective, loader, length, log):
-    """Before the first step of a stage: the arithmetic, what trains, and what the model is fed."""
-    stage, micro = objective.stage, loader.micro
+    """Before the first step of a stage: the arithmetic, what trains, and what the model is fed. Where the most that the GPUs
+    can do is known, the work of a sample is counted, too."""
+    stage = objective.stage
+    micro = loader.micro
     arithmetic = f"{stage.batch // micro} micro batches x {micro} in all, on {run.world} ranks"
     print(f"\n== stage {run.cfg.stage}: {stage.name} == {length} steps x {stage.batch} of {loader.samples} samples "
           f"({arithmetic})")
     # Parameters of each part, trained and frozen.
-    parts = [*objective.model.named_children(), ("loss", objective.loss)]
+    parts = [*objective.model.named_children(), ("extra", objective.extra)]
     for name, module in parts:
         trained = frozen = 0
         for p in module.parameters():
@@ -1372,30 +1641,43 @@ def describe(run, objective, loader, length, log):
     print(f"   losses {stage.losses}, rates {stage.trains}, {run.cfg.optimizer}, {machine}")
     if run.cfg.compile:
         print("   compiling: the first steps take a minute or more")
+    # (The names of these instructions are those of x86; other processors say nothing.)
+    able = torch.cpu.get_capabilities()
+    if run.bf16 and run.device.type == "cpu" and able.get("avx2") and not (able["avx512_bf16"] or able["amx_bf16"]):
+        print("   this CPU has no instructions for bfloat16: --dtype float32 is several times faster")
     batch = loader.batch(0)[0]
     print(f"   fed: {batch.describe(objective.tokenizer)}", flush=True)
-    # For the speeds that follow: the work of a sample, and the most that the GPUs can do.
-    try:
-        log.flops = count_flops(objective, batch)
-    except RuntimeError as error:
-        # A loss of one's own may look at numbers, which the twin has not.
-        print(f"   TFLOP/s are not counted: {error}")
+
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     log.peak = next((run.world * peak for name, peak in PEAK_TFLOPS.items() if name in card), None)
+    if log.peak:
+        try:
+            log.flops = count_flops(objective, batch)
+        except RuntimeError as error:
+            # A loss of one's own may look at numbers, which the twin has not.
+            print(f"   TFLOP/s are not counted: {error}")
 
 
 # -------------------------------------------------------------------------------------------------------------- E main
-def validation_loader(run, stage, model, tokenizer) -> Loader:
-    """The samples of the validation loss: of --val-data, or of the micro-world."""
-    cfg = run.cfg
+def validation_loader(run, objective) -> Loader | None:
+    """The samples of the validation loss, if one is asked for: of --val-data, or of the micro-world; of as many rows as eight
+    batches of training hold, at most. A video that is not there, or a set without a text, is found before the first step."""
+    cfg, stage = run.cfg, objective.stage
+    if not (cfg.val_every or cfg.val_data):
+        return None
     manifest = cfg.val_data or toy_split(cfg.toy_folder, "val", toy_world(cfg.toy_folder))
-    rows = read_manifests([manifest], cfg.root, cfg.allow_outside)
-    if len(rows) < run.world:
-        raise DataError(f"{manifest} has {len(rows)} rows, fewer than the {run.world} ranks "
-                        f"that share them")
-    # A small set is a batch, too: every rank has a share of it.
-    micro = min(cfg.micro_batch or stage.batch // run.world, len(rows) // run.world)
-    return make_loader(run, stage, model, tokenizer, rows=rows, batch=micro * run.world, micro=micro, train=False)
+    rows = [row for row in read_manifests([manifest], cfg.root, cfg.allow_outside) if chats_of(row, stage.supervise)]
+    rows = rows[:8 * stage.batch]
+    if not rows:
+        raise DataError(f"{manifest} has no row with a text: there is nothing to validate on")
+    micro = stage.micro or max(1, stage.batch // run.world)
+    return make_loader(run, stage, objective.model, objective.tokenizer, rows=rows, batch=micro * run.world, micro=micro,
+                       train=False)
+
+
+def without_weight(batch):
+    """A micro batch whose text counts for nothing."""
+    return replace(batch, weights=batch.weights * 0)
 
 
 def shuffle_pairs(rows, seed) -> list[dict]:
@@ -1408,44 +1690,43 @@ def shuffle_pairs(rows, seed) -> list[dict]:
 
 
 def make_missing_stage_0(cfg):
-    """Train stage 0 if it is missing: by whichever process gets the lock first. The others wait, and find it done."""
+    """Train the micro-world's stage 0 if stage 1 is to start from it and it is not there, or not finished: by whichever
+    process gets the lock first. The others wait, and find it done."""
+    folder = Path(cfg.out).parent / "stage0"
+
     def missing():
-        newest = base_folder(cfg)
+        newest = newest_checkpoint(folder)
         return newest is None or read_state(newest)["step"] < read_state(newest)["steps"]
-    if cfg.stage == 0 or cfg.preset == "7b" or cfg.toy_folder is None:
+    begins_here = cfg.stage == 1 and cfg.preset != "7b" and cfg.toy_folder and not (cfg.init or cfg.base)
+    if not begins_here or not missing():
         return
-    # A stage 1 that sets out from another run needs none.
-    if cfg.stage == 1 and cfg.init != cfg.base:
-        return
-    if not missing():
-        return
-    with file_lock(Path(cfg.base) / ".lock", wait=True):
+    with file_lock(folder / ".lock", wait=True):
         if missing():
-            # A later stage that has no start should say so now, not when stage 0 is done.
-            if cfg.stage > 1:
-                starting_point(cfg)
             train(parse([
                 "--stage", "0",
                 "--preset", cfg.preset,
                 "--data", cfg.toy_folder,
                 "--seed", str(cfg.seed),
-                "--out", cfg.base,
+                "--out", str(folder),
                 "--workers", str(cfg.workers)]))
 
 
-def explain(error, out, world):
+def explain(error, cfg, world):
     """The sentence of an error that a user can mend; a RuntimeError that nobody foresaw is raised again."""
     if isinstance(error, KeyboardInterrupt):
         return "stopped: the same command goes on"
     if isinstance(error, DataError):
         return str(error)
     text = (str(error) or repr(error)).splitlines()[0][:300]
+    out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search("allocate memory|out of memory", text)
+    if out_of_memory:
+        return (f"out of memory ({text}): a smaller --micro-batch, or --recompute blocks, needs less; the batch of a step "
+                f"stays.  python tests/bench.py plan  says how much each needs")
     # A file that is missing is named by the error itself, below.
     if isinstance(error, (OSError, SafetensorError)) and not isinstance(error, FileNotFoundError):
-        return f"{getattr(error, 'filename', None) or out} cannot be written or read: {text}"
+        return f"{getattr(error, 'filename', None) or cfg.out} cannot be written or read: {text}"
     if not isinstance(error, RuntimeError):
-        # Perhaps it is a bug, and then its place helps; but for what a loader's worker had to say, which data.py's
-        # _raise_if_error passes on.
+        # Perhaps it is a bug, and then its place helps; but for what a loader's worker had to say, which has no place here.
         at = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(at.filename).name}:{at.lineno}"
         return str(error) if at.name == "_raise_if_error" else f"{error} ({place})"
@@ -1453,7 +1734,16 @@ def explain(error, out, world):
         return f"a loader worker died or hangs; the same command goes on from the last checkpoint ({text})"
     if world > 1 and re.search("timed out|timeout|connection (closed|reset)", text, re.IGNORECASE):
         return f"the ranks waited in vain for one another (--timeout); {text}"
+    if cfg.compile and re.search("compiler|inductor", f"{type(error).__name__} {text}", re.IGNORECASE):
+        return f"the blocks cannot be compiled here ({text}): leave --compile out, or pass --no-compile"
     raise error
+
+
+def tell_torchrun(sentence):
+    """Leave the sentence where torchrun looks for it: then its own report of a failed rank ends with it."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        Path(file).write_text(json.dumps(dict(message=sentence, timestamp=int(time.time()))))
 
 
 def main(argv=None):
@@ -1475,8 +1765,10 @@ def main(argv=None):
                 join_ranks("nccl" if torch.cuda.is_available() else "gloo", cfg.timeout)
             # One process has nobody to share with.
             train(cfg if world > 1 else replace(cfg, fsdp=False), rank, world)
-    except (ValueError, OSError, RuntimeError, SafetensorError, KeyboardInterrupt) as error:
-        print(f"train.py: {explain(error, cfg.out, world)}", file=sys.stderr, flush=True)
+    except (ValueError, OSError, RuntimeError, MemoryError, SafetensorError, KeyboardInterrupt) as error:
+        sentence = f"train.py: {explain(error, cfg, world)}"
+        print(sentence, file=sys.stderr, flush=True)
+        tell_torchrun(sentence)
         # With several ranks at once: the others must not wait for a rank that gave up.
         if world > 1:
             os._exit(2)
