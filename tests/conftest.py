@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from warm import Warm
 
 REPO = Path(__file__).parent.parent
 sys.path.insert(0, str(REPO))
@@ -21,10 +22,22 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)       # a shell's background job ignores it, and so would what it starts
 
 
-def run(*args, cwd=None, check=True, env=None, timeout=300, input=None):
-    """A command of the repository, as a user types it: (exit code, stdout, stderr)."""
-    done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd or REPO, capture_output=True, text=True,
-                          timeout=timeout, env=os.environ | (env or {}), input=input)
+warm = Warm()
+
+
+def run(*args, cwd=None, check=True, env=None, timeout=300, input=None, fork=True):
+    """A command of the repository, as a user types it: (exit code, stdout, stderr).
+
+    One of the four files runs in a fork of one warm process (warm.py): it is a process of its own in all but its start.
+    With an environment of its own, under torchrun, after a change of what processes inherit (environment, limits, umask)
+    and with fork=False, which is for questions about memory and signals, a command is a process from its start.
+    """
+    words, folder = [str(word) for word in args], cwd or REPO
+    if fork and env is None and warm.takes(words, folder):
+        done = warm.run(words, folder, timeout, input)
+    else:
+        done = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True, timeout=timeout,
+                              env=os.environ | (env or {}), input=input)
     if check:
         assert done.returncode == 0, f"{args}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     return done.returncode, done.stdout, done.stderr
