@@ -41,7 +41,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 if sys.version_info < (3, 11):
-    sys.exit(f"Exo2Ego needs Python 3.11 or newer, this is {sys.version.split()[0]}: make a virtual environment of a newer one")
+    sys.exit(f"Exo2Ego needs Python 3.11 or newer, this is {sys.version.split()[0]}: make a virtual environment of a "
+             f"newer one")
 
 AnyPath = str | os.PathLike
 # The id that stands for one visual token. It never reaches sentencepiece or the embedding.
@@ -53,7 +54,7 @@ PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-# ------------------------------------------------------------------------------------------------ 1 config and presets
+# ----------------------------------------------------------------------------------------------- 1 config and presets
 @dataclass(frozen=True)
 class ModelConfig:
     """All sizes of the network. A checkpoint stores it, so weights and shapes can never disagree silently."""
@@ -138,7 +139,7 @@ PRESETS = {
 }
 
 
-# --------------------------------------------------------------------------------------------------------- 2 attention
+# -------------------------------------------------------------------------------------------------------- 2 attention
 @dataclass(frozen=True)
 class Segments:
     """Where each sequence of a packed batch starts and ends. The batch holds no padding.
@@ -153,7 +154,8 @@ class Segments:
 
     @classmethod
     def cached(cls, new, total, device="cpu") -> Segments:
-        """`new[i]` queries at the end of `total[i]` keys: decoding with a cache. Without one both are equal: `packed`."""
+        """`new[i]` queries at the end of `total[i]` keys: decoding with a cache. Without one both are equal:
+        `packed`."""
         q_lens = tuple(map(int, new))
         k_lens = tuple(map(int, total))
         if len(q_lens) != len(k_lens) or min(q_lens + k_lens, default=0) < 0:
@@ -229,7 +231,7 @@ def _visible(queries: range, keys: range, window, device) -> Tensor:
     return (j <= i) & (j > i - window)
 
 
-# --------------------------------------------------------------------------------------------------------------- 3 ViT
+# -------------------------------------------------------------------------------------------------------------- 3 ViT
 class ViTBlock(nn.Module):
     """Transformer block with norms first and quick-GELU, as CLIP's."""
     # The block's own name for attention: one block can be given another one.
@@ -307,13 +309,12 @@ class ViT(nn.Module):
         return vit_from_hf(HFCheckpoint(path), dtype, alone=True)
 
 
-# --------------------------------------------------------------------------------------------------------- 4 connector
+# -------------------------------------------------------------------------------------------------------- 4 connector
 class ConvNorm(nn.Module):
     """1x1 or depthwise 3x3 convolution and LayerNorm over channels: (N, h, w, C) -> (N, h, w, C').
 
-    Channels are last, where LayerNorm wants them. So a 1x1 convolution is a linear layer; nn.Conv2d holds its weight in
-    the published shape and is not called. Names (conv, bn, se, b1, ...) are those of timm's files.
-    """
+    Channels are last, where LayerNorm wants them. So a 1x1 convolution is a linear layer; nn.Conv2d holds its weight
+    in the published shape and is not called. Names (conv, bn, se, b1, ...) are those of timm's files. """
     def __init__(self, c_in: int, c_out: int, kernel: int):
         super().__init__()
         groups = 1 if kernel == 1 else c_in
@@ -399,7 +400,8 @@ class Connector(nn.Module):
         return self.readout(rearrange(x, "(b t) h w d -> b (t h w) d", b=b))    # (B, 1521, 4096)
 
     def halve(self, x):
-        """The Conv3d as a linear layer on cubes of 2 x 2 x 2 places: its stride is its kernel, so they do not overlap."""
+        """The Conv3d as a linear layer on cubes of 2 x 2 x 2 places: its stride is its kernel, so they do not
+        overlap."""
         conv, activation = self.sampler
         p = conv.padding[0]
         x = nnf.pad(x, (0, 0, p, p, p, p, p, p))
@@ -410,7 +412,7 @@ class Connector(nn.Module):
         return activation(nnf.linear(cubes, conv.weight.flatten(1), conv.bias))
 
 
-# ----------------------------------------------------------------------------------------------------------- 5 F and G
+# ---------------------------------------------------------------------------------------------------------- 5 F and G
 class ChannelNorm(nn.LayerNorm):
     """LayerNorm over the channels of (N, C, h, w). CycleGAN's instance norm would erase what a feature grid means."""
     def forward(self, x):
@@ -433,7 +435,8 @@ class ResBlock(nn.Module):
 
 
 class FCBlock(nn.Module):
-    """The paper's ablation "FC layers instead of ResNet blocks" (N, 512, 6, 6): each place alone, without its neighbours."""
+    """The paper's ablation "FC layers instead of ResNet blocks" (N, 512, 6, 6): each place alone, without its
+    neighbours."""
     def __init__(self, width):
         super().__init__()
         self.norm = nn.LayerNorm(width)
@@ -449,10 +452,9 @@ class FCBlock(nn.Module):
 class Mapping(nn.Module):
     """F: ego -> exo or G: exo -> ego on the ViT's patches, frame by frame: (B, T, h, w, D) -> the same shape.
 
-    CycleGAN's generator: 1x1 convolution, stride-2 convolutions, ResNet blocks (nine in the paper), up-convolutions, 1x1
-    convolution; a LayerNorm ends it. Widths and norms are our choice. Kind "mlp" has FC blocks in the place of the ResNet
-    blocks. There is no skip connection around it all: F must not start as a copy (measured).
-    """
+    CycleGAN's generator: 1x1 convolution, stride-2 convolutions, ResNet blocks (nine in the paper), up-convolutions,
+    1x1 convolution; a LayerNorm ends it. Widths and norms are our choice. Kind "mlp" has FC blocks in the place of
+    the ResNet blocks. There is no skip connection around it all: F must not start as a copy (measured). """
     def __init__(self, cfg: ModelConfig, kind="resnet"):
         super().__init__()
         if kind not in ("resnet", "mlp"):
@@ -483,9 +485,8 @@ class Mapping(nn.Module):
 def feature_kl(exo: Tensor, estimate: Tensor) -> Tensor:
     """KL(exo || F(ego)) of each sample: features (B, n, C) -> (B,).
 
-    A token becomes a distribution by LayerNorm and softmax over its channels; the mean over tokens is taken. This is our
-    choice (measured): the paper does not say how features become distributions.
-    """
+    A token becomes a distribution by LayerNorm and softmax over its channels; the mean over tokens is taken. This is
+    our choice (measured): the paper does not say how features become distributions. """
     channels = exo.shape[-1:]
     log_p = nnf.log_softmax(nnf.layer_norm(exo.float(), channels), dim=-1)
     log_q = nnf.log_softmax(nnf.layer_norm(estimate.float(), channels), dim=-1)
@@ -493,10 +494,10 @@ def feature_kl(exo: Tensor, estimate: Tensor) -> Tensor:
     return kl.mean(-1)
 
 
-# ----------------------------------------------------------------------------------------------------------- 6 decoder
+# ---------------------------------------------------------------------------------------------------------- 6 decoder
 class LoRALinear(nn.Linear):
-    """y = x W^T, plus alpha / rank * dropout(x) A^T B^T once `add_lora` was called. A and B are float32: with a bfloat16 W
-    it runs under `autocast`."""
+    """y = x W^T, plus alpha / rank * dropout(x) A^T B^T once `add_lora` was called. A and B are float32: with a
+    bfloat16 W it runs under `autocast`."""
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         self.register_parameter("lora_a", None)
@@ -596,7 +597,8 @@ class Decoder(nn.Module):
         angle = positions[:, None].float() * self.cfg.rope_theta ** (-channel / half)
         cos = angle.cos()[:, None]                                          # (tokens, 1, 64)
         sin = angle.sin()[:, None]
-        # Each block adds its keys and values to the cache, if there is one. When the last block has, it is that longer.
+        # Each block adds its keys and values to the cache, if there is one. When the last block has, it is that
+        # longer.
         x = embeddings
         for block in self.blocks:
             x = block(x, seg, cos, sin, cache)
@@ -618,8 +620,8 @@ class Decoder(nn.Module):
             module.add_lora(rank, alpha, dropout)
 
     def merge_lora(self):
-        """Fold the low-rank updates into the weights, which become float32: bfloat16 would round small updates away. The
-        outputs stay the same to float32's rounding."""
+        """Fold the low-rank updates into the weights, which become float32: bfloat16 would round small updates away.
+        The outputs stay the same to float32's rounding."""
         for module in self.lora_modules():
             if module.lora_a is not None:
                 update = module.lora_scale * module.lora_b @ module.lora_a
@@ -632,7 +634,7 @@ class Decoder(nn.Module):
         return decoder_from_hf(HFCheckpoint(path), dtype, alone=True)
 
 
-# ----------------------------------------------------------------------------------------------------------- 7 Exo2Ego
+# ---------------------------------------------------------------------------------------------------------- 7 Exo2Ego
 class Views(NamedTuple):
     """What the ego and the exo view of some clips give: E moments, seen in E ego clips and X exo clips."""
     visual: Tensor                      # (E or X, n, W) what the decoder reads
@@ -665,7 +667,8 @@ class Exo2Ego(nn.Module):
         self.add(cfg.mapping, cfg.lora)
 
     def add(self, mapping: str = "none", lora: bool = False):
-        """Add what later stages bring: F and G ("resnet" or "mlp"), and the decoder's low-rank updates. They start fresh."""
+        """Add what later stages bring: F and G ("resnet" or "mlp"), and the decoder's low-rank updates. They start
+        fresh."""
         cfg = self.cfg = replace(self.cfg, mapping=mapping, lora=lora)
         if mapping != "none":
             self.F = Mapping(cfg, mapping)
@@ -674,8 +677,9 @@ class Exo2Ego(nn.Module):
             self.decoder.add_lora(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout)
 
     def forward(self, ego: Tensor | None = None, exo: Tensor | None = None) -> Views:
-        """The one way from clips to what the decoder reads and the losses compare: uint8 frames (E, T, 3, S, S) of the ego
-        view, (X, T, 3, S, S) of the exo view, or of both. Where there is ego video, the decoder reads it alone."""
+        """The one way from clips to what the decoder reads and the losses compare: uint8 frames (E, T, 3, S, S) of
+        the ego view, (X, T, 3, S, S) of the exo view, or of both. Where there is ego video, the decoder reads it
+        alone."""
         y = None
         if exo is not None:
             y = self.patch_features(self.exo_vit, exo)                      # (X, 16, 24, 24, 1024)
@@ -704,8 +708,9 @@ class Exo2Ego(nn.Module):
 
     @classmethod
     def from_videollama2(cls, path, dtype: torch.dtype | None = None, vision=None) -> Exo2Ego:
-        """The published VideoLLaMA2-7B-16F layout: its ViT and connector become both visual encoders. `vision`, a CLIP
-        directory, is read instead of its ViT; a directory without one (plain Mistral, fresh connectors) needs it."""
+        """The published VideoLLaMA2-7B-16F layout: its ViT and connector become both visual encoders. `vision`, a
+        CLIP directory, is read instead of its ViT; a directory without one (plain Mistral, fresh connectors) needs
+        it."""
         return exo2ego_from_videollama2(path, dtype, vision)
 
     def patch_features(self, vit, frames) -> Tensor:
@@ -726,14 +731,15 @@ class Exo2Ego(nn.Module):
         slots = (ids == VIDEO).nonzero().squeeze(1).to(device)
         given = 0 if visual is None else visual.shape[0] * visual.shape[1]
         if given != len(slots):
-            raise ValueError(f"{given} visual tokens for {len(slots)} places in the text: what the connectors give and what "
-                             f"ModelConfig.visual_tokens (times two with F) promises must agree")
+            raise ValueError(f"{given} visual tokens for {len(slots)} places in the text: what the connectors give and "
+                             f"what ModelConfig.visual_tokens (times two with F) promises must agree")
         if visual is None:
             return embeddings
         return embeddings.index_copy(0, slots, visual.flatten(0, 1).to(embeddings.dtype))
 
     def hidden_states(self, embeddings, lens, cache=None) -> Tensor:
-        """Packed embeddings (tokens, W) of sequences of these lengths, each behind what `cache` holds of it -> (tokens, W)."""
+        """Packed embeddings (tokens, W) of sequences of these lengths, each behind what `cache` holds of it ->
+        (tokens, W)."""
         past = cache.lens if cache else [0] * len(lens)
         total = [before + new for before, new in zip(past, lens)]
         device = embeddings.device
@@ -742,9 +748,10 @@ class Exo2Ego(nn.Module):
         positions = torch.cat(positions).to(device)
         return self.decoder(embeddings, Segments.cached(lens, total, device), positions, cache)
 
-    # --------------------------------------------------------------------------------------------- 8 generate and score
+    # ------------------------------------------------------------------------------------------- 8 generate and score
     def text_losses(self, visual, ids, labels, lens, cache=None) -> Tensor:
-        """-log p of each supervised token given all that stands before it, in nats, and 0 for all other tokens (tokens,).
+        """-log p of each supervised token given all that stands before it, in nats, and 0 for all other tokens
+        (tokens,).
 
         ids and labels are packed (tokens,); visual (B, n, W) fills the B * n places where ids == VIDEO.
         """
@@ -802,7 +809,7 @@ class Exo2Ego(nn.Module):
 # ===== a first reader can stop here =====
 
 
-# -------------------------------------------------------------- A how attention runs: checks, batching, torch's kernel
+# ------------------------------------------------------------- A how attention runs: checks, batching, torch's kernel
 def _check_attention(q, k, v, seg, causal, window, backend):
     # What the caller asks for.
     if backend not in BACKENDS:
@@ -837,8 +844,8 @@ def _check_triton(q, seg):
 
 
 def _segmentwise(kernel, q, k, v, seg, causal, window, scale):
-    """Call a kernel that knows no packed sequences, on (batch, heads, tokens, D). The results are equal; what is fastest
-    depends on the lengths: one call for all sequences, one call with padding, or one call per sequence."""
+    """Call a kernel that knows no packed sequences, on (batch, heads, tokens, D). The results are equal; what is
+    fastest depends on the lengths: one call for all sequences, one call with padding, or one call per sequence."""
     sequences = len(seg.q_lens)
     if kernel is _reference:
         return _attend_each(kernel, q, k, v, seg, causal, window, scale)
@@ -899,8 +906,8 @@ def _sdpa(q, k, v, causal, window, scale):
     if half and q.device.type == "cpu" and torch.is_grad_enabled():
         q, k, v = q.float(), k.float(), v.float()
 
-    # torch aligns its causal mask at the top left: that is ours only where there are as many queries as keys. A single
-    # query is the last of its sequence and sees all keys: it needs no mask.
+    # torch aligns its causal mask at the top left: that is ours only where there are as many queries as keys. A
+    # single query is the last of its sequence and sees all keys: it needs no mask.
     last_row_sees_all = lq == 1 and window is None
     if causal and 1 < lq == lk and window is None:
         out = _fused(q, k, v, None, True, scale)
@@ -932,7 +939,7 @@ def _fused(q, k, v, mask, square_causal, scale):
     return rearrange(out, "b g r d -> b (g r) 1 d") if one_query else out
 
 
-# --------------------------------------------------------------------------------------- FlashAttention in plain torch
+# -------------------------------------------------------------------------------------- FlashAttention in plain torch
 class Tiled(torch.autograd.Function):
     """FlashAttention-2 in plain torch: exact attention that never holds more than one tile of scores.
 
@@ -949,8 +956,8 @@ class Tiled(torch.autograd.Function):
 
     @staticmethod
     def walk(lq, lk, causal, window, device) -> Iterator:
-        """For each tile of queries: its slice, and the tiles of keys that it sees, each with a mask of what is hidden in it
-        (None: nothing is)."""
+        """For each tile of queries: its slice, and the tiles of keys that it sees, each with a mask of what is hidden
+        in it (None: nothing is)."""
         for i in range(0, lq, Tiled.tile):
             # Where these queries stand among the keys: at their end.
             ahead = lk - lq
@@ -1041,7 +1048,7 @@ def _tiled(q, k, v, causal, window, scale):
     return rearrange(out, "(b g) r t d -> b (g r) t d", b=batch).to(dtype)
 
 
-# --------------------------------------------------------------------------------------------- FlashAttention on a GPU
+# -------------------------------------------------------------------------------------------- FlashAttention on a GPU
 # For each head_dim the tile (queries, keys), warps and stages of each kernel. A test compiles them all.
 TILES = {
     32: dict(forward=(128, 64, 4, 3), dq=(128, 64, 8, 2), dkdv=(32, 64, 4, 2)),
@@ -1064,9 +1071,8 @@ def triton_kernels() -> dict:
     """The three kernels by name. They are made on first use: triton is imported here only, and may be missing.
 
     One program owns one tile of the result and walks along the other side, so nothing is added atomically and results
-    repeat bit for bit. `static_range` unrolls the walk into loops over tiles that are visible whole and over those to be
-    masked (with a window: all). Scores are in base 2, because exp2 is one instruction.
-    """
+    repeat bit for bit. `static_range` unrolls the walk into loops over tiles that are visible whole and over those to
+    be masked (with a window: all). Scores are in base 2, because exp2 is one instruction. """
     # Triton's interpreter looks for these names among the module's globals.
     global tl, segment_of, head_start, tile_offsets, load, key_range, hide, scores
     try:
@@ -1364,14 +1370,14 @@ def _triton(q, k, v, seg, causal, window, scale):
     return o
 
 
-# -------------------------------------------------------------------------------- which backend: a check where it runs
+# ------------------------------------------------------------------------------- which backend: a check where it runs
 # The largest deviation that passes, as a share of the largest true value.
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1.5e-3, torch.float32: 1e-5}
 
 
 def attention_error(backend, device, dtype, head_dim) -> float:
-    """Largest deviation from the formula in float64, of the output and the three gradients, as a share of TOLERANCE: at
-    most 1 passes, nan does not. The batch is ragged and has grouped heads; it is tried causal and not."""
+    """Largest deviation from the formula in float64, of the output and the three gradients, as a share of TOLERANCE:
+    at most 1 passes, nan does not. The batch is ragged and has grouped heads; it is tried causal and not."""
     lens, heads, kv_heads = (400, 5, 64), 6, 2
     rng = torch.Generator().manual_seed(0)
     shapes = [(sum(lens), h, head_dim) for h in (heads, kv_heads, kv_heads, heads)]
@@ -1413,9 +1419,8 @@ def problem_with_triton(device, dtype, cfg):
 def choose_attention(device, dtype, cfg, on_every_rank: Callable | None = None) -> str:
     """Decide what "auto" means, once, at start-up; returns the line to print.
 
-    In half precision on a GPU our kernels are taken if they pass a check there. `on_every_rank` runs that check on all
-    ranks of a run, since one choice serves them all.
-    """
+    In half precision on a GPU our kernels are taken if they pass a check there. `on_every_rank` runs that check on
+    all ranks of a run, since one choice serves them all. """
     global half_gpu_backend
     half_gpu_backend = "sdpa"
     kind = str(dtype).removeprefix("torch.")
@@ -1456,7 +1461,7 @@ def check_attention() -> int:
     return failed
 
 
-# --------------------------------------------------------------------------------------------- B decoding with a cache
+# -------------------------------------------------------------------------------------------- B decoding with a cache
 class KVCache:
     """Keys and values already computed, per layer, packed like the batch: (tokens, HK, D) each."""
     def __init__(self, sequences: int):
@@ -1477,10 +1482,9 @@ class KVCache:
 class SharedPrefix(KVCache):
     """A cache whose sequences all start with the tokens of one video, which is read once, whatever is asked about it.
 
-    `prefix` holds that one sequence. In the first pass each layer puts its keys and values before those of every sequence,
-    which needs one copy per sequence. `keep`: store these copies for later passes. Generating needs them; scoring takes one
-    pass, so a layer's copies can go when the layer is done.
-    """
+    `prefix` holds that one sequence. In the first pass each layer puts its keys and values before those of every
+    sequence, which needs one copy per sequence. `keep`: store these copies for later passes. Generating needs them;
+    scoring takes one pass, so a layer's copies can go when the layer is done. """
     def __init__(self, prefix: KVCache, sequences: int, keep: bool):
         super().__init__(sequences)
         self.prefix = prefix
@@ -1507,7 +1511,7 @@ def interleave(past, new) -> Tensor:
     return torch.cat(pieces)
 
 
-# ------------------------------------------------------------------------------------------------------- C checkpoints
+# ------------------------------------------------------------------------------------------------------ C checkpoints
 # The number of the format of state.json and of the names of tensors. Another one is refused by name.
 FORMAT = 4
 FOUR_FILES = ("model.py", "data.py", "train.py", "eval.py")
@@ -1522,8 +1526,8 @@ def read_json(path) -> dict:
 
 
 def newest_checkpoint(run: AnyPath):
-    """The last of `checkpoints` of a run folder, or the folder itself if it is a checkpoint or holds published weights;
-    None if there is none."""
+    """The last of `checkpoints` of a run folder, or the folder itself if it is a checkpoint or holds published
+    weights; None if there is none."""
     run = Path(run).expanduser()
     if (run / "state.json").is_file() or (run / "config.json").is_file():
         return run
@@ -1531,8 +1535,8 @@ def newest_checkpoint(run: AnyPath):
 
 
 def checkpoints(run) -> list[Path]:
-    """The `step_000040` of a run folder, in order of their steps; a save takes that name when it is whole. Any other name
-    (`step_000040 copy`, `step_000040_best`) is its owner's."""
+    """The `step_000040` of a run folder, in order of their steps; a save takes that name when it is whole. Any other
+    name (`step_000040 copy`, `step_000040_best`) is its owner's."""
     return sorted((path for path in Path(run).glob("step_*") if step_of(path) is not None), key=step_of)
 
 
@@ -1557,7 +1561,8 @@ def read_state(path) -> dict:
 def git_revision():
     """The last commit that changed the four files, with + where they differ from it; None outside a checkout."""
     def git(*words):
-        return subprocess.run(["git", *words, "--", *FOUR_FILES], cwd=Path(__file__).parent, capture_output=True, text=True)
+        command = ["git", *words, "--", *FOUR_FILES]
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     try:
         commit = git("log", "-1", "--format=%h", "--abbrev=12").stdout.strip()
         changed = git("diff", "--quiet", "HEAD").returncode
@@ -1573,8 +1578,8 @@ def file_hash(file) -> str:
 
 
 def save_files(folder, files: dict) -> dict:
-    """Write the tensors of a checkpoint, file by file -> what its state.json says of how it was made, so that a change of
-    its weights is noticed."""
+    """Write the tensors of a checkpoint, file by file -> what its state.json says of how it was made, so that a
+    change of its weights is noticed."""
     hashes = {}
     for name, tensors in files.items():
         save_tensors(tensors, folder / name)
@@ -1594,7 +1599,8 @@ def fingerprint(path: AnyPath) -> str:
 
 
 def base_checkpoint_of(path, base=None):
-    """The folder that a checkpoint builds on: `base`, or the one it recorded, known by its hash. None: it is whole."""
+    """The folder that a checkpoint builds on: `base`, or the one it recorded, known by its hash. None: it is
+    whole."""
     state = read_state(path)
     if state["base"] is None:
         return None
@@ -1638,8 +1644,8 @@ def load_checkpoint(path: AnyPath, base: AnyPath | None = None,
                     vision: AnyPath | None = None, **added) -> tuple[Exo2Ego, dict]:
     """-> Exo2Ego in eval mode, and state.json. Where weights are bfloat16, run it under `autocast`.
 
-    Parts that are `added` (mapping="resnet", lora=True) start fresh. All others are read from `path` (a run folder or a
-    `step_*` of it, or published weights) and from its `base` (by default the recorded one):
+    Parts that are `added` (mapping="resnet", lora=True) start fresh. All others are read from `path` (a run folder or
+    a `step_*` of it, or published weights) and from its `base` (by default the recorded one):
 
         path                    base                        the weights
         stage 0, published      none                        those of path
@@ -1659,12 +1665,14 @@ def load_checkpoint(path: AnyPath, base: AnyPath | None = None,
 
     published = next((place for place in (folder, base) if place and (place / "config.json").is_file()), None)
     if published:
-        # These weights have a reader of their own, and are in the model then. A checkpoint of ours that builds on them holds
-        # what was trained here: its tensors replace some of theirs, and the others need not be in its file.
+        # These weights have a reader of their own, and are in the model then. A checkpoint of ours that builds on
+        # them holds what was trained here: its tensors replace some of theirs, and the others need not be in its
+        # file.
         model = Exo2Ego.from_videollama2(published, vision=vision or state.get("vision"))
         may_be_missing += list(model.state_dict())
         state.setdefault("model", asdict(model.cfg))
-        # F, G and LoRA, which published weights never have: those that the checkpoint has, and those that are added now.
+        # F, G and LoRA, which published weights never have: those that the checkpoint has, and those that are added
+        # now.
         parts = {key: state["model"][key] for key in ("mapping", "lora")}
         model.add(**parts | added)
         tensors = load_delta(folder) if base else {}
@@ -1685,7 +1693,7 @@ def load_checkpoint(path: AnyPath, base: AnyPath | None = None,
     return model.eval(), state
 
 
-# --------------------------------------------------------------------------------------- published weights, in and out
+# -------------------------------------------------------------------------------------- published weights, in and out
 # Our name -> theirs, as regular expressions in turn. The misspelling of CLIP's first norm is its own.
 CLIP_NAMES = (
     (r"\.([qkv])\.", r".self_attn.\1_proj."),
@@ -1923,7 +1931,8 @@ def export_hf(ckpt: AnyPath, out: AnyPath, base=None, vision=None):
     write_hf(Path(out) / "ego_vision", clip_tensors(model.ego_vit), clip_config(model.cfg))
 
 
-# What AutoTokenizer must know to give the ids of data.py's Tokenizer: <s> comes first, and the chat is Mistral-Instruct's.
+# What AutoTokenizer must know to give the ids of data.py's Tokenizer: <s> comes first, and the chat is
+# Mistral-Instruct's.
 TOKENIZER_CONFIG = dict(
     tokenizer_class="LlamaTokenizer",
     bos_token="<s>",
@@ -1950,8 +1959,8 @@ def write_hf(folder, tensors, config):
 
 
 def clip_tensors(vit):
-    """CLIP's names. Its last layer, which is never run here, is written as zeros: a block of zeros passes its input on,
-    so hidden state -2 and the last one are both our features."""
+    """CLIP's names. Its last layer, which is never run here, is written as zeros: a block of zeros passes its input
+    on, so hidden state -2 and the last one are both our features."""
     state = vit.state_dict()
     last = f"blocks.{vit.cfg.vit_layers}."
     for name, tensor in list(state.items()):
@@ -2001,14 +2010,14 @@ def mistral_config(cfg) -> dict:
         eos_token_id=2)
 
 
-# ------------------------------------------------------------------------------------------- D device, dtype, commands
+# ------------------------------------------------------------------------------------------ D device, dtype, commands
 def pick_device() -> torch.device:
     """This process's GPU, else Apple's, else the CPU. ValueError: there are more processes than GPUs."""
     if torch.cuda.is_available():
         number = int(os.environ.get("LOCAL_RANK", 0))
         if number >= torch.cuda.device_count():
-            raise ValueError(f"process {number + 1} of this machine finds {torch.cuda.device_count()} GPUs, and each needs "
-                             f"one of its own: a smaller --nproc_per_node")
+            raise ValueError(f"process {number + 1} of this machine finds {torch.cuda.device_count()} GPUs, and each "
+                             f"needs one of its own: a smaller --nproc_per_node")
         return torch.device("cuda", number)
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 

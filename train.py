@@ -3,9 +3,8 @@
     torchrun train.py --stage 1                        # makes the micro-world and stage 0 if they are missing
     torchrun --nproc_per_node 2 train.py --stage 2     # any number of processes: the same batches
 
-The same command again goes on from the last save, bit for bit. Every step is one object in out/stageN/log.jsonl, every
-validation another.
-"""
+The same command again goes on from the last save, bit for bit. Every step is one object in out/stageN/log.jsonl,
+every validation another. """
 from __future__ import annotations
 
 import os
@@ -50,16 +49,17 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from data import (DataError, Loader, Tokenizer, add_flags, chats_of, die_with_parent, file_lock, read_manifests,
                   toy_split, toy_tokenizer, toy_world, usable_cores)
 from eval import show_own_samples, toy_benchmark
-from model import (BLOCKS, PRESETS, Exo2Ego, autocast, checkpoints, choose_attention, feature_kl, file_hash, fingerprint,
-                   git_revision, load_checkpoint, load_delta, newest_checkpoint, pick_device, read_state, save_files)
+from model import (BLOCKS, PRESETS, Exo2Ego, autocast, checkpoints, choose_attention, feature_kl, file_hash,
+                   fingerprint, git_revision, load_checkpoint, load_delta, newest_checkpoint, pick_device, read_state,
+                   save_files)
 
 
-# --------------------------------------------------------------------------------------------------- 1 the stage table
+# -------------------------------------------------------------------------------------------------- 1 the stage table
 @dataclass(frozen=True)
 class Stage:
     """What trains, on what, towards what."""
     name: str
-    trains: dict[str, float]            # part -> peak learning rate, all else is frozen; "extra": what only a loss needs
+    trains: dict[str, float]            # part -> peak rate, all else is frozen; "extra": what only a loss needs
     split: str                          # of the micro-world; --data replaces it
     view: str                           # what a sample shows: exo | ego | pair | none
     losses: dict[str, float]            # weight of each term
@@ -74,8 +74,8 @@ class Stage:
     copies: tuple = ()                  # parts that start as a copy: (from, to)
 
 
-# The paper: rates, batches and epochs are its own, and so is Init's warm-up; the loss weights and the other stages' warm-up
-# are our choice. A micro batch is what an 80-GB card takes. Init has a row for its ego half: the exo half is
+# The paper: rates, batches and epochs are its own, and so is Init's warm-up; the loss weights and the other stages'
+# warm-up are our choice. A micro batch is what an 80-GB card takes. Init has a row for its ego half: the exo half is
 # VideoLLaMA2's own training, whose weights come with --base.
 PAPER = {
     0: (Stage(
@@ -141,13 +141,12 @@ TOY = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------- 2 the loop
+# --------------------------------------------------------------------------------------------------------- 2 the loop
 def run_stage(run, stage, loader, objective, earlier, steps, folder, log):
     """Take the `steps` steps of a stage, or those that the checkpoint `folder` has left of them.
 
-    `step` counts within the stage, from 0. `run_step` counts through all stages of the run, from 1: `earlier` steps came
-    before this stage.
-    """
+    `step` counts within the stage, from 0. `run_step` counts through all stages of the run, from 1: `earlier` steps
+    came before this stage. """
     trained, first = prepare_objective(run, objective, loader, earlier, folder)
     if run.rank == 0:
         describe(run, objective, loader, steps, log)
@@ -164,22 +163,20 @@ def run_stage(run, stage, loader, objective, earlier, steps, folder, log):
             # 1) learning rate: linear warm-up, then a cosine down to the stage's floor
             run_step = earlier + step + 1
             lr_scale = schedule(step, steps, stage)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak_lr"] * lr_scale
+            set_rates(optimizers, lr_scale)
 
-            # 2) every loss is divided by what the whole step holds, over micro batches and ranks: count that first. What one
-            # rank has met (a signal, clips that nobody can read) ends the run on all of them, here, between two steps
+            # 2) every loss is divided by what the whole step holds, over micro batches and ranks: count that first.
+            # What one rank has met (a signal, clips that nobody can read) ends the run on all of them, here, between
+            # two steps
             counts = StepCounts.of(micro_batches, run, save=keeper.is_due(run_step))
             keeper.leave_if(keeper.reason_to_leave(counts, micro_batches, seen=(step + 1) * stage.batch))
-            micro_batches = [batch.to(run.device) for batch in micro_batches]
 
             # 3) forward and backward, one micro batch at a time; ranks exchange gradients at the last one only
             totals = {}
             for i, batch in enumerate(micro_batches):
                 sync_gradients(wrapped, run, now=i == len(micro_batches) - 1)
                 with autocast(run.device, run.bf16):
-                    terms = wrapped(batch, counts.supervised, counts.samples)
+                    terms = wrapped(batch.to(run.device), counts.supervised, counts.samples)
                 terms["loss"].backward()
                 for name, value in terms.items():
                     totals[name] = totals.get(name, 0) + value.detach()
@@ -203,8 +200,7 @@ def run_stage(run, stage, loader, objective, earlier, steps, folder, log):
             last = step + 1 == steps
             if last or counts.save:
                 keeper.save()
-            every = run.cfg.val_every
-            if validation and (last or every and run_step % every == 0):
+            if validation and (last or run_step % (run.cfg.val_every or run.steps) == 0):
                 validate(run, objective, validation, run_step, log)
 
 
@@ -233,8 +229,8 @@ class StepCounts(NamedTuple):
 
 
 def prepare_objective(run, objective, loader, earlier, folder):
-    """Put the objective on its device, with the weights of the checkpoint `folder` if there is one -> what trains, by name;
-    how many steps of the stage are done."""
+    """Put the objective on its device, with the weights of the checkpoint `folder` if there is one -> what trains, by
+    name; how many steps of the stage are done."""
     stage, model = objective.stage, objective.model
     # A checkpoint may also stand where the stage before it ended: then none of this one's steps are done.
     done = 0
@@ -276,14 +272,13 @@ def validate(run, objective, loader, step, log):
     log.write(dict(step=step, val_loss=total / tokens), f"step {step} | val_loss {total / tokens:.4f}")
 
 
-# -------------------------------------------------------------------------------------------------------- 3 objectives
+# ------------------------------------------------------------------------------------------------------- 3 objectives
 class Objective(nn.Module):
-    """The losses of a stage. Each term is a sum over samples (or tokens), divided by what the whole step holds, so that
-    micro batches and ranks add up to the plain mean. DDP averages over ranks, hence the factor `world`.
+    """The losses of a stage. Each term is a sum over samples (or tokens), divided by what the whole step holds, so
+    that micro batches and ranks add up to the plain mean. DDP averages over ranks, hence the factor `world`.
 
-    To add a loss: give it a weight in the stage table and return its term from `views`, a vector whose sum counts: one
-    number per sample.
-    """
+    To add a loss: give it a weight in the stage table and return its term from `views`, a vector whose sum counts:
+    one number per sample. """
     def __init__(self, model, tokenizer, stage, cfg, world):
         super().__init__()
         self.model = model
@@ -302,9 +297,9 @@ class Objective(nn.Module):
             self.extra.register_buffer("feature_std", torch.ones(side, side, model.cfg.vit_width))
 
     def forward(self, batch, supervised, samples):
-        """-> {"loss": the weighted sum, and each term} of one micro batch, as its share of the whole step, which holds
-        `supervised` tokens and `samples` samples. (A sample of stage 2 is a moment's ego clip with one of its exo clips; the
-        text of a moment is read once, and its tokens count once for each of its samples.)"""
+        """-> {"loss": the weighted sum, and each term} of one micro batch, as its share of the whole step, which
+        holds `supervised` tokens and `samples` samples. (A sample of stage 2 is a moment's ego clip with one of its
+        exo clips; the text of a moment is read once, and its tokens count once for each of its samples.)"""
         make_terms = {"views": self.views, "language": self.language, "image_text": self.image_text}
         terms = make_terms[self.stage.terms](batch)
         # Every term needs a weight, every weight a term.
@@ -326,7 +321,8 @@ class Objective(nn.Module):
         return shares | {"loss": loss}
 
     def views(self, batch):
-        """The paper's losses. Init and stages 1 and 3 show one view and have the first of them; stage 2 shows both views:
+        """The paper's losses. Init and stages 1 and 3 show one view and have the first of them; stage 2 shows both
+        views:
 
             stage 2, part                   its weights     gradients pass through it
             ego ViT, ego connector, F, G    trained         yes
@@ -347,7 +343,8 @@ class Objective(nn.Module):
         return terms
 
     def vtg(self, visual, batch) -> Tensor:
-        """Vision-grounded text generation (tokens,): the cross-entropy of each supervised token, as often as it counts."""
+        """Vision-grounded text generation (tokens,): the cross-entropy of each supervised token, as often as it
+        counts."""
         shown = visual[batch.text_of.to(visual.device)]                     # the clip that each text tells of
         losses = self.model.text_losses(shown, batch.ids, batch.labels, batch.lens)
         return losses * batch.weights.to(losses.device)
@@ -358,15 +355,15 @@ class Objective(nn.Module):
         return torch.stack([self.vtg(seen.visual, batch).sum(), batch.weights.sum()])
 
     def kl(self, y: Tensor, estimate: Tensor) -> Tensor:
-        """KL(exo || F(ego)) of each pair (X,), between tokens as the decoder reads them: con_exo(y) and con_exo(F(x))."""
+        """KL(exo || F(ego)) of each pair (X,), between tokens as the decoder reads them: con_exo(y) and
+        con_exo(F(x))."""
         return feature_kl(self.model.exo_connector(y), estimate)            # both (X, 1521, 4096)
 
     def cycle(self, x, y, pair) -> Tensor:
         """CCL(F, G) of each pair (X,): |G(F(x)) - x| + |F(G(y)) - y|, in units of the demonstrator's spread.
 
-        x (of E moments) and y are data here, as in CycleGAN: only F and G learn from it. So F runs again, on x without its
-        gradient.
-        """
+        x (of E moments) and y are data here, as in CycleGAN: only F and G learn from it. So F runs again, on x
+        without its gradient. """
         F, G = self.model.F, self.model.G
         forward = self.distance(G(F(x)), x)[pair]
         if self.cfg.forward_cycle_only:
@@ -434,18 +431,18 @@ class Objective(nn.Module):
         right = same.repeat_interleave(features.shape[1], 0)                                # (B*T/2, B)
         from_text = -(logits.log_softmax(0) * right / right.sum(0)).sum(0)                  # (B,)
         from_image = -(logits.log_softmax(1) * right / right.sum(1, keepdim=True)).sum(1)
-        from_image = from_image.unflatten(0, (len(text), -1)).mean(1)                       # (B,) over a clip's frames
+        from_image = from_image.unflatten(0, (len(text), -1)).mean(1)                       # (B,)
         return {"image_text": (from_text + from_image) / 2}
 
 
 def scatter_words(texts, slots, vocab) -> Tensor:
-    """What a connector might give of clips that these texts (their ids) describe: the weight of each word at each of a
-    clip's visual tokens (B, slots, vocab). The toy's decoder learns to read this, so that it can read a connector later.
+    """What a connector might give of clips that these texts (their ids) describe: the weight of each word at each of
+    a clip's visual tokens (B, slots, vocab). The toy's decoder learns to read this, so that it can read a connector
+    later.
 
-    A word's weight is spread over the slots by a draw from a Dirichlet distribution. Its parameter, 0.03 to 10, differs
-    from word to word: a small one puts the word into one slot, a large one into all of them. Fainter words of another text
-    are the noise. All ranges are our choice, from trials.
-    """
+    A word's weight is spread over the slots by a draw from a Dirichlet distribution. Its parameter, 0.03 to 10,
+    differs from word to word: a small one puts the word into one slot, a large one into all of them. Fainter words of
+    another text are the noise. All ranges are our choice, from trials. """
     mixture = torch.zeros(len(texts), slots, vocab)
     others = texts[-1:] + texts[:-1]                            # the text before it in the batch
     for row, own, other in zip(mixture, texts, others):
@@ -453,14 +450,15 @@ def scatter_words(texts, slots, vocab) -> Tensor:
         faint = torch.empty(len(other)).uniform_(0, 0.5)
         weight = torch.cat([clear, faint])
         parameter = 10 ** torch.empty(len(weight), 1).uniform_(-1.5, 1)
-        spread = torch.distributions.Dirichlet(parameter.expand(-1, slots), validate_args=False).sample()   # (words, slots)
+        dirichlet = torch.distributions.Dirichlet(parameter.expand(-1, slots), validate_args=False)
+        spread = dirichlet.sample()                             # (words, slots)
         # 0.35 is a word's mean weight in a slot.
         spread = 0.35 * slots * weight[:, None] * spread
         row.index_add_(1, torch.tensor(own + other), spread.T.contiguous())
     return mixture
 
 
-# ------------------------------------------------------------------------------------------------------- 4 what trains
+# ------------------------------------------------------------------------------------------------------ 4 what trains
 def part_of(name):
     """The part of the stage table that a parameter belongs to."""
     if ".lora_" in name:
@@ -471,9 +469,8 @@ def part_of(name):
 def freeze(objective, bf16):
     """Freeze every part that the stage does not train; returns what trains, by name.
 
-    Trained weights are float32. Frozen ones are kept in the dtype they are computed with, except where the run makes all
-    weights itself: then the next row of the stage table may train them.
-    """
+    Trained weights are float32. Frozen ones are kept in the dtype they are computed with, except where the run makes
+    all weights itself: then the next row of the stage table may train them. """
     trained = {}
     for name, p in objective.named_parameters():
         p.requires_grad_(part_of(name) in objective.stage.trains)
@@ -543,6 +540,13 @@ def make_optimizers(trained, rates, cfg) -> list:
     return optimizers
 
 
+def set_rates(optimizers, lr_scale):
+    """Give every part this share of its peak learning rate."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * lr_scale
+
+
 def schedule(step, steps, stage) -> float:
     """Share of the peak rate at a step: linear warm-up, then a cosine down to the stage's floor."""
     warm = max(1, round(stage.warmup * steps))
@@ -553,7 +557,7 @@ def schedule(step, steps, stage) -> float:
     return stage.floor + (1 - stage.floor) * cosine
 
 
-# ------------------------------------------------------------------------------- 5 where a stage starts, what it reads
+# ------------------------------------------------------------------------------ 5 where a stage starts, what it reads
 @dataclass
 class Run:
     """One process of a run: its flags, its place among the ranks, and what its checkpoints will record."""
@@ -567,7 +571,7 @@ class Run:
     # What its checkpoints record of where it began.
     provenance: dict = field(default_factory=lambda: dict(base=None, base_hash=None, init=None))
     start: Start | None = None
-    inherited: set = field(default_factory=set)                 # tensors that its checkpoints hold, trained here or not
+    inherited: set = field(default_factory=set)                 # tensors that its checkpoints hold in any case
     tokenizer: bytes = b""                                      # the file, as it was when the run began
     stop: float = 0.0                                           # when a signal asked it to stop
 
@@ -663,7 +667,8 @@ def training_loader(run, stage, model, tokenizer) -> Loader:
         rows = shuffle_pairs(rows, cfg.seed)
     run.provenance.setdefault("manifest", hash_of_manifests(manifests))
     run.provenance.setdefault("skip_list", hash_of_manifests(skip_lists(manifests)))
-    return make_loader(run, stage, model, tokenizer, rows=rows, batch=stage.batch, micro=stage.micro)
+    micro = samples_per_forward(stage, cfg, run.world)
+    return make_loader(run, stage, model, tokenizer, rows=rows, batch=stage.batch, micro=micro)
 
 
 def make_loader(run, stage, model, tokenizer, **options) -> Loader:
@@ -682,7 +687,7 @@ def make_loader(run, stage, model, tokenizer, **options) -> Loader:
         **options)
 
 
-# --------------------------------------------------------------------------------------------- 6 a run from end to end
+# -------------------------------------------------------------------------------------------- 6 a run from end to end
 def stages_of(cfg) -> tuple[Stage, ...]:
     """The rows of this run: the table's, changed by the flags. The toy's stage 0 has four, every other stage one."""
     table = PAPER if cfg.preset == "7b" else TOY
@@ -690,8 +695,8 @@ def stages_of(cfg) -> tuple[Stage, ...]:
 
 
 def train(cfg, rank=0, world=1, objective=Objective, change=None):
-    """Run a stage to its end, then score it. A fork's experiment may bring a class of its own for the losses, and a function
-    that changes the model before training."""
+    """Run a stage to its end, then score it. A fork's experiment may bring a class of its own for the losses, and a
+    function that changes the model before training."""
     stages = stages_of(cfg)
     bf16 = torch.cuda.is_available() if cfg.dtype is None else cfg.dtype == "bfloat16"
     run = Run(cfg, rank, world, pick_device(), bf16)
@@ -715,7 +720,8 @@ def train(cfg, rank=0, world=1, objective=Objective, change=None):
     earlier = 0
     for stage, loader, steps in zip(stages, loaders, lengths):
         if done < earlier + steps:
-            # Each rank draws noise and dropout of its own. Parameters that a loss brings are rank 0's: DDP copies them.
+            # Each rank draws noise and dropout of its own. Parameters that a loss brings are rank 0's: DDP copies
+            # them.
             seed_torch(cfg.seed, cfg.stage, earlier, rank)
             losses = objective(model, tokenizer, stage, cfg, world).to(run.device)
             with stop_gracefully_on_signals(run):
@@ -747,15 +753,16 @@ def show_result(run, model, tokenizer, rows, was_finished):
 # ===== a first reader can stop here =====
 
 
-# ------------------------------------------------------------------------------------------------------------- A flags
+# ------------------------------------------------------------------------------------------------------------ A flags
 @dataclass(frozen=True)
 class TrainConfig:
-    """Every flag. Where the default is None, what the comment has in brackets counts, or else the stage table's row."""
+    """Every flag. Where the default is None, what the comment has in brackets counts, or else the stage table's
+    row."""
     stage: Literal[0, 1, 2, 3]                      # 0 Init | 1 demonstrator | 2 guidance | 3 self-practice
     preset: Literal["toy", "small", "7b"] = "toy"   # all sizes; 7b is the paper's
     data: list[str] = field(default_factory=lambda: ["out/toy"])    # manifests (.jsonl), or the micro-world's folder
     root: str | None = None                         # where the paths of the manifests start (each one's folder)
-    base: str | None = None                         # untouched weights, a folder (what --init builds on, or stage0 beside --out)
+    base: str | None = None                         # untouched weights (what --init builds on, or stage0 beside --out)
     vision: str | None = None                       # a CLIP directory, where --base has no vision tower
     tokenizer: str | None = None                    # a tokenizer.model (the one beside the weights)
     init: str | None = None                         # run to go on from (stage{N-1} beside --out; stage 1: --base)
@@ -774,8 +781,8 @@ class TrainConfig:
     val_every: int | None = None                    # steps between validation losses (at the end, with --val-data)
     workers: int | None = None                      # loader processes per rank (by cores and ranks, at most 8)
     fsdp: bool = False                              # FSDP2 instead of DDP: a rank holds its share of it all
-    recompute: Literal["none", "cheap", "blocks"] | None = None     # in backward, to save memory (none; cheap for 7b, not compiled)
-    compile: bool = False                           # torch.compile of the blocks: a slow start, faster steps (on for 7b on CUDA)
+    recompute: Literal["none", "cheap", "blocks"] | None = None     # in backward (none; cheap for 7b where not compiled)
+    compile: bool = False                           # torch.compile the blocks: slow start, fast steps (7b on CUDA)
     no_compile: bool = False                        # not even for 7b on CUDA
     timeout: int = 600                              # seconds until a silent rank ends the run
     max_bad: float = 0.01                           # share of samples that may be unreadable
@@ -804,14 +811,16 @@ class TrainConfig:
         return self.stage == 0 and self.preset != "7b"
 
 
-# Flags that may differ when a run resumes: they change nothing of what it computes, or only how fast. Places (data, base,
-# tokenizer, ...) are known by what they hold. More steps stretch the schedule, another rate or dtype is said. Where the
-# negatives of a loss are the micro batch (InfoNCE), another micro_batch has other negatives.
-MAY_CHANGE = {"data", "root", "base", "vision", "tokenizer", "init", "out", "steps", "epochs", "lr", "dtype", "micro_batch", "save_every",
-              "keep", "val_data", "val_every", "workers", "fsdp", "recompute", "compile", "no_compile", "timeout", "max_bad",
-              "allow_outside", "no_eval"}
+# Flags that may differ when a run resumes: they change nothing of what it computes, or only how fast. Places (data,
+# base, tokenizer, ...) are known by what they hold. More steps stretch the schedule, another rate or dtype is said.
+# Where the negatives of a loss are the micro batch (InfoNCE), another micro_batch has other negatives.
+MAY_CHANGE = {"data", "root", "base", "vision", "tokenizer", "init", "out", "steps", "epochs", "lr", "dtype",
+              "micro_batch", "save_every", "keep", "val_data", "val_every", "workers", "fsdp", "recompute", "compile",
+              "no_compile", "timeout", "max_bad", "allow_outside", "no_eval"}
 # Flags whose effect is in the stage's row, which a checkpoint records.
 IN_THE_ROW = {"batch", "no_kl", "no_cycle", "no_mapping", "no_lora", "contrastive", "kl_weight", "ccl_weight"}
+# Losses (InfoNCE) that compare the samples of a micro batch with one another.
+NEEDS_NEGATIVES = {"image_text", "contrastive"}
 MAY_BE_ZERO = {"stage", "seed", "workers", "max_bad", "contrastive", "kl_weight", "ccl_weight"}
 STAGE_2_ONLY = {"no_kl", "no_cycle", "forward_cycle_only", "no_mapping", "mapping", "contrastive", "shuffle_pairs",
                 "kl_weight", "ccl_weight"}
@@ -830,14 +839,16 @@ def parse(argv: list[str] | None = None) -> TrainConfig:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser, TrainConfig, [f.name for f in fields(TrainConfig) if f.name != "data"])
-    parser.add_argument("--data", nargs="+", default=["out/toy"], help="manifests (.jsonl), or the micro-world's folder")
+    parser.add_argument("--data", nargs="+", default=["out/toy"],
+                        help="manifests (.jsonl), or the micro-world's folder")
     if "--checkpoint-activations" in (argv or sys.argv):
         parser.error("--checkpoint-activations is now --recompute blocks")
     cfg = TrainConfig(**vars(parser.parse_args(argv)))
     refuse_idle_flags(parser, cfg)
     refuse_wrong_files(parser, cfg)
 
-    # What is not given follows from the stage, the preset and the machine. Where the stage starts is `starting_point`'s.
+    # What is not given follows from the stage, the preset and the machine. Where the stage starts is
+    # `starting_point`'s.
     for_7b = cfg.preset == "7b"
     compiles = cfg.compile or for_7b and torch.cuda.is_available() and not cfg.no_compile
     neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -871,23 +882,26 @@ def refuse_idle_flags(parser, cfg):
     if cfg.no_lora and cfg.stage != 3:
         parser.error("--no-lora is of stage 3: no other stage trains a LoRA")
     if cfg.from_nothing and cfg.toy_folder is None:
-        parser.error("stage 0 of this preset is the micro-world's own: your own data starts at stage 1, from its weights or "
-                     "from --base")
+        parser.error("stage 0 of this preset is the micro-world's own: your own data starts at stage 1, from its "
+                     "weights or from --base")
     if cfg.stage == 0 and cfg.preset == "7b" and not cfg.base:
-        parser.error("stage 0 at 7b trains the ego half of published weights: pass --base, a folder with VideoLLaMA2's")
-    if cfg.stage == 0 and cfg.init:
-        parser.error("--init is of stages 1 to 3: stage 0 starts from --base, or from nothing")
+        parser.error("stage 0 at 7b trains the ego half of published weights: pass --base, a folder with "
+                     "VideoLLaMA2's")
+    if cfg.stage == 0 and cfg.init or cfg.from_nothing and cfg.base:
+        parser.error("stage 0 has nothing to start from but --base, and that at 7b alone: "
+                     "leave --init and --base out")
     validates = cfg.val_every or cfg.val_data
     if validates and (cfg.from_nothing or not (cfg.val_data or cfg.toy_folder)):
         parser.error("a validation loss needs stage 1, 2 or 3, and --val-data x.jsonl or the micro-world")
     # How a step is divided is known before anything is trained.
     world = int(os.environ.get("WORLD_SIZE", 1))
     for stage in stages_of(cfg):
-        micro = stage.micro or max(1, stage.batch // world)
+        micro = samples_per_forward(stage, cfg, world)
         if stage.batch % (micro * world):
             parser.error(f"--batch {stage.batch} is no multiple of {micro} (--micro-batch) x {world} ranks")
-        if micro == 1 and stage.losses.keys() & {"image_text", "contrastive"}:
-            parser.error("InfoNCE compares the samples of a micro batch with one another: --micro-batch 2 or more")
+        if micro == 1 and stage.losses.keys() & NEEDS_NEGATIVES:
+            parser.error("InfoNCE compares the samples of a micro batch with one another: "
+                         "--micro-batch 2 or more")
 
 
 def refuse_wrong_files(parser, cfg):
@@ -901,6 +915,16 @@ def refuse_wrong_files(parser, cfg):
             parser.error(f"{path} is not there")
         if not is_manifest and (len(cfg.data) > 1 or Path(path).is_file()):
             parser.error(f"--data {path}: a manifest is a file that ends in .jsonl, a micro-world one folder")
+
+
+def samples_per_forward(stage, cfg, world):
+    """The micro batch of a rank: --micro-batch, or what the stage table says, but not more than the rank's share of a step.
+    InfoNCE has no negatives in a micro batch of one."""
+    share = max(1, stage.batch // world)
+    wanted = stage.micro or share
+    if stage.losses.keys() & NEEDS_NEGATIVES:
+        wanted = max(wanted, 2)
+    return cfg.micro_batch or min(wanted, share)
 
 
 def changed_by_flags(stage, cfg) -> Stage:
@@ -930,20 +954,17 @@ def changed_by_flags(stage, cfg) -> Stage:
     # --lr is the fastest part's rate; the other parts keep their ratio to it.
     factor = cfg.lr / max(trains.values()) if cfg.lr else 1
     trains = {part: rate * factor for part, rate in trains.items()}
-    # InfoNCE has no negatives in a micro batch of one.
-    micro = max(stage.micro, 2) if stage.micro and "contrastive" in losses else stage.micro
     return replace(
         stage,
         trains=trains,
         view=view,
         losses=losses,
         batch=cfg.batch or stage.batch,
-        micro=cfg.micro_batch or micro,
         epochs=cfg.epochs or stage.epochs,
         steps=0 if cfg.epochs else cfg.steps or stage.steps)
 
 
-# --------------------------------------------------------------------------------------------------- B ranks, wrapping
+# -------------------------------------------------------------------------------------------------- B ranks, wrapping
 def start_process():
     """Rank and world size, as torchrun tells. The process takes its share of the cores that it may use."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -961,9 +982,8 @@ def join_ranks(backend, seconds):
     """Meet the other ranks, within `seconds`.
 
     torchrun keeps one store over its restarts, in which a rank would find the addresses of the dead (pytorch#135712):
-    on one machine each restart gets names of its own. Several machines count restarts apart; start torchrun there with
-    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
-    """
+    on one machine each restart gets names of its own. Several machines count restarts apart; start torchrun there
+    with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1. """
     one_machine = os.environ["WORLD_SIZE"] == os.environ.get("LOCAL_WORLD_SIZE")
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"
     limit = timedelta(seconds=seconds)
@@ -996,8 +1016,8 @@ def first_problem_of_any_rank(check):
 
 @contextlib.contextmanager
 def stop_gracefully_on_signals(run):
-    """SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C: the step under way ends, then all ranks save and exit. Under nohup, which ignores
-    SIGHUP, the run goes on.
+    """SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C: the step under way ends, then all ranks save and exit. Under nohup, which
+    ignores SIGHUP, the run goes on.
 
     A second signal, more than a second later (launchers pass theirs on at once), ends it on the spot. torchrun kills
     30 s after its own SIGTERM; it passes SIGUSR1 on only if TORCHELASTIC_SIGNALS_TO_HANDLE names it.
@@ -1037,8 +1057,8 @@ KEPT_FOR_BACKWARD = [
 
 
 def wrap(run, objective) -> nn.Module:
-    """The objective as the ranks share it: its blocks compiled, computed again in backward as --recompute says, then DDP, or
-    FSDP2 by block."""
+    """The objective as the ranks share it: its blocks compiled, computed again in backward as --recompute says, then
+    DDP, or FSDP2 by block."""
     cfg = run.cfg
     blocks = [module for module in objective.modules() if isinstance(module, BLOCKS)]
     keep_products = partial(create_selective_checkpoint_contexts, KEPT_FOR_BACKWARD)
@@ -1047,7 +1067,8 @@ def wrap(run, objective) -> nn.Module:
         vars(block).pop("forward", None)
         if cfg.compile:
             # The decoder's batches have another number of tokens at every step: one compiled form for all of them.
-            block.forward = compiled(block, dynamic=block in set(objective.model.decoder.blocks))
+            dynamic = any(block is one for one in objective.model.decoder.blocks)
+            block.forward = compiled(block, dynamic)
         if cfg.recompute == "blocks":
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         if cfg.recompute == "cheap":
@@ -1064,8 +1085,8 @@ def wrap(run, objective) -> nn.Module:
 
 
 def compiled(block: nn.Module, dynamic):
-    """torch.compile of a block where gradients pass; scoring has other shapes and runs as it is. Attention is left out:
-    its kernels are fused already, and the lengths in `seg` differ in every batch."""
+    """torch.compile of a block where gradients pass; scoring has other shapes and runs as it is. Attention is left
+    out: its kernels are fused already, and the lengths in `seg` differ in every batch."""
     # All blocks of a class share their compiled code: one version for each width, frozen or trained.
     torch._dynamo.config.recompile_limit = 64
     if hasattr(block, "attention"):
@@ -1091,14 +1112,14 @@ def gather_full_tensor(tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-# -------------------------------------------------------------------------------------------------- C saving, resuming
+# ------------------------------------------------------------------------------------------------- C saving, resuming
 class Keeper:
-    """Keeps what was trained, however a run ends. It saves after a tenth of the run or ten minutes (or every --save-every
-    steps), and once more when the run ends early:
+    """Keeps what was trained, however a run ends. It saves after a tenth of the run or ten minutes (or every
+    --save-every steps), and once more when the run ends early:
 
         all ranks leave together, between two steps         the last whole step is saved
         one process alone fails                             the same, unless it fails within an update
-        one of several ranks fails                          nothing: the others wait for it, and what was saved last counts
+        one of several ranks fails                          nothing: what was saved last counts
 
     A step is whole when its row is in the log; the random state that is saved is that of the next step's beginning.
     """
@@ -1123,7 +1144,8 @@ class Keeper:
         every = self.run.cfg.save_every
         if every:
             return step % every == 0
-        return step % math.ceil(self.run.steps / 10) == 0 or time.monotonic() - self.saved_at > 600
+        tenth = math.ceil(self.run.steps / 10)
+        return step % tenth == 0 or time.monotonic() - self.saved_at > 600
 
     def begin_update(self):
         self.updating = True
@@ -1137,7 +1159,11 @@ class Keeper:
         """Save the last whole step, if there is one that is not saved."""
         if self.step > self.saved:
             set_random_state(self.random, self.run.device)
-            save_checkpoint(self.run, self.objective, self.optimizers, self.step, self.trained, self.skipped)
+            save_checkpoint(
+                self.run, self.objective, self.optimizers,
+                step=self.step,
+                trained=self.trained,
+                skipped=self.skipped)
             self.saved = self.step
         self.saved_at = time.monotonic()
 
@@ -1148,20 +1174,22 @@ class Keeper:
             raise reason
 
     def reason_to_leave(self, counts, micro_batches, seen):
-        """What ends the run between two steps, on all ranks: clips that nobody can read, too many of them, a signal. None: it
-        goes on. `seen` samples have been drawn since the stage began."""
+        """What ends the run between two steps, on all ranks: clips that nobody can read, too many of them, a signal.
+        None: it goes on. `seen` samples have been drawn since the stage began."""
         if counts.broken:
-            own = isinstance(micro_batches, Exception)
-            return micro_batches if own else DataError("another rank found nothing to read: it says what")
+            # The rank that found nothing has the reason.
+            if isinstance(micro_batches, Exception):
+                return micro_batches
+            return DataError("another rank found nothing to read: it says what")
         self.log.name_skipped(micro_batches, int(counts.skipped))
         failed = self.log.skipped
         tried = seen + failed
         most = self.run.cfg.max_bad
         # Of a short run a few may be bad.
         if failed > most * max(tried, 500):
-            return DataError(f"{failed} of {tried} tries to read a sample failed, more than --max-bad {most}; the lines above "
-                             f"name them. python data.py check lists all of them, and the same command then goes on "
-                             f"without them")
+            return DataError(f"{failed} of {tried} tries to read a sample failed, more than --max-bad {most}; "
+                             f"the lines above name them. python data.py check lists all of them, and the same "
+                             f"command then goes on without them")
         if counts.stop and self.step == 0:
             return SystemExit("stopped before the first step was done: there is nothing to save")
         if counts.stop:
@@ -1182,14 +1210,15 @@ class Keeper:
 
 
 def not_a_number(losses, norm, step, micro_batches):
-    """The error that ends the run before an update spoils the weights, or None; the terms, and this rank's samples of the
-    step, may show why."""
+    """The error that ends the run before an update spoils the weights, or None; the terms, and this rank's samples of
+    the step, may show why."""
     if math.isfinite(losses["loss"] + norm):
         return None
     terms = ", ".join(f"{name} {value:g}" for name, value in losses.items())
     names = [batch.names for batch in micro_batches]
-    return DataError(f"step {step}: {terms}, gradient norm {norm:g}; what was trained before it is saved. The same command "
-                     f"with a lower --lr, or with --dtype float32, goes on from there; the samples were {names}")
+    return DataError(f"step {step}: {terms}, gradient norm {norm:g}; what was trained before it is saved. "
+                     f"The same command with a lower --lr, or with --dtype float32, goes on from there; "
+                     f"the samples were {names}")
 
 
 def save_checkpoint(run, objective, optimizers, step, trained, skipped):
@@ -1244,7 +1273,8 @@ def save_checkpoint(run, objective, optimizers, step, trained, skipped):
 
 
 def checkpoint_tensors(run, objective, trained):
-    """What this stage or an earlier one trained, and what a loss needs, by name, on the CPU. Every FSDP rank must call it."""
+    """What this stage or an earlier one trained, and what a loss needs, by name, on the CPU. Every FSDP rank must
+    call it."""
     kept = run.inherited | {name.removeprefix("model.") for name in trained}
     tensors = {}
     for name, tensor in objective.state_dict().items():
@@ -1260,7 +1290,8 @@ def checkpoint_tensors(run, objective, trained):
 
 
 def optimizer_state(optimizers):
-    """The optimisers' moments by name: number of the optimiser, of the parameter, key. Every FSDP rank must call it."""
+    """The optimisers' moments by name: number of the optimiser, of the parameter, key. Every FSDP rank must call
+    it."""
     tensors = {}
     for i, optimizer in enumerate(optimizers):
         for j, values in optimizer.state_dict()["state"].items():
@@ -1305,13 +1336,16 @@ def set_random_state(state, device):
 
 
 def seed_torch(*place: int):
-    """Seed torch by a place in the run: (seed, stage) for new weights, (seed, stage, earlier steps, rank) for noise."""
+    """Seed torch by a place in the run: (seed, stage) for new weights, (seed, stage, earlier steps, rank) for
+    noise."""
     torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
 
 
 def recipe_of(cfg):
-    """What a run computes, by name: the flags that matter, and the rows of the stage table as the flags changed them."""
-    recipe = {flag: value for flag, value in asdict(cfg).items() if flag not in MAY_CHANGE | IN_THE_ROW}
+    """What a run computes, by name: the flags that matter, and the rows of the stage table as the flags changed
+    them."""
+    elsewhere = MAY_CHANGE | IN_THE_ROW
+    recipe = {flag: value for flag, value in asdict(cfg).items() if flag not in elsewhere}
     for stage in stages_of(cfg):
         row = asdict(stage)
         # Steps may grow, and a micro batch changes nothing.
@@ -1322,8 +1356,11 @@ def recipe_of(cfg):
 
 def hash_of_manifests(files) -> str:
     """Manifests (or skip lists) are known by their bytes, wherever they lie."""
-    files = [Path(file) for file in files]
-    return "+".join(file_hash(file)[:16] for file in files if file.is_file() and file.stat().st_size)
+    hashes = []
+    for file in map(Path, files):
+        if file.is_file() and file.stat().st_size:
+            hashes.append(file_hash(file)[:16])
+    return "+".join(hashes)
 
 
 def skip_lists(manifests) -> list[Path]:
@@ -1332,10 +1369,11 @@ def skip_lists(manifests) -> list[Path]:
 
 
 def record_start(run, model, state):
-    """Where a run began, for its checkpoints. They record the folder of a run, not its step: whoever loads them takes the
-    newest."""
+    """Where a run began, for its checkpoints. They record the folder of a run, not its step: whoever loads them takes
+    the newest."""
     cfg, start = run.cfg, run.start
-    source, base = (place if (place / "config.json").is_file() else place.parent for place in (start.source, start.base))
+    places = (start.source, start.base)
+    source, base = (place if (place / "config.json").is_file() else place.parent for place in places)
     run.cfg = replace(cfg, init=str(source), base=str(base))
     run.provenance |= dict(
         init=fingerprint(start.source),
@@ -1350,34 +1388,39 @@ def record_start(run, model, state):
 
 
 def finished_checkpoint(place, flag, stages):
-    """The last checkpoint of the finished run `place`, of one of these stages; all else is refused, with the way out."""
+    """The last checkpoint of the finished run `place`, of one of these stages; all else is refused, with the way
+    out."""
     folder = newest_checkpoint(place)
     if folder is None:
+        # Stage 0 gives weights to train from, or somebody has published them; a later stage is trained here.
         way_out = "there are no weights; pass --base DIR, or train it first:  python train.py --stage 0"
         if stages[0] > 0:
             way_out = f"no checkpoint there; python train.py --stage {stages[0]} --out {place}"
         elif flag == "--base":
             way_out = "there are no weights: a folder with VideoLLaMA2's, or a run of stage 0, is needed"
         raise DataError(f"{flag} {place}: {way_out}")
+    # A run that is under way, or of another stage, is no start.
     state = read_state(folder)
     step, steps = state["step"], state["steps"]
     if state["stage"] not in stages or step < steps:
         wanted = " or ".join(map(str, stages))
-        raise DataError(f"{flag} {place} is of stage {state['stage']} at step {step} of {steps}; a finished stage {wanted} "
-                        f"is needed here")
+        raise DataError(f"{flag} {place} is of stage {state['stage']} at step {step} of {steps}; "
+                        f"a finished stage {wanted} is needed here")
     return folder
 
 
 def refuse_misfits(cfg, model, tokenizer, start):
     """A tokenizer of another vocabulary, or weights of another preset."""
     if tokenizer.size > model.cfg.vocab:
-        raise DataError(f"{tokenizer.path}: {tokenizer.size} pieces, the decoder {model.cfg.vocab}: pass its --tokenizer")
+        raise DataError(f"{tokenizer.path}: {tokenizer.size} pieces, the decoder {model.cfg.vocab}: "
+                        f"pass its --tokenizer")
     published = (start.base / "config.json").is_file()
     sizes = replace(model.cfg, mapping="none", lora=False)
     if not published and sizes != PRESETS[cfg.preset]:
         raise DataError(f"{start.source} has other sizes than --preset {cfg.preset}: pass its own preset")
     if cfg.stage == 0 and not published:
-        raise DataError(f"--base {cfg.base}: stage 0 at 7b trains the ego half of published weights, and these are a run's")
+        raise DataError(f"--base {cfg.base}: stage 0 at 7b trains the ego half of published weights, and these are "
+                        f"a run's")
 
 
 def resume_checkpoint(run):
@@ -1403,22 +1446,24 @@ def refuse_other_ranks(run, folder):
         fsdp=run.cfg.fsdp,
         micro_batch=run.cfg.micro_batch,
         code=git_revision())
-    del own["skip_list"]
     ranks = gather(own | {"step to go on from": folder.name if folder else "none"})
     for number, other in enumerate(ranks):
         for key, value in ranks[0].items():
             if other.get(key) != value and key not in ("base", "vision"):
                 where = f": all machines must see one folder {run.cfg.out}" if key.startswith("step") else ""
-                raise DataError(f"rank 0 has {key}={value}, rank {number} has {other.get(key)}: ranks are one run{where}")
+                raise DataError(f"rank 0 has {key}={value}, rank {number} has {other.get(key)}: "
+                                f"ranks are one run{where}")
 
 
 def refuse_another_run(run, folder):
-    """The recipe of a checkpoint, and what it stands on, must be those of the run, field by field. What may change is said."""
+    """The recipe of a checkpoint, and what it stands on, must be those of the run, field by field. What may change is
+    said."""
     cfg, state = run.cfg, read_state(folder)
     changes = []
     now = git_revision()
     if state["git"] != now:
         changes.append(f"code {now} instead of {state['git']}")
+    # Field by field: the flags and rows that were recorded, and the hashes of what the run stands on.
     saved = state["recipe"] | {key: state.get(key) for key in run.provenance}
     # A flag that the checkpoint's code did not have yet counts as not given.
     defaults = {flag.name: flag.default for flag in fields(TrainConfig)}
@@ -1444,21 +1489,24 @@ def refuse_another_run(run, folder):
     if run.steps > former:
         stage, = stages_of(cfg)
         old, new = (schedule(state["step"], length, stage) for length in (former, run.steps))
-        changes.append(f"{run.steps} steps instead of {former}: at step {state['step']} the rate jumps from {old:.3f} to "
-                       f"{new:.3f} of its peak")
+        changes.append(f"{run.steps} steps instead of {former}: at step {state['step']} the rate jumps from {old:.3f} "
+                       f"to {new:.3f} of its peak")
     if run.rank == 0:
-        done = "is finished: nothing to train" if state["step"] == run.steps else f"goes on from step {state['step']}"
-        print("; with ".join([f"{folder} {done}", *changes]), flush=True)
+        said = f"{folder} goes on from step {state['step']}"
+        if state["step"] == run.steps:
+            said = f"{folder} is finished: nothing to train"
+        print("; with ".join([said, *changes]), flush=True)
 
 
 def refuse_a_poor_folder(run):
-    """A run folder that cannot hold a checkpoint is found before the first step: a folder is written, synced and renamed in
-    it, and there must be room."""
+    """A run folder that cannot hold a checkpoint is found before the first step: a folder is written, synced and
+    renamed in it, and there must be room."""
     out = Path(run.cfg.out)
     trial, renamed = out / "part_trial", out / "part_trial_renamed"
     for folder in (trial, renamed):
         shutil.rmtree(folder, ignore_errors=True)
     trial.mkdir(parents=True)
+    # What a save does, with a small file.
     try:
         with open(trial / "file", "wb") as file:
             file.write(run.tokenizer)
@@ -1481,7 +1529,7 @@ def restore_weights(objective, folder, device):
     objective.load_state_dict(tensors, strict=False, assign=True)
 
 
-# --------------------------------------------------------------------------------------------------------------- D log
+# -------------------------------------------------------------------------------------------------------------- D log
 class Log:
     """log.jsonl, one object per step, cut back to the step that a run resumes from; and the progress line."""
     def __init__(self, path, step, skipped=0):
@@ -1508,19 +1556,20 @@ class Log:
         self.file = open(path, "a", buffering=1)
 
     def write(self, row, text=""):
-        """One object to the file, one line to the screen. A log that cannot be written is said once, and ends nothing."""
+        """One object to the file, one line to the screen. A log that cannot be written is said once, and ends
+        nothing."""
         if self.file:
             try:
                 self.file.write(json.dumps(row, allow_nan=False) + "\n")
             except OSError as error:
-                print(f"{self.file.name} cannot be written any more: {error}; training goes on", file=sys.stderr, flush=True)
+                print(f"{self.file.name} cannot be written any more ({error}): training goes on", file=sys.stderr)
                 self.file = None
         if text and self.is_shown:
             print(text, flush=True)
 
     def timed(self, batches, first):
-        """Pass the batches on, and take the time that each step waits for its own. `first` steps of the stage are done; where
-        it begins, the skipped samples of the stage before count no more."""
+        """Pass the batches on, and take the time that each step waits for its own. `first` steps of the stage are
+        done; where it begins, the skipped samples of the stage before count no more."""
         if first == 0:
             self.skipped = 0
         self.clock = time.monotonic()
@@ -1543,8 +1592,8 @@ class Log:
         self.skipped += number
 
     def step(self, done, length, counts, losses, row):
-        """Step number `done` of `length` is over. Its time runs from the end of the step before: with waiting for data, and
-        with a validation or a save that came between."""
+        """Step number `done` of `length` is over. Its time runs from the end of the step before: with waiting for
+        data, and with a validation or a save that came between."""
         now = time.monotonic()
         took = now - self.clock
         self.clock = now
@@ -1569,11 +1618,13 @@ class Log:
         self.write(row, text)
 
     def line(self, done, length, samples, losses):
-        """What the screen says of the steps since its last line: losses, speed, the share of waiting, the time that is left."""
+        """What the screen says of the steps since its last line: losses, speed, the share of waiting, the time that
+        is left."""
         steps = done - self.shown.done
         seconds = (self.clock - self.shown.clock) / steps       # per step
         waiting = (self.waited_in_all - self.shown.waited) / steps
         self.shown = Shown(done, self.clock, self.waited_in_all)
+        # Losses first, then what they cost.
         values = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
         speed = f"{seconds:.3f} s/step, {waiting:.3f} of it waiting for data | {samples / seconds:.0f} clips/s"
         if self.flops:
@@ -1589,42 +1640,46 @@ class Shown(NamedTuple):
     waited: float
 
 
-# TFLOP/s of cards in bfloat16, as their makers give them for dense matrices. The first name that is in a card's counts.
+# TFLOP/s of cards in bfloat16, as their makers give them for dense matrices. The first name that is in a card's
+# counts.
 PEAK_TFLOPS = {"A100": 312, "H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 2250}
 
 
 def count_flops(objective, batch) -> float:
-    """FLOPs per sample of the matrix products of a step, forward and backward (what --recompute computes again does not
-    count). A twin on the meta device, which has shapes and no numbers, takes the micro batch."""
+    """FLOPs per sample of the matrix products of a step, forward and backward (what --recompute computes again does
+    not count). A twin on the meta device, which has shapes and no numbers, takes the micro batch."""
     from torch.utils.flop_counter import FlopCounterMode        # here, because it registers an exit hook
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = Exo2Ego(objective.model.cfg)
         twin = type(objective)(model, objective.tokenizer, objective.stage, objective.cfg, objective.world)
     freeze(twin, bf16=False)
     ego, exo = (clips if clips is None else clips.to("meta") for clips in (batch.ego, batch.exo))
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: convolution_backward_flops})
-    # The counter knows products, not the fused kernels of attention: torch's formula, then, which the variable asks for.
+    formulas = {torch.ops.aten.convolution_backward: convolution_backward_flops}
+    counter = FlopCounterMode(display=False, custom_mapping=formulas)
+    # The counter knows products, not the fused kernels of attention: torch's formula, then, which the variable asks
+    # for.
     plain = mock.patch.dict(os.environ, EXO2EGO_ATTENTION="sdpa")
     with torch.random.fork_rng(devices=[]), plain, sdpa_kernel(SDPBackend.MATH), counter:
         twin(replace(batch, ego=ego, exo=exo), 1, 1)["loss"].backward()
     return counter.get_total_flops() / batch.samples
 
 
-def convolution_backward_flops(grad, x, weight, bias, stride, padding, dilation, transposed, output_padding, groups, wanted, **_):
-    """Each of the gradients that are `wanted` (of the input, of the weight) costs what the forward did. torch's own count
-    forgets that groups do not mix. The tensors are given as their shapes."""
+def convolution_backward_flops(grad, x, weight, *options, **_):
+    """Each of the gradients that are `wanted` (of the input, of the weight) costs what the forward did. torch's own
+    count forgets that groups do not mix. The tensors are given as their shapes."""
+    _bias, _stride, _padding, _dilation, transposed, *_, wanted = options
     positions = x[0] * math.prod((x if transposed else grad)[2:])
     return 2 * positions * math.prod(weight) * sum(wanted[:2])
 
 
 def describe(run, objective, loader, length, log):
-    """Before the first step of a stage: the arithmetic, what trains, and what the model is fed. Where the most that the GPUs
-    can do is known, the work of a sample is counted, too."""
+    """Before the first step of a stage: the arithmetic, what trains, and what the model is fed. Where the most that
+    the GPUs can do is known, the work of a sample is counted, too."""
     stage = objective.stage
     micro = loader.micro
     arithmetic = f"{stage.batch // micro} micro batches x {micro} in all, on {run.world} ranks"
-    print(f"\n== stage {run.cfg.stage}: {stage.name} == {length} steps x {stage.batch} of {loader.samples} samples "
-          f"({arithmetic})")
+    print(f"\n== stage {run.cfg.stage}: {stage.name} == {length} steps x {stage.batch} "
+          f"of {loader.samples} samples ({arithmetic})")
     # Parameters of each part, trained and frozen.
     parts = [*objective.model.named_children(), ("extra", objective.extra)]
     for name, module in parts:
@@ -1643,7 +1698,8 @@ def describe(run, objective, loader, length, log):
         print("   compiling: the first steps take a minute or more")
     # (The names of these instructions are those of x86; other processors say nothing.)
     able = torch.cpu.get_capabilities()
-    if run.bf16 and run.device.type == "cpu" and able.get("avx2") and not (able["avx512_bf16"] or able["amx_bf16"]):
+    slow = able.get("avx2") and not (able["avx512_bf16"] or able["amx_bf16"])
+    if run.bf16 and run.device.type == "cpu" and slow:
         print("   this CPU has no instructions for bfloat16: --dtype float32 is several times faster")
     batch = loader.batch(0)[0]
     print(f"   fed: {batch.describe(objective.tokenizer)}", flush=True)
@@ -1658,21 +1714,27 @@ def describe(run, objective, loader, length, log):
             print(f"   TFLOP/s are not counted: {error}")
 
 
-# -------------------------------------------------------------------------------------------------------------- E main
+# ------------------------------------------------------------------------------------------------------------- E main
 def validation_loader(run, objective) -> Loader | None:
-    """The samples of the validation loss, if one is asked for: of --val-data, or of the micro-world; of as many rows as eight
-    batches of training hold, at most. A video that is not there, or a set without a text, is found before the first step."""
+    """The samples of the validation loss, if one is asked for: of --val-data, or of the micro-world; of as many rows
+    as eight batches of training hold, at most. A video that is not there, or a set without a text, is found before
+    the first step."""
     cfg, stage = run.cfg, objective.stage
     if not (cfg.val_every or cfg.val_data):
         return None
     manifest = cfg.val_data or toy_split(cfg.toy_folder, "val", toy_world(cfg.toy_folder))
-    rows = [row for row in read_manifests([manifest], cfg.root, cfg.allow_outside) if chats_of(row, stage.supervise)]
+    rows = read_manifests([manifest], cfg.root, cfg.allow_outside)
+    rows = [row for row in rows if chats_of(row, stage.supervise)]
     rows = rows[:8 * stage.batch]
     if not rows:
         raise DataError(f"{manifest} has no row with a text: there is nothing to validate on")
-    micro = stage.micro or max(1, stage.batch // run.world)
-    return make_loader(run, stage, objective.model, objective.tokenizer, rows=rows, batch=micro * run.world, micro=micro,
-                       train=False)
+    micro = samples_per_forward(stage, cfg, run.world)
+    return make_loader(
+        run, stage, objective.model, objective.tokenizer,
+        rows=rows,
+        batch=micro * run.world,
+        micro=micro,
+        train=False)
 
 
 def without_weight(batch):
@@ -1690,15 +1752,15 @@ def shuffle_pairs(rows, seed) -> list[dict]:
 
 
 def make_missing_stage_0(cfg):
-    """Train the micro-world's stage 0 if stage 1 is to start from it and it is not there, or not finished: by whichever
-    process gets the lock first. The others wait, and find it done."""
+    """Train the micro-world's stage 0 if stage 1 is to start from it and it is not there, or not finished: by
+    whichever process gets the lock first. The others wait, and find it done."""
     folder = Path(cfg.out).parent / "stage0"
 
     def missing():
         newest = newest_checkpoint(folder)
         return newest is None or read_state(newest)["step"] < read_state(newest)["steps"]
-    begins_here = cfg.stage == 1 and cfg.preset != "7b" and cfg.toy_folder and not (cfg.init or cfg.base)
-    if not begins_here or not missing():
+    starts_there = cfg.stage == 1 and cfg.preset != "7b" and not (cfg.init or cfg.base)
+    if not (starts_there and cfg.toy_folder and missing()):
         return
     with file_lock(folder / ".lock", wait=True):
         if missing():
@@ -1717,16 +1779,18 @@ def explain(error, cfg, world):
         return "stopped: the same command goes on"
     if isinstance(error, DataError):
         return str(error)
+    # The first line of anybody else's error; some have no words at all.
     text = (str(error) or repr(error)).splitlines()[0][:300]
-    out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search("allocate memory|out of memory", text)
-    if out_of_memory:
-        return (f"out of memory ({text}): a smaller --micro-batch, or --recompute blocks, needs less; the batch of a step "
-                f"stays.  python tests/bench.py plan  says how much each needs")
+    out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    if out_of_memory or re.search("allocate memory|out of memory", text):
+        return (f"out of memory ({text}): a smaller --micro-batch, or --recompute blocks, needs less; "
+                f"the batch of a step stays.  python tests/bench.py plan  says how much each needs")
     # A file that is missing is named by the error itself, below.
     if isinstance(error, (OSError, SafetensorError)) and not isinstance(error, FileNotFoundError):
         return f"{getattr(error, 'filename', None) or cfg.out} cannot be written or read: {text}"
     if not isinstance(error, RuntimeError):
-        # Perhaps it is a bug, and then its place helps; but for what a loader's worker had to say, which has no place here.
+        # Perhaps it is a bug, and then its place helps; but for what a loader's worker had to say, which has no place
+        # here.
         at = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(at.filename).name}:{at.lineno}"
         return str(error) if at.name == "_raise_if_error" else f"{error} ({place})"

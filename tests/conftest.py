@@ -55,8 +55,8 @@ def toy(tmp_path_factory):
 
 def flags(out, stage, name=None):
     """Command line of a stage that reads and writes under `out`."""
-    return ["--stage", stage, "--data", out / "toy", "--out", out / (name or f"stage{stage}"), "--base", out / "stage0",
-            "--init", out / f"stage{max(stage - 1, 0)}"]
+    start = ["--base", out / "stage0", "--init", out / f"stage{stage - 1}"] if stage else []
+    return ["--stage", stage, "--data", out / "toy", "--out", out / (name or f"stage{stage}"), *start]
 
 
 def pytest_configure(config):

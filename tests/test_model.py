@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import IGNORE, PRESETS, VIDEO, Connector, Decoder, Exo2Ego, Mapping, RegNetBlock, Segments, VisionEncoder
+from model import IGNORE, PRESETS, VIDEO, Connector, Decoder, Exo2Ego, KVCache, Mapping, RegNetBlock, Segments, ViT
 
 TOY = PRESETS["toy"]
 
@@ -18,7 +18,7 @@ def test_shapes_of_the_presets():
         cfg = PRESETS[name]
         with torch.device("meta"):
             frames = torch.empty(2 * cfg.frames, 3, cfg.image_size, cfg.image_size)
-            features = VisionEncoder(cfg)(frames)
+            features = ViT(cfg)(frames)
             assert features.shape == (2 * cfg.frames, grid, grid, cfg.vit_width)
             clip = features.unflatten(0, (2, cfg.frames))
             assert Connector(cfg)(clip).shape == (2, tokens, cfg.width) and cfg.visual_tokens == tokens
@@ -31,7 +31,7 @@ def test_parameter_counts_are_the_published_ones():
         cfg = PRESETS["7b"]
         layer = 4 * (1024 * 1024 + 1024) + 2 * 4 * 1024 * 1024 + 5 * 1024 + 4 * 1024    # attention, MLP, two norms
         unused = layer + 2 * 1024                               # CLIP's last layer and post norm, which are never run
-        assert parameters(VisionEncoder(cfg)) + unused == 303_507_456
+        assert parameters(ViT(cfg)) + unused == 303_507_456
         assert parameters(Connector(cfg)) == 489_188_608
         assert parameters(Decoder(cfg)) == 7_241_732_096
 
@@ -93,8 +93,8 @@ def test_packed_equals_one_by_one():
     model = Exo2Ego(TOY).eval()
     visual, ids = prompts(model, (5, 12, 40))
     labels = [torch.where(torch.arange(len(i)) > 12, i, IGNORE) for i in ids]
-    both, _ = model.text_logits(visual, torch.cat(ids), torch.cat(labels), [len(i) for i in ids])
-    alone = [model.text_logits(visual[k:k + 1], i, l, [len(i)])[0] for k, (i, l) in enumerate(zip(ids, labels))]
+    both = model.text_losses(visual, torch.cat(ids), torch.cat(labels), [len(i) for i in ids])
+    alone = [model.text_losses(visual[k:k + 1], i, l, [len(i)]) for k, (i, l) in enumerate(zip(ids, labels))]
     assert torch.allclose(both, torch.cat(alone), atol=1e-5)
     total = model.log_likelihood(visual, torch.cat(ids), torch.cat(labels), [len(i) for i in ids])
     for k, (i, l) in enumerate(zip(ids, labels)):
@@ -137,15 +137,99 @@ def test_lora_starts_at_the_base_and_merges():
     assert not any("lora" in n for n, _ in decoder.named_parameters())
 
 
-def test_supervised_logits_are_the_full_ones_shifted():
+def test_a_text_loss_is_that_of_the_position_before():
+    """Supervised in the middle and at the end: each loss stands at its token, all other places are zero."""
     torch.manual_seed(0)
     model = Exo2Ego(TOY).eval()
     visual, (ids,) = prompts(model, (10,))
     labels = torch.full_like(ids, IGNORE)
-    labels[-3:] = ids[-3:]
-    logits, targets = model.text_logits(visual, ids, labels, [len(ids)])
+    where = torch.tensor([11, 12, 16, 18])
+    labels[where] = ids[where]
+    losses = model.text_losses(visual, ids, labels, [len(ids)])
     hidden = model.decoder(model.insert_visual_tokens(visual, ids), Segments.packed([len(ids)]), torch.arange(len(ids)))
-    assert torch.equal(targets, ids[-3:]) and torch.allclose(logits, model.decoder.logits(hidden)[-4:-1], atol=1e-6)
+    log_p = model.decoder.logits(hidden).log_softmax(-1)
+    assert losses.nonzero().squeeze(1).tolist() == where.tolist()
+    assert torch.allclose(losses[where], -log_p[where - 1, ids[where]], atol=1e-6)
+
+
+def test_a_text_behind_a_cache_has_the_losses_of_the_whole():
+    torch.manual_seed(0)
+    model = Exo2Ego(TOY).eval()
+    visual, (ids,) = prompts(model, (10,))
+    labels = torch.where(torch.arange(len(ids)) > 12, ids, IGNORE)
+    cache, start = KVCache(1), 10
+    with torch.no_grad():
+        whole = model.text_losses(visual, ids, labels, [len(ids)])
+        model.hidden_states(model.insert_visual_tokens(visual, ids[:start]), [start], cache)
+        rest = model.text_losses(None, ids[start:], labels[start:], [len(ids) - start], cache)
+    assert torch.allclose(rest, whole[start:], atol=1e-5)
+
+
+@pytest.mark.parametrize("blocks", ["none", "cheap", "blocks"])
+def test_a_batch_without_text_runs_every_block_and_gives_zero(blocks):
+    """Ranks of FSDP wait for one another in every block: a rank whose rows have no text must pass them all, both ways."""
+    import train
+    model = Exo2Ego(TOY)
+    cfg = train.parse(["--stage", "1", "--recompute", blocks])
+    objective = train.Objective(model, None, train.TOY[1][0], cfg, 1)
+    train.wrap(train.Run(cfg, 0, 1, torch.device("cpu"), False), objective)
+    passed = []
+    for block in model.decoder.blocks:
+        block.register_full_backward_hook(lambda *_: passed.append("back"))
+        block.register_forward_hook(lambda *_: passed.append("forth"))
+    visual = torch.randn(2, TOY.visual_tokens, TOY.width, requires_grad=True)
+    nothing = torch.zeros(0, dtype=torch.long)
+    losses = model.text_losses(visual[nothing], nothing, nothing, [])
+    assert losses.shape == (0,)
+    losses.sum().backward()
+    assert passed.count("forth") >= TOY.layers and passed.count("back") == TOY.layers
+    assert (visual.grad == 0).all() and (model.decoder.blocks[0].q.weight.grad == 0).all()
+
+
+def test_one_forward_gives_what_each_loss_needs():
+    """Ego and exo frames -> x, y, F(x), con_exo(F(x)) and [con_ego(x) ; con_exo(F(x))]; one view alone gives its own."""
+    from dataclasses import replace
+    torch.manual_seed(0)
+    model = Exo2Ego(replace(TOY, mapping="resnet")).eval()
+    ego, exo = torch.randint(0, 256, (2, 3, 4, 3, 48, 48), dtype=torch.uint8)
+    seen = model(ego, exo[:2])
+    x, y = model.patch_features(model.ego_vit, ego), model.patch_features(model.exo_vit, exo[:2])
+    assert torch.equal(seen.x, x) and torch.equal(seen.y, y) and torch.equal(seen.fx, model.F(x))
+    assert torch.equal(seen.estimate, model.exo_connector(model.F(x)))
+    assert torch.equal(seen.visual, torch.cat([model.ego_connector(x), seen.estimate], 1)) and torch.equal(seen.visual, model.encode_ego(ego))
+    assert torch.equal(model(exo=exo).visual, model.encode_exo(exo)) and model(exo=exo).x is None
+    before = Exo2Ego(TOY).eval()
+    assert before(ego, exo).visual.shape[1] == TOY.visual_tokens and before(ego, exo).fx is None
+
+
+def test_fc_blocks_exchange_the_resnet_blocks_alone():
+    """The paper's ablation keeps the sampling: only the blocks in the middle differ."""
+    plain, fc = (dict(Mapping(TOY, kind).named_parameters()) for kind in ("resnet", "mlp"))
+    blocks = [name for name in fc if name not in plain or fc[name].shape != plain[name].shape]
+    assert {name.split(".")[1] for name in blocks} == {"4", "5", "6", "7"} and len(plain.keys() & fc.keys()) > 6
+    features = torch.randn(1, 4, 4, 4, 96)
+    assert not torch.equal(Mapping(TOY, "mlp")(features), features)
+
+
+def test_a_small_lora_update_survives_the_merge_into_half_precision():
+    """bfloat16 has three digits: an update of a thousandth of the weight would be rounded away."""
+    torch.manual_seed(0)
+    decoder = Decoder(TOY).eval().bfloat16()
+    decoder.add_lora(4, 8, 0.0)
+    layer = decoder.blocks[0].q
+    nn.init.normal_(layer.lora_b, std=1e-3)
+    before, update = layer.weight.float(), layer.lora_scale * layer.lora_b @ layer.lora_a
+    decoder.merge_lora()
+    assert layer.weight.dtype == torch.float32 and torch.allclose(layer.weight - before, update, atol=1e-7)
+
+
+def test_lora_starts_as_in_peft():
+    torch.manual_seed(0)
+    decoder = Decoder(TOY)
+    decoder.add_lora(16, 32, 0.0)
+    layer = decoder.blocks[0].down                              # 256 wide
+    assert layer.lora_a.abs().max() <= 256 ** -0.5 and float(layer.lora_a.std()) == pytest.approx((3 * 256) ** -0.5, rel=0.05)
+    assert (layer.lora_b == 0).all()
 
 
 def test_places_for_a_video_need_a_video():

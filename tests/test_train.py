@@ -1,6 +1,7 @@
 """Training is exact: resuming, accumulating, splitting over ranks; and only what the stage table names moves."""
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -19,7 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import train
-from model import VIDEO, base_checkpoint_of, load_checkpoint, load_delta, newest_checkpoint, read_state
+from model import VIDEO, base_checkpoint_of, checkpoints, load_checkpoint, load_delta, newest_checkpoint, read_state
+
+
+CFG = train.TrainConfig(stage=1, out="out")
 
 
 def weights(folder):
@@ -40,7 +44,7 @@ def go(*args):
 
 
 def all_tensors(folder):
-    """Of a checkpoint, by name, the "loss." ones too: those of its base, overlaid with its own."""
+    """Of a checkpoint, by name, the "extra." ones too: those of its base, overlaid with its own."""
     return (load_delta(base_checkpoint_of(folder)) if base_checkpoint_of(folder) else {}) | load_delta(folder)
 
 
@@ -49,12 +53,12 @@ def all_tensors(folder):
     (2, {"ego_vit", "ego_connector", "F", "G"}), (3, {"ego_vit", "F", "lora"})])
 def test_only_the_parts_of_the_stage_move(toy, stage, moves):
     after = all_tensors(newest_checkpoint(toy / f"stage{stage}"))
-    assert {p for row in train.TOY[stage] for p in row.trains} - {"loss"} <= moves
+    assert {p for row in train.TOY[stage] for p in row.trains} - {"extra"} <= moves
     if stage == 0:
         return
     before = all_tensors(newest_checkpoint(toy / f"stage{stage - 1}"))
     changed = {train.part_of(n) for n, t in after.items()
-               if not n.startswith("loss.") and (n not in before or not torch.equal(t, before[n]))}
+               if not n.startswith("extra.") and (n not in before or not torch.equal(t, before[n]))}
     assert changed == moves
     whole = {n: t for n, t in after.items() if train.part_of(n) in moves and t.ndim > 1 and n in before}
     assert all(not torch.equal(t, before[n]) for n, t in whole.items())     # every matrix of a trained part moves
@@ -63,8 +67,8 @@ def test_only_the_parts_of_the_stage_move(toy, stage, moves):
 def test_a_checkpoint_holds_what_differs_from_the_base(toy):
     names = {stage: {train.part_of(n) for n in weights(toy / f"stage{stage}")} for stage in (1, 2, 3)}
     assert names[1] == {"exo_vit", "exo_connector"}
-    assert names[2] == names[1] | {"ego_vit", "ego_connector", "F", "G", "loss"}
-    assert names[3] == names[2] - {"loss"} | {"lora"}
+    assert names[2] == names[1] | {"ego_vit", "ego_connector", "F", "G", "extra"}
+    assert names[3] == names[2] - {"extra"} | {"lora"}
     (model, state), tokenizer = load_checkpoint(toy / "stage3"), data.Tokenizer(newest_checkpoint(toy / "stage3"))
     assert state["stage"] == 3 and model.cfg.lora and model.cfg.mapping == "resnet" and tokenizer.size > 300
 
@@ -170,7 +174,7 @@ def test_every_flag_says_what_it_does():
 
 def test_a_missing_stage_is_named_before_anything_is_made(tmp_path):
     code, _, said = run("train.py", "--stage", 3, "--data", tmp_path / "toy", "--out", tmp_path / "stage3", check=False)
-    assert code == 2 and said == f"train.py: --init {tmp_path / 'stage2'}: no checkpoint there; torchrun train.py --stage 2 --out {tmp_path / 'stage2'}\n"
+    assert code == 2 and said == f"train.py: --init {tmp_path / 'stage2'}: no checkpoint there; python train.py --stage 2 --out {tmp_path / 'stage2'}\n"
     assert not (tmp_path / "toy").exists()
 
 
@@ -207,13 +211,13 @@ def test_the_cycles_constant_is_the_spread_of_exo_features(toy):
     for micro in (32, 8, 1):
         loader = train.training_loader(replace(run_, cfg=replace(cfg, micro_batch=micro)), phase, model, tokenizer)
         objective = train.Objective(model, tokenizer, phase, cfg, 1)
-        objective.measure_feature_std(loader)
+        objective.measure_features(loader)
         with torch.no_grad():
             y = torch.cat([model.patch_features(model.exo_vit, loader.micro_batch(range(i, i + 1)).exo) for i in range(loader.samples)])
-        torch.testing.assert_close(objective.loss.feature_std, y.flatten(0, 1).std(0).clamp(min=1e-3), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(objective.extra.feature_std, y.flatten(0, 1).std(0).clamp(min=1e-3), rtol=1e-5, atol=1e-7)
     model.patch_features = lambda vit, frames: torch.full((len(frames), 4, 4, 4, 96), 0.1)        # a still video: sums round below 0
-    objective.measure_feature_std(loader)
-    assert (objective.loss.feature_std == 1e-3).all()
+    objective.measure_features(loader)
+    assert (objective.extra.feature_std == 1e-3).all()
 
 
 def test_a_loss_of_a_fork_needs_a_weight_and_a_term_of_every_sample(toy, monkeypatch):
@@ -254,13 +258,13 @@ def test_more_steps_go_on_and_nothing_else_may_change(toy, tmp_path, capsys, mon
     capsys.readouterr()
     go(*flags(toy, 1), *out, "--steps", 7)
     said = capsys.readouterr().out
-    assert "step_000004 goes on to step 7 instead of 4: at step 4 the rate jumps from 0.050 to " in said
+    assert "step_000004 goes on from step 4; with 7 steps instead of 4: at step 4 the rate jumps from 0.050 to " in said
     rows = log(tmp_path / "run")
     assert rows[:4] == first and [row["step"] for row in rows] == list(range(1, 8)) and rows[-1]["steps"] == 7
     stage, = train.TOY[1]
     assert rows[4]["lr"] == pytest.approx(train.schedule(4, 7, stage) * 3e-3)
-    for change, words in ((["--steps", 5], "--steps may only grow"), (["--steps", 9, "--lr", 1e-4], "lr=None, this one has 0.0001"),
-                          (["--steps", 9, "--batch", 16], "batch=None")):
+    for change, words in ((["--steps", 5], "--steps may only grow"), (["--steps", 9, "--seed", 1], "seed=0, this one has 1"),
+                          (["--steps", 9, "--batch", 16], "batch=32, this one has 16")):
         with pytest.raises(SystemExit):
             go(*flags(toy, 1), *out, *change)
         assert words in capsys.readouterr().err
@@ -316,7 +320,7 @@ def one_objective(toy, out):
     return run_, phase, model, tokenizer, train.Objective(model, tokenizer, phase, cfg, 1).eval()
 
 
-def test_a_skip_list_that_appears_between_runs_is_refused_and_moved_folders_are_not(toy, tmp_path):
+def test_a_skip_list_that_appears_between_runs_is_said_and_folders_may_move(toy, tmp_path):
     rows = [json.loads(line) for line in (toy / "toy/pairs.jsonl").read_text().splitlines()]
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shutil.copytree(toy / "stage0", tmp_path / "a/stage0")
@@ -329,28 +333,33 @@ def test_a_skip_list_that_appears_between_runs_is_refused_and_moved_folders_are_
     code, out, _ = run(REPO / "train.py", *args, "--out", tmp_path / "b/stage1")
     assert "is finished" in out
     (tmp_path / "m.bad.jsonl").write_text(json.dumps({"id": rows[0]["id"], "videos": [rows[0]["exo"][0]["video"]]}) + "\n")
-    code, _, err = run(REPO / "train.py", *args, "--out", tmp_path / "b/stage1", check=False)
-    assert code == 2 and "holds a run with manifest=" in err
+    code, out, _ = run(REPO / "train.py", *args, "--out", tmp_path / "b/stage1", "--steps", 3)
+    assert "goes on from step 2; with another list of rows to skip" in out and [row["step"] for row in log(tmp_path / "b/stage1")] == [1, 2, 3]
 
 
 def test_a_bug_is_named_with_its_place(tmp_path):
     with pytest.raises(ValueError) as bug:
         first, second = "one",
-    assert re.search(r"not enough values to unpack .* \(test_train.py:\d+\)$", train.explain(bug.value, "out", 1))
+    assert re.search(r"not enough values to unpack .* \(test_train.py:\d+\)$", train.explain(bug.value, CFG, 1))
     with pytest.raises(OSError) as denied:
         open(tmp_path)
-    assert f"{tmp_path} cannot be written or read" in train.explain(denied.value, "out", 1)
+    assert f"{tmp_path} cannot be written or read" in train.explain(denied.value, CFG, 1)
 
 
-def test_skips_are_counted_against_their_own_phase(tmp_path):
-    log = train.Log(None, 0)
-    log.start(0)
-    log.skip([], 4, 1000, 0.01)
-    log.start(0)                                                # the next phase
-    log.skip([], 4, 100, 0.01)
-    log.start(3)                                                # resumed inside it
-    with pytest.raises(data.DataError, match="8 of 120 samples"):
-        log.skip([], 4, 120, 0.01)
+def test_skips_are_counted_against_their_own_stage(toy, tmp_path):
+    """Of tries, each of which either shows a sample or fails: 8 failures beside 120 samples are 8 of 128 tries."""
+    made, cfg = train.Log(None, 0), replace(CFG, max_bad=0.01)
+    keeper = train.Keeper(train.Run(cfg, 0, 1, torch.device("cpu"), False), None, None, None, made, 0)
+    failed = train.StepCounts(skipped=4)
+
+    def begin(first):
+        list(made.timed(iter([]), first))
+    begin(0)
+    assert keeper.reason_to_leave(failed, [], 1000) is None
+    begin(0)                                                    # the next stage
+    assert keeper.reason_to_leave(failed, [], 100) is None
+    begin(3)                                                    # resumed inside it
+    assert "8 of 128 tries to read a sample failed" in str(keeper.reason_to_leave(failed, [], 120))
 
 
 @pytest.mark.parametrize("at", (1, 9, 10))                  # within "language", before and within "init ego"
@@ -430,7 +439,7 @@ def test_overfit_reaches_nothing(toy, tmp_path, monkeypatch):
     (["--no-kl"], {"ccl"}, {"kl"}), (["--no-cycle"], {"kl"}, {"ccl"}), (["--forward-cycle-only"], {"kl", "ccl"}, set()),
     (["--no-mapping"], {"vtg"}, {"kl", "ccl"}), (["--mapping", "mlp"], {"kl", "ccl"}, set()),
     (["--contrastive", "0.5"], {"contrastive"}, set()), (["--shuffle-pairs"], {"kl"}, set()),
-    (["--kl-space", "vit", "--kl-weight", "1", "--ccl-weight", "0.2", "--kl-temperature", "2"], {"kl"}, set())])
+    (["--kl-weight", "1", "--ccl-weight", "0.2"], {"kl"}, set())])
 def test_every_ablation_runs_and_does_what_it_says(toy, tmp_path, change, present, absent):
     go(*flags(toy, 2), *change, "--out", tmp_path / "a", "--steps", 2, "--batch", 8, "--no-eval")
     row = log(tmp_path / "a")[-1]
@@ -478,7 +487,7 @@ def test_log_and_validation(toy, tmp_path):
     go(*flags(toy, 1), "--out", tmp_path / "v", "--steps", 4, "--val-every", 2, "--no-eval")
     rows = log(tmp_path / "v")
     want = {"step", "steps", "loss", "vtg", "lr", "grad_norm", "seconds", "clips_per_second", "tokens_per_second",
-            "max_memory_bytes", "skipped", "tflops"}
+            "max_memory_bytes", "skipped", "waited"}
     assert want <= rows[0].keys() and [r["step"] for r in rows if "val_loss" in r] == [2, 4]
 
 
@@ -489,7 +498,8 @@ def ready_objective(toy, stage):
     model, tokenizer = train.initial_model(run_)
     phase = train.stages_of(cfg)[0]
     loader = train.training_loader(run_, phase, model, tokenizer)
-    objective, _, _ = train.prepare_objective(run_, model, tokenizer, phase, loader, 0, None)
+    objective = train.Objective(model, tokenizer, phase, cfg, 1)
+    train.prepare_objective(run_, objective, loader, 0, None)
     return objective, loader.batch(0)[0]
 
 
@@ -518,6 +528,11 @@ def test_grouped_filters_are_counted_as_what_they_cost():
 
 def test_a_loss_that_looks_at_numbers_trains_without_a_count(toy, tmp_path, capsys, monkeypatch):
     """A fork's loss may call item() or choose rows by their values: the twin without numbers cannot follow."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(train, "pick_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
     plain = train.Objective.views
 
     def looks(self, batch):
@@ -525,21 +540,22 @@ def test_a_loss_that_looks_at_numbers_trains_without_a_count(toy, tmp_path, caps
         assert float(terms["vtg"].detach().sum()) > 0
         return terms
     monkeypatch.setattr(train.Objective, "views", looks)
-    go(*flags(toy, 1), "--out", tmp_path / "o", "--steps", 2, "--no-eval")
+    go(*flags(toy, 1), "--out", tmp_path / "o", "--steps", 2, "--no-eval", "--workers", 0, "--dtype", "float32")
     out = capsys.readouterr().out
     assert "   TFLOP/s are not counted: " in out and " clips/s | ETA" in out
-    assert [row["tflops"] for row in log(tmp_path / "o")] == [0, 0]
+    assert not any("tflops" in row for row in log(tmp_path / "o"))
 
 
 def test_the_step_line_says_how_fast_and_of_what_peak(tmp_path, capsys, monkeypatch):
-    clock = iter([0.0, 2.0])
+    clock = iter([0.0, 0.0, 0.5, 2.0])                          # begun; asked for a batch, got it; the step is over
     monkeypatch.setattr(train.time, "monotonic", lambda: next(clock))
     made = train.Log(tmp_path / "log.jsonl", 0)
     made.flops, made.peak = 5e11, 40
-    made.start(0)
-    made.step(1, 1, samples=64, tokens=10, losses={"loss": 1.0}, row={"step": 1})
-    assert "| 2.000 s/step | 32 clips/s | 16 TFLOP/s, 40 % of the peak |" in capsys.readouterr().out
-    assert json.loads((tmp_path / "log.jsonl").read_text())["tflops"] == 16
+    next(made.timed(iter(["batch"]), 0))
+    made.step(1, 1, train.StepCounts(samples=64, tokens=10), losses={"loss": 1.0}, row={"step": 1})
+    assert "| 2.000 s/step, 0.500 of it waiting for data | 32 clips/s | 16 TFLOP/s, 40 % of the peak |" in capsys.readouterr().out
+    row = json.loads((tmp_path / "log.jsonl").read_text())
+    assert row["tflops"] == 16 and row["waited"] == 0.5
 
 
 def test_a_non_finite_loss_stops_and_names_the_samples(toy, tmp_path):
@@ -570,29 +586,37 @@ BAD_FLAGS = [
     (["--stage", "2", "--no-mapping", "--contrastive", "1"], "--contrastive does nothing with --no-mapping"),
     (["--stage", "2", "--no-kl", "--kl-weight", "7"], "--kl-weight does nothing with --no-kl: give one of them"),
     (["--stage", "1", "--val-data", "{toy}/toy"], "toy: a manifest is a file that ends in .jsonl"),
-    (["--stage", "1", "--steps", "10", "--epochs", "1"], "--steps and --epochs both say how long"),
+    (["--stage", "1", "--steps", "10", "--epochs", "1"], "--epochs does nothing with --steps: give one of them"),
     (["--stage", "1", "--val-data", "{toy}/no.jsonl"], "no.jsonl is not there"),
     (["--stage", "1", "--data", "{toy}/toy/world.json"], "a manifest is a file that ends in .jsonl"),
     (["--stage", "2", "--kl-weight", "-5"], "--kl-weight -5.0: a number of 0 or more"),
     (["--stage", "1", "--max-bad", "nan"], "--max-bad nan: a"),
     (["--stage", "1", "--lr", "inf"], "--lr inf: a number above 0"),
     (["--stage", "1", "--no-lora"], "--no-lora is of stage 3"),
-    (["--stage", "0", "--data", "{tmp}/rows.jsonl"], "stage 0 is the micro-world's own"),
+    (["--stage", "0", "--data", "{tmp}/rows.jsonl"], "stage 0 of this preset is the micro-world's own"),
+    (["--stage", "0", "--init", "{toy}/stage0"], "leave --init and --base out"),
+    (["--stage", "0", "--preset", "7b"], "pass --base, a folder with VideoLLaMA2's"),
+    (["--stage", "1", "--batch", "5", "--micro-batch", "2"], "--batch 5 is no multiple of 2 (--micro-batch) x 1 ranks"),
+    (["--stage", "2", "--contrastive", "1", "--micro-batch", "1"], "InfoNCE compares the samples of a micro batch"),
+    (["--stage", "1", "--checkpoint-activations"], "--checkpoint-activations is now --recompute blocks"),
+    (["--stage", "1", "--compile", "--no-compile"], "--compile does nothing with --no-compile"),
+    (["--stage", "2", "--no-mapping", "--mapping", "mlp"], "--mapping does nothing with --no-mapping"),
+    (["--stage", "2", "--kl-temperature", "2"], "unrecognized arguments: --kl-temperature"),
     (["--stage", "0", "--val-every", "2"], "a validation loss needs stage 1"),
     (["--stage", "1", "--data", "{toy}/toy/pairs.jsonl", "--val-every", "2"], "and --val-data x.jsonl or the micro-world"),
     (["--stage", "1", "--fsdp"], "--fsdp needs --optimizer adamw")]
 REFUSED = [
     (["--stage", "2", "--init", "{toy}/stage0"], "of stage 0"),
-    (["--stage", "1", "--init", "{toy}/nowhere"], "no checkpoint"),
-    (["--stage", "1", "--batch", "7", "--micro-batch", "2"], "multiple"),
-    (["--stage", "0", "--preset", "7b"], "--preset 7b is of stages"),
+    (["--stage", "1", "--init", "{toy}/nowhere"], "nowhere: there are no weights"),
+    (["--stage", "2", "--init", "{toy}/nowhere"], "no checkpoint there; python train.py --stage 1 --out {toy}/nowhere"),
+    (["--stage", "0", "--preset", "7b", "--base", "{toy}/stage0", "--data", "{toy}/toy/pairs.jsonl"], "ego half of published weights"),
     (["--stage", "1", "--preset", "small"], "other sizes than --preset small"),
     (["--stage", "1", "--base", "{toy}/nowhere"], "nowhere: there are no weights"),
     (["--stage", "1", "--data", "{toy}/tyo"], "tyo is no micro-world"),
-    (["--stage", "3", "--init", "{toy}/stage1"], "finished stage 2 or 3"),
+    (["--stage", "3", "--init", "{toy}/stage1"], "a finished stage 2 or 3 is needed"),
     (["--stage", "1", "--out", "{toy}/stage1", "--seed", "9"], "seed=0"),
-    (["--stage", "2", "--contrastive", "1", "--micro-batch", "1"], "InfoNCE compares the samples of a micro batch"),
     (["--stage", "2", "--shuffle-pairs", "--data", "{toy}/toy/instruct.jsonl"], 'lacks "exo", which this stage needs'),
+    (["--stage", "1", "--out", "{toy}/stage0/step_000012"], "holds weights and is no run folder"),
     (["--stage", "1", "--data", "{tmp}/missing.jsonl", "--steps", "40"], "--max-bad")]
 
 
@@ -621,8 +645,9 @@ def test_bad_input_gets_one_sentence(toy, tmp_path, capsys, args, words):
     outside = ["--allow-outside"] if "missing" in str(args) else []
     with pytest.raises(SystemExit) as ended:
         go(*base, *args, *steps, *outside)
-    assert ended.value.code == 2 and words in capsys.readouterr().err
-    assert newest_checkpoint(tmp_path / "out") is None
+    assert ended.value.code == 2 and words.format(toy=toy) in capsys.readouterr().err
+    # What was trained before a clip failed is kept; all else is refused before the first step.
+    assert (newest_checkpoint(tmp_path / "out") is not None) == ("missing" in str(args))
 
 
 def test_more_processes_than_gpus_is_one_sentence(monkeypatch, capsys):
@@ -635,28 +660,31 @@ def test_more_processes_than_gpus_is_one_sentence(monkeypatch, capsys):
     assert "process 3 of this machine finds 2 GPUs" in capsys.readouterr().err
 
 
-def test_validation_rows_must_reach_all_ranks(toy, tmp_path):
-    row = (toy / "toy/val.jsonl").read_text().splitlines()[0]
-    (tmp_path / "one.jsonl").write_text(row + "\n")
-    cfg = train.parse([str(a) for a in [*flags(toy, 1), "--val-data", tmp_path / "one.jsonl"]])
-    run_, (stage,) = train.Run(cfg, 0, 2, torch.device("cpu"), False), train.stages_of(cfg)
-    with pytest.raises(data.DataError, match="one.jsonl has 1 rows, fewer than the 2 ranks"):
-        train.validation_loader(run_, stage, None, None)
-
-
 def test_the_base_is_the_one_given_then_the_one_recorded_then_stage0(toy, tmp_path):
     """A run of another folder goes on with the base that it was trained on, whatever out/stage0 holds."""
-    def base(*more):
-        return train.base_folder(train.parse([str(a) for a in ["--stage", 2, "--out", tmp_path / "stage2", *more]]))
+    def start(stage, *more):
+        return train.starting_point(train.parse([str(a) for a in ["--stage", stage, "--out", tmp_path / f"stage{stage}", *more]]))
     shutil.copytree(toy / "stage0", tmp_path / "stage0")
-    assert base() == newest_checkpoint(tmp_path / "stage0")
-    recorded = base("--init", toy / "stage1")
-    assert recorded.samefile(newest_checkpoint(toy / "stage0"))
+    assert start(1)[:2] == (newest_checkpoint(tmp_path / "stage0"),) * 2
+    recorded = start(2, "--init", toy / "stage1")
+    assert recorded.base.samefile(newest_checkpoint(toy / "stage0")) and recorded.added == {"mapping": "resnet"}
     shutil.copytree(toy / "stage0", tmp_path / "given")
-    assert base("--init", toy / "stage1", "--base", tmp_path / "given") == newest_checkpoint(tmp_path / "given")
+    assert start(2, "--init", toy / "stage1", "--base", tmp_path / "given").base == newest_checkpoint(tmp_path / "given")
+    # The recorded base has gone: stage0 beside --out is looked at.
+    shutil.copytree(toy / "stage1", tmp_path / "far/away/stage1")
+    assert start(2, "--init", tmp_path / "far/away/stage1").base == newest_checkpoint(tmp_path / "stage0")
     # Init is whole: it is the base of stage 1.
-    cfg = train.parse([str(a) for a in ["--stage", 1, "--out", tmp_path / "stage1", "--init", toy / "stage0"]])
-    assert train.base_folder(cfg) == newest_checkpoint(toy / "stage0")
+    assert start(1, "--init", toy / "stage0").base == newest_checkpoint(toy / "stage0")
+
+
+def test_an_unfinished_stage_0_is_no_base(toy, tmp_path):
+    shutil.copytree(toy / "stage0", tmp_path / "half")
+    state = newest_checkpoint(tmp_path / "half") / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"steps": 99}))
+    for more in (["--init", toy / "stage1", "--base", tmp_path / "half"], ["--init", tmp_path / "half"]):
+        cfg = train.parse([str(a) for a in ["--stage", 2 if "--base" in more else 1, "--out", tmp_path / "x/stage", *more]])
+        with pytest.raises(data.DataError, match="at step 12 of 99; a finished stage 0 is needed"):
+            train.starting_point(cfg)
 
 
 def test_a_finished_run_is_scored_though_its_base_has_moved(toy, tmp_path):
@@ -690,14 +718,14 @@ def test_a_half_written_checkpoint_is_never_taken(toy, tmp_path):
 
 
 def test_an_error_without_words_is_named_all_the_same():
-    assert train.explain(OSError(), "out/mine", 1) == "out/mine cannot be written or read: OSError()"
+    assert train.explain(OSError(), replace(CFG, out="out/mine"), 1) == "out/mine cannot be written or read: OSError()"
 
 
 def test_a_rank_that_does_not_come_is_said_and_a_bug_stays_a_bug(tmp_path):
     late = RuntimeError("Timed out after 3 seconds waiting for clients")
-    assert train.explain(late, tmp_path, 2).startswith("the ranks waited in vain for one another (--timeout); Timed out after 3")
+    assert train.explain(late, CFG, 2).startswith("the ranks waited in vain for one another (--timeout); Timed out after 3")
     with pytest.raises(RuntimeError):
-        train.explain(RuntimeError("a bug"), tmp_path, 2)
+        train.explain(RuntimeError("a bug"), CFG, 2)
 
 
 FAULTS = """
@@ -719,3 +747,258 @@ def test_memory_that_a_step_freed_is_not_cleared_again():
     """Page faults of a step that allocates what the one before freed: 16,000 of 4 kB, or none."""
     plain, kept = (json.loads(run("-c", FAULTS.format(repo=str(REPO), kept=kept))[1]) for kept in (False, True))
     assert max(kept) * 10 < min(plain)                          # where pages are huge, plain has 33
+
+
+# ------------------------------------------------------------------------------- what was trained is kept, however a run ends
+def saved_steps(folder):
+    return [int(path.name[5:]) for path in checkpoints(folder)]
+
+
+def test_the_plain_command_goes_on_after_kill_9(toy, tmp_path):
+    """No flag about saving: a tenth of the run is lost at most, the run says where it goes on, and ends as if nothing had been."""
+    args = [str(a) for a in [*flags(toy, 1), "--steps", 30, "--batch", 8, "--no-eval"]]
+    go(*args, "--out", tmp_path / "whole")
+    victim = subprocess.Popen([sys.executable, REPO / "train.py", *args, "--out", tmp_path / "cut"], stdout=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not ((tmp_path / "cut/log.jsonl").is_file() and len(log(tmp_path / "cut")) >= 8) and time.time() < deadline:
+        time.sleep(0.02)
+    victim.kill()
+    victim.wait()
+    done = len(log(tmp_path / "cut"))
+    first, = re.findall(r"step_0000(\d\d) goes on from step (?:\d+)", run(REPO / "train.py", *args, "--out", tmp_path / "cut")[1])
+    assert done - 3 <= int(first) <= done
+    assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("number, nohup", [(signal.SIGTERM, False), (signal.SIGHUP, False), (signal.SIGHUP, True), (signal.SIGUSR1, False)])
+def test_a_signal_ends_a_run_between_two_steps_and_saves(toy, tmp_path, number, nohup):
+    args = [str(a) for a in [*flags(toy, 1), "--steps", 14, "--batch", 8, "--no-eval", "--out", tmp_path / "o", "--save-every", 99]]
+    ignored = (lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) if nohup else None
+    one = subprocess.Popen([sys.executable, REPO / "train.py", *args], stderr=subprocess.PIPE, text=True, preexec_fn=ignored)
+    deadline = time.time() + 120
+    while not ((tmp_path / "o/log.jsonl").is_file() and log(tmp_path / "o")) and time.time() < deadline:
+        time.sleep(0.02)
+    for pid in [one.pid, *descendants(one.pid)]:                # as a terminal or a launcher does: the whole group
+        os.kill(pid, number)
+    said = one.communicate(timeout=120)[1]
+    done = len(log(tmp_path / "o"))
+    assert saved_steps(tmp_path / "o") == [done]
+    if nohup:
+        assert one.returncode == 0 and done == 14
+    else:
+        assert one.returncode == 1 and f"stopped at step {done}, saved: the same command goes on" in said and done < 14
+
+
+@pytest.mark.parametrize("failure", ["nan", "bug", "update"])
+def test_what_was_trained_before_a_failure_is_saved(toy, tmp_path, monkeypatch, capsys, failure):
+    """NaN and a bug in the fourth step: three whole steps are kept, with the random state of the fourth's beginning; a failure
+    within an update keeps nothing that is half. After NaN the advice works, and is said."""
+    plain, args, calls = train.Objective.vtg, [*flags(toy, 3), "--batch", 8, "--no-eval", "--save-every", 99], []
+
+    def fails(self, visual, batch):
+        calls.append(torch.rand(1))                             # as dropout draws
+        if len(calls) == 4 and failure == "bug":
+            raise KeyError("a bug")
+        return plain(self, visual, batch) * (math.nan if len(calls) == 4 and failure == "nan" else 1)
+    go(*args, "--steps", 6, "--out", tmp_path / "warm-up")      # (what it draws differs, so it is no reference)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Objective, "vtg", lambda self, visual, batch: (torch.rand(1), plain(self, visual, batch))[1])
+        go(*args, "--steps", 6, "--out", tmp_path / "whole")
+        patch.setattr(train.Objective, "vtg", fails)
+        if failure == "update":
+            step, counts = train.Muon.step, []
+            patch.setattr(train.Muon, "step", lambda self: (counts.append(1), step(self))[1] if len(counts) < 3 else 1 / 0)
+        with pytest.raises((SystemExit, KeyError, ZeroDivisionError)):
+            go(*args, "--steps", 6, "--out", tmp_path / "o")
+        assert saved_steps(tmp_path / "o") == ([] if failure == "update" else [3])
+        if failure == "update":
+            return
+        patch.setattr(train.Objective, "vtg", lambda self, visual, batch: (torch.rand(1), plain(self, visual, batch))[1])
+        shutil.copytree(tmp_path / "o", tmp_path / "lower")
+        go(*args, "--steps", 6, "--out", tmp_path / "o")
+        assert same(weights(tmp_path / "o"), weights(tmp_path / "whole"))
+        capsys.readouterr()
+        go(*args, "--steps", 6, "--out", tmp_path / "lower", "--lr", 1e-4, "--dtype", "bfloat16")
+    said = capsys.readouterr().out
+    assert "goes on from step 3; with rates {" in said and "bfloat16 instead of the other dtype" in said
+    assert len(log(tmp_path / "lower")) == 6
+
+
+def test_samples_that_nobody_can_read_end_all_ranks_and_save(toy, tmp_path):
+    """The clips of the last rows are gone: one of two ranks finds out, both leave, what was trained is kept."""
+    rows = [json.loads(line) for line in (toy / "toy/pairs.jsonl").read_text().splitlines()]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, tmp_path / "ranks.py"]
+    (tmp_path / "ranks.py").write_text(f"""
+import os, sys
+sys.path.insert(0, {str(REPO)!r})
+import data, train
+plain = data.Loader.batch
+def batch(self, step):
+    if step == 3 and self.rank == 1 and self.train:
+        raise data.DataError("ten samples in a row cannot be read, the last: gone.mp4")
+    return plain(self, step)
+data.Loader.batch = batch
+train.main(sys.argv[1:])
+""")
+    args = [*flags(toy, 1), "--data", tmp_path / "m.jsonl", "--root", toy / "toy", "--out", tmp_path / "o", "--steps", 9, "--batch", 8, "--no-eval",
+            "--save-every", 99, "--timeout", 60]
+    code, _, said = run(*command, *args, check=False)
+    assert code == 1 and "ten samples in a row cannot be read" in said and "another rank found nothing to read" in said
+    assert saved_steps(tmp_path / "o") == [3] and len(log(tmp_path / "o")) == 3
+    # torchrun's own report ends with our sentence.
+    assert re.search(r"traceback : train.py: .*(ten samples|another rank)", said)
+
+
+def test_a_run_is_known_however_it_is_spelt(toy, tmp_path, capsys):
+    shutil.copytree(toy / "toy", tmp_path / "toy")
+    args = ["--stage", 1, "--base", toy / "stage0", "--init", toy / "stage0", "--out", tmp_path / "o", "--no-eval"]
+    go(*args, "--data", tmp_path / "toy", "--steps", 2)
+    for more in (["--data", f"{tmp_path}/toy/"], ["--data", f"{tmp_path}/./toy"], ["--data", toy / "toy"], ["--data", toy / "toy", "--batch", 32],
+                 ["--data", toy / "toy", "--optimizer", "muon"]):
+        capsys.readouterr()
+        go(*args, *more, "--steps", 2)
+        assert "is finished: nothing to train" in capsys.readouterr().out
+    # A checkpoint of a code that lacked a flag, and one that has another value of it.
+    state = newest_checkpoint(tmp_path / "o") / "state.json"
+    recorded = json.loads(state.read_text())
+    del recorded["recipe"]["overfit"]
+    state.write_text(json.dumps(recorded))
+    go(*args, "--data", toy / "toy", "--steps", 2)
+    for more, words in ((["--overfit"], "overfit=False, this one has True"), (["--seed", 3], "seed=0, this one has 3")):
+        with pytest.raises(SystemExit):
+            go(*args, "--data", toy / "toy", "--steps", 2, *more)
+        assert words in capsys.readouterr().err
+
+
+def test_what_a_user_keeps_in_a_run_folder_is_left_alone(toy, tmp_path):
+    args = [*flags(toy, 1), "--out", tmp_path / "o", "--batch", 8, "--no-eval", "--keep", 1]
+    go(*args, "--steps", 2)
+    own = ["step_000002 copy", "step_000002_best", "step_000002.bak", "step_2", "step_000009.tar"]
+    for name in own:
+        shutil.copytree(tmp_path / "o/step_000002", tmp_path / "o" / name)
+    go(*args, "--steps", 4)
+    assert saved_steps(tmp_path / "o") == [4] and all((tmp_path / "o" / name).is_dir() for name in own)
+    # Steps order by number, also beyond six digits.
+    (tmp_path / "o/step_000004").rename(tmp_path / "o/step_1000000")
+    shutil.copytree(tmp_path / "o/step_1000000", tmp_path / "o/step_999999")
+    assert newest_checkpoint(tmp_path / "o").name == "step_1000000"
+
+
+def test_what_is_only_shown_and_what_cannot_be_removed_ends_nothing(toy, tmp_path, monkeypatch, capsys):
+    remove = shutil.rmtree
+    monkeypatch.setattr(train.shutil, "rmtree", lambda path, *a, **k: remove(path, *a, **k) if a or k else (_ for _ in ()).throw(OSError("busy")))
+    plain = train.Log.write
+
+    def full(self, row, text=""):
+        if row["step"] == 2 and self.file:
+            self.file.close()
+            self.file = type("Full", (), {"write": lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")), "name": "log.jsonl"})()
+        plain(self, row, text)
+    monkeypatch.setattr(train.Log, "write", full)
+    go(*flags(toy, 1), "--out", tmp_path / "o", "--batch", 8, "--steps", 4, "--no-eval", "--keep", 1)
+    said = capsys.readouterr()
+    assert "is not needed any more and cannot be removed: busy" in said.out and saved_steps(tmp_path / "o") == [1, 2, 3, 4]
+    assert said.err.count("log.jsonl cannot be written any more ([Errno 28] No space left on device)") == 1
+    assert "step 4/4 |" in said.out
+
+
+def test_a_folder_that_renames_nothing_is_found_before_the_first_step(toy, tmp_path, monkeypatch, capsys):
+    def refuses(*_):
+        raise OSError(95, "Operation not supported")
+    monkeypatch.setattr(train.os, "rename", refuses)
+    with pytest.raises(SystemExit):
+        go(*flags(toy, 1), "--out", tmp_path / "o", "--steps", 3, "--no-eval")
+    assert "a checkpoint cannot be saved there (Operation not supported): choose another --out" in capsys.readouterr().err
+    assert not log(tmp_path / "o") if (tmp_path / "o/log.jsonl").is_file() else True
+
+
+def test_checkpoints_are_as_readable_as_other_files(toy, tmp_path):
+    former = os.umask(0o027)
+    try:
+        go(*flags(toy, 1), "--out", tmp_path / "o", "--steps", 1, "--no-eval")
+    finally:
+        os.umask(former)
+    for file in newest_checkpoint(tmp_path / "o").iterdir():
+        assert file.stat().st_mode & 0o777 == 0o640, file
+
+
+def test_a_tokenizer_that_moves_while_training_is_saved_all_the_same(toy, tmp_path, monkeypatch):
+    shutil.copy(toy / "toy/tokenizer.model", tmp_path / "mine.model")
+    plain = train.Log.step
+    monkeypatch.setattr(train.Log, "step", lambda self, *a, **k: ((tmp_path / "mine.model").unlink(missing_ok=True), plain(self, *a, **k))[1])
+    go(*flags(toy, 1), "--out", tmp_path / "o", "--steps", 2, "--no-eval", "--tokenizer", tmp_path / "mine.model")
+    kept = newest_checkpoint(tmp_path / "o") / "tokenizer.model"
+    assert kept.read_bytes() == (toy / "toy/tokenizer.model").read_bytes()
+
+
+@pytest.mark.parametrize("key, words", [("lr", "rank 0 has lr=None, rank 1 has 1: ranks are one run"),
+                                        ("manifest", "rank 1 has 1: ranks are one run"), ("code", "rank 1 has 1: ranks are one run"),
+                                        ("step to go on from", "all machines must see one folder")])
+def test_ranks_that_differ_are_named_before_the_first_step(toy, tmp_path, monkeypatch, key, words):
+    cfg, run_, phase, model, tokenizer = stage_2(toy, "--out", str(tmp_path / "o"))
+    train.training_loader(run_, phase, model, tokenizer)
+    monkeypatch.setattr(train, "gather", lambda own: [own, own | {key: 1}])
+    with pytest.raises(data.DataError, match=words):
+        train.refuse_other_ranks(run_, None)
+
+
+@pytest.mark.parametrize("count", (1, 7, 20))
+def test_the_validation_loss_is_the_same_for_any_number_of_ranks(toy, tmp_path, count):
+    """All of the rows count, once each, however many ranks share them."""
+    lines = (toy / "toy/val.jsonl").read_text().splitlines(True)
+    (tmp_path / "val.jsonl").write_text("".join(lines[:count]))
+    cfg = train.parse([str(a) for a in [*flags(toy, 1), "--batch", 12, "--val-data", tmp_path / "val.jsonl", "--root", toy / "toy"]])
+    model, tokenizer = load_checkpoint(toy / "stage1")[0], data.Tokenizer(toy / "stage1")
+    stage, = train.stages_of(cfg)
+    found = {}
+    for world in (1, 2, 3):
+        sums = []
+        for rank in range(world):
+            run_ = train.Run(cfg, rank, world, torch.device("cpu"), False)
+            objective = train.Objective(model, tokenizer, stage, cfg, world)
+            run_.sum = lambda tensor: sums.append(tensor.clone()) or [0.0, 1.0]
+            train.validate(run_, objective, train.validation_loader(run_, objective), 1, train.Log(None, 0))
+        total, tokens = torch.stack(sums).sum(0).tolist()
+        found[world] = total / tokens, tokens
+    assert found[1][1] == found[2][1] == found[3][1] and found[1][0] == pytest.approx(found[2][0], rel=1e-5) == pytest.approx(found[3][0], rel=1e-5)
+    plain = data.Loader(data.read_manifest(tmp_path / "val.jsonl", toy / "toy")[:count], model.cfg, tokenizer, view="exo", batch=1, train=False)
+    with torch.no_grad():
+        each = [train.Objective(model, tokenizer, stage, cfg, 1).eval().text_sum(plain.batch(i)[0]) for i in range(plain.samples)]
+    assert found[1][0] == pytest.approx(float(sum(s for s, _ in each) / sum(n for _, n in each)), rel=1e-5)
+
+
+def test_a_validation_that_has_nothing_to_read_is_refused_before_the_first_step(toy, tmp_path, capsys):
+    rows = [json.loads(line) for line in (toy / "toy/val.jsonl").read_text().splitlines()]
+    (tmp_path / "mute.jsonl").write_text("".join(json.dumps({k: v for k, v in row.items() if k in ("id", "exo")}) + "\n" for row in rows))
+    rows[3]["exo"][0]["video"] = "gone.mp4"
+    (tmp_path / "gone.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, words in (("mute", "mute.jsonl has no row with a text"), ("gone", "gone.mp4")):
+        with pytest.raises(SystemExit):
+            go(*flags(toy, 1), "--val-data", tmp_path / f"{name}.jsonl", "--root", toy / "toy", "--out", tmp_path / name, "--steps", 2, "--no-eval")
+        assert words in capsys.readouterr().err and not (tmp_path / name / "step_000001").exists()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you "
+                                                               "tried to allocate 94371840 bytes"), torch.OutOfMemoryError("CUDA out of memory. Tried")])
+def test_out_of_memory_names_the_flags_that_help(error):
+    assert "a smaller --micro-batch, or --recompute blocks, needs less" in train.explain(error, CFG, 1)
+
+
+def test_an_old_python_gets_one_sentence():
+    code = f"import sys; sys.path.insert(0, {str(REPO)!r}); sys.version_info = (3, 10, 1); import model"
+    status, _, said = run("-c", code, check=False)
+    assert status == 1 and said.startswith("Exo2Ego needs Python 3.11 or newer, this is ")
+
+
+def test_x_alone_reads_no_exo_clip_and_no_row_without_text(toy, tmp_path):
+    """The control's samples are rows with a text, of which no exo clip is decoded."""
+    rows = [json.loads(line) for line in (toy / "toy/pairs.jsonl").read_text().splitlines()]
+    for row in rows[::2]:
+        del row["text"], row["turns"]
+    for row in rows:
+        row["exo"] = [{"video": "gone.mp4"}]
+    (tmp_path / "half.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cfg, run_, phase, model, tokenizer = stage_2(toy, "--no-mapping", "--data", str(tmp_path / "half.jsonl"), "--root", str(toy / "toy"))
+    loader = train.training_loader(run_, phase, model, tokenizer)
+    assert loader.samples == len(rows) // 2 and loader.batch(0)[0].exo is None

@@ -9,7 +9,7 @@ from conftest import REPO, run
 from safetensors.torch import load_file, save_file
 
 from data import Tokenizer
-from model import PRESETS, Connector, Decoder, Exo2Ego, KVCache, Segments, VisionEncoder
+from model import PRESETS, Connector, Decoder, Exo2Ego, KVCache, Segments, ViT
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 transformers = pytest.importorskip("transformers")
@@ -64,13 +64,13 @@ def test_clip_features_equal_transformers(tmp_path, layout):
     if layout == "vision, older names":
         rename_tensors(tmp_path, lambda n: n if n.startswith("vision_model.") else f"vision_model.{n}")
         edit_config(tmp_path, dtype="absent", torch_dtype="float32")
-    ours = VisionEncoder.from_hf(tmp_path)
+    ours = ViT.from_hf(tmp_path)
     pixels = torch.randn(3, 3, 28, 28)
     with torch.no_grad():
         want = theirs(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
         got = ours(pixels).flatten(1, 2)
     assert torch.allclose(got, want, atol=1e-5), float((got - want).abs().max())
-    assert next(VisionEncoder.from_hf(tmp_path, torch.bfloat16).parameters()).dtype == torch.bfloat16
+    assert next(ViT.from_hf(tmp_path, torch.bfloat16).parameters()).dtype == torch.bfloat16
 
 
 # --------------------------------------------------------------------------------------------------- Mistral
@@ -265,15 +265,15 @@ def test_export_round_trip(videollama2, tmp_path):
     import train
     from pathlib import Path
     model = Exo2Ego.from_videollama2(videollama2[0])
-    model.add(mapping="resnet")
-    model.add(lora=True)
+    model.add(mapping="resnet", lora=True)
     for p in model.decoder.parameters():
         p.data += 0.05 * torch.randn(p.shape)
     torch.nn.init.normal_(model.ego_vit.blocks[0].q.weight, std=0.3)
     spm = Path(mistral_common.__file__).parent / "data/tokenizer.model.v1"
     cfg = train.parse(["--stage", "0", "--out", str(tmp_path)])             # stage 0 saves the whole model
     objective = train.Objective(model, Tokenizer(spm), train.stages_of(cfg)[0], cfg, 1)
-    save_checkpoint(Run(cfg, 0, 1, torch.device("cpu"), False, steps=2), objective, [], 1, {}, 0)
+    run_ = Run(cfg, 0, 1, torch.device("cpu"), False, steps=2, tokenizer=spm.read_bytes())
+    save_checkpoint(run_, objective, [], 1, {}, 0)
     model.eval()
     export_hf(tmp_path / "step_000001", tmp_path / "hf")
     ids, pixels = torch.randint(3, 320, (14,)), torch.randn(2, 3, 28, 28)
@@ -286,9 +286,19 @@ def test_export_round_trip(videollama2, tmp_path):
             ours = getattr(model, f"{view}_vit")(pixels).flatten(1, 2)
             assert torch.allclose(states.hidden_states[-2][:, 1:], ours, atol=1e-5)
             assert torch.allclose(states.last_hidden_state[:, 1:], ours, atol=1e-5)
-            again = VisionEncoder.from_hf(tmp_path / f"hf/{view}_vision")
+            again = ViT.from_hf(tmp_path / f"hf/{view}_vision")
             assert torch.equal(again(pixels).flatten(1, 2), ours)
     assert (tmp_path / "hf/decoder/tokenizer.model").read_bytes() == spm.read_bytes()
+    # Its tokenizer gives our ids: <s> first, no token of a template, the chat as Mistral-Instruct has it.
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf/decoder"), Tokenizer(spm)
+    for text in ("I cut the red block.", " lead", "h\u00e9llo \u4f60\u597d \U0001f642", "two  spaces", "a\nb"):
+        assert theirs(text).input_ids == [ours.bos, *ours.encode(text)], text
+    turns = [{"system": "Be brief.", "user": "What am I doing?", "assistant": "I cut."}, {"user": "Why?", "assistant": "To eat."}]
+    messages = [{"role": "system", "content": "Be brief."}]
+    for turn in turns:
+        messages += [{"role": role, "content": turn[role]} for role in ("user", "assistant")]
+    chat = theirs.apply_chat_template(messages)
+    assert (chat if isinstance(chat, list) else chat["input_ids"]) == ours.chat(turns, 0)[0]
 
 
 def test_lora_merges():
