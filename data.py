@@ -9,6 +9,18 @@ One row of a manifest (JSON lines) is one narrated moment; training reads nothin
 
     {"id": "s7/2", "ego": {"video": "ego/7.mp4", "start": 2.0, "end": 3.0}, "exo": [{"video": "cam0/7.mp4"}],
      "text": "Camera-wearer cuts ...", "turns": [{"user": "Which hand do I use?", "assistant": "The left."}]}
+
+Nine words, each with one meaning:
+
+    row       one line of a manifest: a moment with its clips and its words
+    moment    what happens in a row's few seconds, whichever camera sees it
+    sample    what a step counts: a row, or a row and one of its exo cameras
+    clip      a piece of one video, from its start to its end
+    camera    one of a row's exo clips, by its number from 0
+    text      the words that go with a moment, or their tokens
+    turn      a question of the user and the answer of the assistant
+    chat      the turns of one text, in the order in which the model reads them
+    segment   one sequence among those that are packed behind each other (model.py's `Segments`)
 """
 from __future__ import annotations
 
@@ -18,8 +30,8 @@ import copy
 import csv
 import errno
 import inspect
-import io
 import json
+import marshal
 import math
 import multiprocessing
 import os
@@ -27,15 +39,20 @@ import re
 import signal
 import struct
 import sys
+import tempfile
 import textwrap
 import threading
 import time
 import zlib
+from array import array
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, replace
-from functools import cache, partial
+from fractions import Fraction
+from functools import cache, lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args, get_type_hints
 
@@ -64,42 +81,25 @@ class DataError(ValueError):
         self.reason = reason
 
 
-def read_manifest(path: AnyPath, root=None, allow_outside=False, skip=True) -> list:
+def read_manifest(path: AnyPath, root=None, allow_outside=False, skip=True) -> Rows:
     """The rows of a JSON-lines manifest, checked, with an absolute path for every video, and "where" each
-    one stands.
+    row stands: a sequence, which holds them as bytes and decodes the one that is asked for.
 
     Paths start at `root` (default: the folder of the manifest). They must stay inside it after links are
     resolved, unless `allow_outside`. With `skip`, the rows on the skip list that `data.py check` left
-    beside the manifest are left out, and counted.
+    beside the manifest are left out, and counted. DataError names the line that is wrong.
     """
     path = Path(path)
     base = os.path.realpath(root or path.parent)
-    # Lines end at "\n" alone: other separators of Unicode may stand inside a text. Blank ones at the end are
-    # harmless.
-    lines = read_text(path).rstrip().split("\n")
-    if lines == [""]:
-        raise DataError(f"{path} is empty: it needs one JSON object a line")
-    # Every error names the line, and every row remembers it.
-    rows, line_of = [], {}
-    for number, line in enumerate(lines, 1):
-        where = f"{path} line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{where} is not JSON ({error}): one object a line") from None
-        row = _check_row(row, where, base, allow_outside)
-        # A message, a skip list or an answer names a row by its id.
-        if row["id"] in line_of:
-            raise DataError(f"{where}: id {row['id']!r} stands in line {line_of[row['id']]} already: ids differ")
-        line_of[row["id"]] = number
-        rows.append(row | {"where": where})
+    rows = checked_rows(path, base, allow_outside)
     # Leave out what `data.py check` found to be bad.
     skip_list = path.with_suffix(".bad.jsonl")
     if skip and skip_list.is_file():
-        rows = _without_bad_clips(rows, skip_list, base)
-    if not rows:
+        rows = without_bad_clips(rows, skip_list, base)
+    kept = Rows(rows)
+    if not kept:
         raise DataError(f"{path} is empty: {skip_list} leaves out all of its rows")
-    return rows
+    return kept
 
 
 def clips_of(row) -> list:
@@ -114,15 +114,15 @@ def read_clip(
         start,                                  # seconds; None: the start of the video
         end,                                    # seconds; None: its end
         num_frames: int,
-        size: int,                              # pixels a side
+        size: int,                              # S, pixels per side
         rng=None,                               # a numpy Generator
         fps=None):                              # of a folder of images
     """`num_frames` RGB frames of [start, end) seconds -> uint8 (T, 3, S, S).
 
     The clip is cut into T equal spans; a frame is what a viewer would see at one moment of each span: its
     centre, or with `rng` (training) a random moment. Frames are found by their timestamps, never by index
-    times fps; a clip with fewer frames repeats real ones. Pictures are padded to a square with CLIP's mean
-    colour, as in VideoLLaMA2. DataError if the clip cannot be read.
+    times fps, and time zero is the first picture; a clip with fewer frames repeats real ones. Pictures are
+    padded to a square with CLIP's mean colour, as in VideoLLaMA2. DataError if the clip cannot be read.
     """
     with open_video(video, fps) as opened:
         # One moment in each of T equal spans.
@@ -159,7 +159,7 @@ def read_row_clip(clip, num_frames, size, rng=None):
 
 
 CLIP_MEAN_COLOUR = np.array([122, 116, 104], np.uint8)
-UPRIGHT = (1, 0, 0, 1)          # how a stored picture is to be shown, see ORIENTATIONS
+UPRIGHT = (1, 0, 0, 1)          # a stored picture that needs no turn; others are among ORIENTATIONS
 _reformatter = VideoReformatter()   # one for the process: its tables are expensive to make
 
 
@@ -171,16 +171,7 @@ def _pixels(frame, size, orientation=UPRIGHT, pixel_shape=1.0):
     height = max(1, round(frame.height * scale))
     scaled = _reformatter.reformat(frame, width, height, "rgb24", interpolation="BICUBIC", threads=1)
     rgb = scaled.to_ndarray()                                   # (height, width, 3)
-    # Turn and mirror: x goes to a x + c y, y to b x + d y, where two of the four are about zero.
-    a, b, c, d = orientation
-    right, down = a, d
-    if abs(b) > abs(a):
-        rgb = rgb.transpose(1, 0, 2)
-        right, down = c, b
-    if right < 0:
-        rgb = rgb[:, ::-1]
-    if down < 0:
-        rgb = rgb[::-1]
+    rgb = upright(rgb, orientation)
     # The longer side fills the square; the other one has a margin at both ends.
     height, width = rgb.shape[:2]
     top = (size - height) // 2
@@ -218,11 +209,11 @@ class Tokenizer:
 
     def encode(self, text) -> list:
         """Text to ids, without <s> or </s>; control tokens written out in the text stay plain text."""
-        return self.sp.encode(text)
+        return self.sp.encode(whole_text(text, "a text"))
 
     def decode(self, ids: Sequence) -> str:
-        """Ids to text; VIDEO and control tokens vanish."""
-        return self.sp.decode([int(i) for i in ids if i >= 0])
+        """Ids to text; VIDEO, control tokens and ids without a piece of text vanish."""
+        return self.sp.decode([int(i) for i in ids if 0 <= i < self.size])
 
     def chat(self, turns, video_tokens):
         """Turns {"user", "assistant"[, "system"]} -> ids and labels.
@@ -258,14 +249,15 @@ class Tokenizer:
         return ids, labels
 
 
-def chats_of(row, text):
-    """What a row is read as: its narration, its conversation, or ("mix") one of the two in turn."""
+def chats_of(row, supervise):
+    """The chats that a row may be read as: its "narration", its "turns" (a row without turns narrates), or with "mix"
+    both; a list of lists of turns, empty for a row without text."""
     narration, conversation = [], []
     if row.get("text"):
         narration = [[{"user": NARRATE, "assistant": row["text"]}]]
-    if row.get("turns") and text != "narration":
+    if row.get("turns") and supervise != "narration":
         conversation = [row["turns"]]
-    if text == "turns":
+    if supervise == "turns":
         return conversation or narration
     return narration + conversation
 
@@ -273,18 +265,19 @@ def chats_of(row, text):
 # ----------------------------------------------------------------------------------------------------------- 4 a batch
 @dataclass
 class Batch:
-    """One micro batch of E ego clips (moments), X exo clips and S packed texts."""
-    ego: Tensor                         # (E, T, 3, S, S) uint8, or None
-    exo: Tensor                         # (X, T, 3, S, S) uint8, or None
-    ego_of: Tensor                      # (samples,) the moment of each sample; in pairs exo clip i is of ego clip ego_of[i]
-    ids: Tensor                         # (tokens,) packed
-    labels: Tensor                      # (tokens,) IGNORE where not supervised
-    weights: Tensor                     # (tokens,) for how many samples a supervised token counts, else 0
-    lens: list                          # tokens of each text
-    text_of: Tensor                     # (S,) the moment that each text narrates; a moment may have none
+    """One micro batch: M moments, their clips, and N texts, packed one behind another. A moment has one sample per
+    exo camera that shows it; its ego clip and its text are read once."""
+    ego: Tensor                         # (M, T, 3, S, S) uint8, or None
+    exo: Tensor                         # (samples, T, 3, S, S) uint8, or None
+    ego_of: Tensor                      # (samples,) the moment of each sample: exo clip i goes with ego clip ego_of[i]
+    ids: Tensor                         # (tokens,) of all texts
+    labels: Tensor                      # (tokens,) IGNORE where a token is not supervised
+    weights: Tensor                     # (tokens,) a supervised token counts once per sample of its moment; others 0
+    lens: list                          # N, the tokens of each text
+    text_of: Tensor                     # (N,) the moment of each text; a moment may have none
     samples: int
-    names: list                         # of the moments
-    texts: list                         # their narrations
+    names: list                         # M, the ids of the rows
+    texts: list                         # M, their narrations
     skipped: list                       # samples that could not be read, with the reason
 
     def tensors(self) -> dict:
@@ -299,49 +292,29 @@ class Batch:
         """This batch in pinned memory; torch's DataLoader calls this where there is a GPU."""
         return replace(self, **{k: v.pin_memory() for k, v in self.tensors().items()})
 
-    def with_stand_in_text(self, video_tokens):
-        """This batch, which has no text, with a text of one token that weighs nothing. In the decoder ranks wait for one
-        another, so all must run it; here its loss is a sum over no tokens, 0."""
-        ids = torch.tensor([VIDEO] * video_tokens + [1], device=self.ids.device)
-        return replace(
-            self,
-            ids=ids,
-            labels=ids.where(ids > 0, IGNORE),
-            weights=ids * 0,
-            lens=[len(ids)],
-            text_of=torch.zeros_like(ids[:1]))
-
     def describe(self, tokenizer):
         """Shapes, and of the first text what is read and what is supervised."""
-        text = f"{len(self.ids)} tokens"
-        for view, frames in (("ego", self.ego), ("exo", self.exo)):
+        said = f"{len(self.ids)} tokens"
+        for name, frames in (("ego", self.ego), ("exo", self.exo)):
             if frames is not None:
-                text = f"{view} {tuple(frames.shape)}, {text}"
+                said = f"{name} {tuple(frames.shape)}, {said}"
         if self.lens:
             ids, labels = self.ids[:self.lens[0]], self.labels[:self.lens[0]]
             read = tokenizer.decode(ids[labels == IGNORE].tolist())
             supervised = tokenizer.decode(ids[labels != IGNORE].tolist())
-            text += f"; first text, of {self.names[self.text_of[0]]}: read {read!r}, supervised {supervised!r}"
-        return text
+            said += f"; first text, of {self.names[self.text_of[0]]}: read {read!r}, supervised {supervised!r}"
+        return said
 
-    def __getstate__(self) -> dict:
-        """Workers send frames in shared memory, and all else by value: that costs less than a descriptor."""
-        flat = {name: value.numpy() for name, value in self.tensors().items() if value.dim() == 1}
-        return vars(self) | flat
-
-    def __setstate__(self, state: dict):
-        for name, value in state.items():
-            if isinstance(value, np.ndarray):
-                value = torch.from_numpy(value)
-            setattr(self, name, value)
+    def __reduce__(self):
+        return batch_from_fields, (fields_for_sending(self),)
 
 
 @dataclass
 class Moment:
-    """A narrated moment in a micro batch: its text is read once, however many exo views show it."""
+    """A moment in a micro batch: its text is read once, however many exo cameras show it."""
     number: int                         # in the order of the batch
     row: dict
-    ids: list                           # the chat about it; empty for a row without text
+    ids: list                           # the text's tokens; empty for a row without text
     labels: list
     samples: int = 0                    # how many samples of the micro batch show it
 
@@ -350,9 +323,9 @@ class Loader:
     """Samples in an order that is a pure function of (seed, step, rank): resuming needs no state, and the
     global batch is the same for any number of ranks and micro batches.
 
-    A sample is (row, exo view) for view="exo" and "pair", a row for view="ego"; the views of a row are
-    adjacent. `text` picks what is supervised: "text" narrates, "turns" answers (a row without turns
-    narrates), "mix" alternates between the two. With view="text" no video is read at all.
+    A sample is (row, camera) for view="exo" and "pair", else a row; the cameras of a row are adjacent.
+    `supervise` picks what is supervised: "narration", "turns" (a row without turns narrates), or "mix", which
+    alternates between the two. With view="none" no video is read at all. `rows` are read_manifest's, or a list.
     """
 
     def __init__(
@@ -373,7 +346,7 @@ class Loader:
         self.cfg = cfg
         self.tokenizer = tokenizer
         self.view = view
-        self.text = supervise
+        self.supervise = supervise
         self.batch_size = batch
         self.micro = micro or max(1, batch // world)
         self.seed = seed
@@ -384,62 +357,35 @@ class Loader:
         if batch % (self.micro * world):
             raise DataError(f"--batch {batch} is no multiple of {self.micro} (--micro-batch) x {world} ranks")
 
-        # Training leaves out rows without text, unless no row has one: that is a wrong manifest.
-        kept = [row for row in rows if self._has_text(row)]
-        if train and 0 < len(kept) < len(rows):
-            print(f"{len(rows) - len(kept)} of {len(rows)} rows have no text: left out, only stage 2 uses "
-                  "them")
-            rows = kept
-        # Name a row that lacks what this stage reads.
+        # Rows that this stage cannot use are left out and counted, or refused by name.
         self.clips = {"exo": ["exo"], "ego": ["ego"], "pair": ["ego", "exo"], "none": []}[view]
-        for row in rows:
-            needed = self.clips if self._has_text(row) else [*self.clips, "text"]
-            for key in needed:
-                if not row.get(key):
-                    raise DataError(f'{_name_of(row)} lacks "{key}", which this stage needs{_strange_keys(row)}')
-        rows = self._without_long_texts(rows)
-
-        # Where exo views are read, each of them is a sample.
-        self.rows = rows
-        self.views = np.array([len(row["exo"]) if "exo" in self.clips else 1 for row in rows])
-        self.samples = int(self.views.sum())
+        self.rows = usable_rows(rows, self)
+        # Where exo clips are read, each camera of a row is a sample.
+        self.cameras = np.array([len(row["exo"]) if "exo" in self.clips else 1 for row in self.rows])
+        self.samples = int(self.cameras.sum())
         self._epoch = None              # the epoch whose order is kept in self._order
 
-    def _without_long_texts(self, rows):
-        """The rows without those whose text the model has no room for. Training names and counts them; a
-        benchmark must not leave out any."""
-        long = [row for row in rows if is_too_long(row, self.text, self.tokenizer, self.video_tokens, self.cfg)]
-        if not long:
-            return rows
-        first = f"{_name_of(long[0])} has more tokens than the {self.cfg.max_length} that fit"
-        if not self.train or len(long) == len(rows):
-            raise DataError(f"{first}, with {self.video_tokens} of its video: shorten its text")
-        print(f"{len(long)} of {len(rows)} rows are too long and left out: {first}")
-        dropped = {row["id"] for row in long}
-        return [row for row in rows if row["id"] not in dropped]
-
-    def _has_text(self, row):
-        """Whether a row has the text that this view needs; a pair needs none."""
-        return self.view == "pair" or bool(chats_of(row, self.text))
-
     def sample(self, index):
-        """Global sample number -> (row, view)."""
+        """Global sample number -> (row, camera)."""
         # The order of an epoch is made once, and kept until another epoch is asked for.
         epoch, place = divmod(index, self.samples)
         if epoch != self._epoch:
             self._order = self._samples_of(epoch)
             self._epoch = epoch
-        return tuple(map(int, self._order[place]))
+        row, camera = self._order[place]
+        return int(row), int(camera)
 
     def _samples_of(self, epoch):
-        """Every (row, view) once, (samples, 2): rows in random order for training, their views in a row."""
+        """Every (row, camera) once, (samples, 2): rows in random order for training, their cameras in a row."""
         order = np.arange(len(self.rows))
         if self.train:
-            order = np.random.default_rng([self.seed, epoch]).permutation(order)
-        views = self.views[order]
-        row_of = np.repeat(order, views)
-        first = np.repeat(np.cumsum(views) - views, views)      # the sample with view 0 of the same row
-        return np.stack([row_of, np.arange(self.samples) - first], 1)
+            order = np.random.default_rng([self.seed, epoch]).permutation(order)        # e.g. 2 0 1
+        cameras = self.cameras[order]                                                   # 2 2 2 cameras per row
+        row_of = np.repeat(order, cameras)                                              # 2 2 0 0 1 1
+        # The number of a camera is that of its sample, from the first sample of its row on.
+        first = np.cumsum(cameras) - cameras                                            # 0 2 4
+        camera_of = np.arange(self.samples) - np.repeat(first, cameras)                 # 0 1 0 1 0 1
+        return np.stack([row_of, camera_of], 1)
 
     def batch(self, step) -> list:
         """The micro batches of this rank at this step. In evaluation the last batch may be short."""
@@ -489,86 +435,67 @@ class Loader:
             skipped=skipped)
 
     def _read(self, index, moments, skipped):
-        """-> the moment of a sample, and the frames of the clips that the batch lacks.
+        """-> the moment of a sample, and its clips' frames, but for an ego clip that the batch has.
 
-        In training a clip that cannot be read is noted in `skipped`, and another sample takes its place: which one is
+        In training a sample that cannot be read is noted in `skipped`, and another one takes its place: which one is
         a pure function of the seed, the sample and the attempt. An evaluation needs every clip.
         """
-        number = index
+        candidate = index
         for attempt in range(1, 11):
-            place, view = self.sample(number)
-            row = self.rows[place]
-            # The random times of a clip are drawn from (seed, epoch, row): all views of a moment have the same.
-            draw = (self.seed, number // self.samples, place)
-            # The samples of a pair's moment share its ego clip and its text. Where exo clips are read alone, each has
-            # visual tokens of its own, and so it is a moment by itself, with a text of its own.
-            key = (*draw, index) if self.view == "exo" else draw
-            # Other samples of this micro batch may have read the ego clip.
-            wanted = {}
-            if "ego" in self.clips and key not in moments:
-                wanted["ego"] = row["ego"]
-            if "exo" in self.clips:
-                wanted["exo"] = row["exo"][view]
             try:
-                clips = {name: self._frames(clip, draw) for name, clip in wanted.items()}
+                return self._read_sample(candidate, index, moments)
             except DataError as error:
+                row, _ = self.sample(candidate)
+                sentence = f"{self.rows[row]['id']}: {error}"
                 if not self.train:
-                    raise DataError(f"an evaluation needs every clip: {row['id']}: {error}") from None
-                skipped.append(f"{row['id']}: {error}")
-            else:
-                if key not in moments:
-                    # With "mix" the rows of an epoch take turns; all views of a row have the same text.
-                    turn = (number - view) // int(self.views[place])
-                    moments[key] = Moment(len(moments), row, *self.prompt(row, turn))
-                return moments[key], clips
+                    raise DataError(f"an evaluation needs every clip: {sentence}", error.reason) from None
+                skipped.append(sentence)
             # Another sample of this epoch, whichever.
             other = np.random.default_rng([self.seed, index, attempt]).integers(self.samples)
-            number = index - index % self.samples + int(other)
+            candidate = index - index % self.samples + int(other)
         raise DataError(f"ten samples in a row cannot be read, the last: {skipped[-1]}")
 
+    def _read_sample(self, number, index, moments):
+        """Sample `number`, read in the place of sample `index` -> its moment, and the frames of its clips."""
+        place, camera = self.sample(number)
+        row = self.rows[place]
+        epoch = number // self.samples
+        # All cameras of a row share these: they draw the same random times, because they are synchronized.
+        draw = (self.seed, epoch, place)
+        # The samples of a pair's moment share its ego clip and its text. Where exo clips are read alone, each has
+        # visual tokens of its own: it is a moment by itself, with a text of its own.
+        key = (*draw, index) if self.view == "exo" else draw
+        clips = {}
+        if "ego" in self.clips and key not in moments:
+            clips["ego"] = self._frames(row["ego"], draw)
+        if "exo" in self.clips:
+            clips["exo"] = self._frames(row["exo"][camera], draw)
+        # With "mix" a row is read as its narration in one epoch and as its turns in the next.
+        if key not in moments:
+            moments[key] = Moment(len(moments), row, *self.prompt(row, epoch + place))
+        return moments[key], clips
+
     def _frames(self, clip, draw):
-        """A clip's frames. All views of a moment draw the same random times: they are synchronized."""
+        """A clip's frames (T, 3, S, S); in training at random times, which `draw` decides."""
         rng = np.random.default_rng(draw) if self.train else None
         return read_row_clip(clip, self.cfg.frames, self.cfg.image_size, rng)
 
     def prompt(self, row, turn):
         """ids and labels of a row, of its chats the one whose turn it is; empty for a row without text."""
-        chats = chats_of(row, self.text)
+        chats = chats_of(row, self.supervise)
         if not chats:
             return [], []
         return self.tokenizer.chat(chats[turn % len(chats)], self.video_tokens)
 
     def stream(self, start, stop, workers=1, repeat=False, timeout=600.0) -> Iterator:
         """batch(start) ... batch(stop - 1), read ahead by workers, which have `timeout` seconds for each;
-        `repeat`: batch(0) every time."""
+        `repeat`: batch(0) every time.
+
+        In training a DataError is an item of the stream, in the place of its batches: ranks have to agree about what to
+        do then. In evaluation it is raised.
+        """
         steps = [0] * (stop - start) if repeat else range(start, stop)
-        # Without workers, this process reads each batch when it is asked for.
-        options = {}
-        if workers:
-            self._check_shared_memory()
-            options = {"timeout": timeout, "multiprocessing_context": START_METHOD}
-            _end_workers_at_exit()
-        batches = torch.utils.data.DataLoader(
-            self, sampler=steps, batch_size=None, num_workers=workers, worker_init_fn=_start_worker,
-            pin_memory=torch.cuda.is_available(), **options)
-        return iter(batches) if self.train else map(_raise_if_error, iter(batches))
-
-    def _check_shared_memory(self):
-        """Workers hand frames over in /dev/shm, which is 64 MB in a docker container: are three steps' free?"""
-        if os.path.isdir("/dev/shm"):
-            clips = len(self.clips) * self.batch_size // self.world
-            needed = 3 * clips * self.cfg.frames * 3 * self.cfg.image_size ** 2
-            disk = os.statvfs("/dev/shm")
-            if disk.f_bavail * disk.f_frsize < needed:
-                raise DataError(f"/dev/shm is too small for the loader's workers, who need {needed >> 20} MB there: "
-                                f"pass --workers 0, or enlarge it (docker run --shm-size 8g)")
-
-    def __getitem__(self, step):
-        """What torch's DataLoader asks for. A worker returns its error: raised, it would be a traceback."""
-        try:
-            return self.batch(step)
-        except ValueError as error:
-            return error
+        return read_ahead(self, steps, workers, timeout)
 
 
 # --------------------------------------------------------------------------------------------------- 5 the micro-world
@@ -625,16 +552,6 @@ VERBS = {
     "wipes": "wipe",
     "waters": "water",
     "taps": "tap"}
-GERUNDS = {
-    "picks up": "picking up",
-    "puts down": "putting down",
-    "pushes": "pushing",
-    "pulls": "pulling",
-    "cuts": "cutting",
-    "hammers": "hammering",
-    "wipes": "wiping",
-    "waters": "watering",
-    "taps": "tapping"}
 
 
 def plan_scene(rng):
@@ -722,10 +639,13 @@ OPEN_OPTIONS = {
 # The first bytes of a picture, and FFmpeg's name for its format.
 IMAGES = {b"\x89PNG": "png_pipe", b"\xff\xd8\xff": "jpeg_pipe"}
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+OTHER_IMAGES = (".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".avif", ".jp2", ".ppm")     # are not read
+# A damaged picture is an error, and no guess.
+IMAGE_OPTIONS = {"err_detect": "crccheck+explode"}
 # A title need not be UTF-8. PyAV 19 reads it as it is; earlier versions have to be told.
 AS_IT_IS = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
-# How a stored picture is to be shown, by EXIF's number: (a, b, c, d), in the order of FFmpeg's display matrix, moves
-# pixel (x, y) to the place (a x + c y, b x + d y). Those of 2, 4, 5 and 7 are mirrored.
+# How a stored picture is to be shown, by EXIF's number. (a, b, c, d) are the entries of FFmpeg's display matrix:
+# pixel (x, y) is shown at (a x + c y, b x + d y). Numbers 2, 4, 5 and 7 are mirrored.
 ORIENTATIONS = {
     1: UPRIGHT,
     2: (-1, 0, 0, 1),
@@ -741,25 +661,33 @@ ORIENTATIONS = {
 class Video:
     """An open video: a file, or a folder of images."""
     seconds: float                  # of its picture; its sound may last longer
-    rate: float                     # frames a second, on average
+    rate: float                     # frames per second, on average
     pixel_shape: float              # width of a pixel over its height
     # From ascending moments, in seconds from the first frame, to the frames on display then, and how to turn
     # them (as in ORIENTATIONS).
     frames_at: Callable
+    begins: float = 0.0             # seconds from the start of the file, where its sound may start, to the first picture
+    missing: int = 0                # numbers without a picture, among the names of a folder's images
 
 
 @contextmanager
 def open_video(video: AnyPath, fps=None) -> Iterator[Video]:
     """The one way to a video, a file or a folder of images at `fps` (default: VideoLLaMA2's 3).
 
-    One decoding thread: slice threads deadlock in loader workers. DataError names the video, also where it turns out
-    while frames are read: what the body of the `with` raises arrives at the yield.
+    One decoding thread: slice threads deadlock in loader workers. DataError names the video, also where an error
+    comes up while the body of the `with` reads the frames.
     """
-    try:
+    with _errors_name(video):
         # A folder of images needs no decoder that stays open.
         if os.path.isdir(video):
-            files, rate = image_files(video), fps or 3.0
-            yield Video(len(files) / rate, rate, 1.0, partial(_images_at, files, rate))
+            files, places = image_files(video)
+            rate = fps or 3.0
+            yield Video(
+                seconds=(places[-1] + 1) / rate,
+                rate=rate,
+                pixel_shape=1.0,
+                frames_at=partial(_images_at, files, places, rate),
+                missing=places[-1] + 1 - len(files))
             return
         with _open_container(video) as container:
             stream = _video_stream(container, video)
@@ -767,9 +695,16 @@ def open_video(video: AnyPath, fps=None) -> Iterator[Video]:
                 seconds=_seconds(container, stream, video),
                 rate=float(stream.average_rate or 30),
                 pixel_shape=float(stream.sample_aspect_ratio or 1),
-                frames_at=partial(_frames_at, container, stream, video))
+                frames_at=partial(_frames_at, container, stream, video),
+                begins=_begin_of_picture(stream) - (container.start_time or 0) / av.time_base)
+
+
+@contextmanager
+def _errors_name(video):
+    """Whatever FFmpeg has to say about a video becomes a DataError that names it."""
+    try:
+        yield
     except (av.FFmpegError, OSError, OverflowError, MemoryError) as error:
-        # FFmpeg's errors do not always name the file.
         reason = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
         why = getattr(error, "strerror", None) or error
         raise DataError(f"{video} cannot be read: {why}", reason) from None
@@ -810,11 +745,16 @@ def _video_stream(container, video):
     return stream
 
 
+def _begin_of_picture(stream):
+    """The time stamp of the first picture, in seconds."""
+    return float((stream.start_time or 0) * stream.time_base)
+
+
 def _seconds(container, stream, video):
     """Length of the picture: as the header says, or a tag of the stream, or up to the end of its last packet."""
     if stream.duration:
-        return float(stream.duration * stream.time_base)
-    begin = float((stream.start_time or 0) * stream.time_base)
+        return _checked_length(container, stream, video, float(stream.duration * stream.time_base))
+    begin = _begin_of_picture(stream)
     # Matroska has the moment of the end in a tag.
     tag = re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", ""))
     if tag:
@@ -825,6 +765,22 @@ def _seconds(container, stream, video):
     return _end_of_picture(container, stream) - begin
 
 
+def _checked_length(container, stream, video, seconds):
+    """The length that a header says, unless the rest of the file knows better."""
+    rate = stream.average_rate or 0
+    # The header of an AVI counts its frames: one that was cut off has fewer.
+    promised = stream.frames / rate if container.format.name == "avi" and rate else 0
+    if promised > seconds + 0.2:
+        raise DataError(f"{video} ends at {seconds:.2f} s, its header says {float(promised):.2f} s: truncated?",
+                        "truncated")
+    # An mp4 adds up how long its frames last in the order of decoding, which is wrong where B-frames are shown at
+    # uneven times: such a film is asked for its last frame.
+    uneven = stream.base_rate and abs(rate / stream.base_rate - 1) > 0.01
+    if uneven and stream.codec_context.has_b_frames:
+        return max(seconds, _end_of_picture(container, stream) - _begin_of_picture(stream))
+    return seconds
+
+
 def _end_of_picture(container, stream):
     """When the last packet of the picture ends: a header may know the whole file's length alone, and the sound
     may be longer."""
@@ -832,7 +788,7 @@ def _end_of_picture(container, stream):
     container.seek(max(int(whole / stream.time_base), 0), stream=stream)
     ends = {stream: 0.0}
     for packet in container.demux():
-        if packet.pts is not None:
+        if packet.pts is not None and not packet.is_discard:
             end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
             ends[packet.stream] = max(end, ends.get(packet.stream, 0.0))
     # Where no stream gets there, the file has been cut off: reading its end will be refused.
@@ -840,28 +796,54 @@ def _end_of_picture(container, stream):
     return whole if cut_off else ends[stream]
 
 
+@lru_cache(64)
+def frame_times(video: AnyPath) -> np.ndarray:
+    """When each frame of a file is shown, in ascending seconds from the first one (frames,), by their time stamps: at
+    a variable rate the mean says little. Nothing is decoded."""
+    with _errors_name(video), _open_container(video) as container:
+        stream = _video_stream(container, video)
+        packets = [packet for packet in container.demux(stream) if packet.pts is not None and not packet.is_discard]
+        times = np.sort([float(packet.pts * stream.time_base) for packet in packets])
+        return times - _begin_of_picture(stream)
+
+
+def time_of_frame(video: AnyPath, number) -> float:
+    """Seconds from the start of a video to its frame `number`, from 0; behind the last frame the mean rate goes on."""
+    times = frame_times(video)
+    last = len(times) - 1
+    if finite(number, "a frame's number") <= last:
+        return float(np.interp(number, range(len(times)), times))
+    return float(times[-1] + (number - last) / frame_rate(video))
+
+
 def _frames_at(container, stream, video, moments):
     """The frame on display at each of these ascending moments, and how to turn it."""
-    rounding = 1e-4                                             # timestamps are rounded to the time base
-    zero = float((stream.start_time or 0) * stream.time_base)
-    gap = 0.1                                                   # how long a frame stayed of late; 0.1 s at least
+    rounding = 1e-4                                             # time stamps are rounded to the time base
+    zero = _begin_of_picture(stream)
+    # `shown` is the frame on display, `coming` the next one, which ends its stay.
     frames, shown, coming = None, None, None
+    may_seek = True
+    stay = 0.1                                                  # seconds for which the last frame stayed, 0.1 at least
     for moment in moments:
+        time_stamp = zero + moment + rounding
         # Begin at the key frame before the moment: at first, and where that saves half a second of decoding.
-        if frames is None or (coming and _saves_decoding(stream, coming.frame.time + 0.5, zero + moment)):
-            frames, shown = _seek(container, stream, zero + moment + rounding)
+        if frames is None or (coming and may_seek and _saves_decoding(stream, coming.frame.time + 0.5, time_stamp)):
+            decoded = coming
+            frames, shown = _seek(container, stream, time_stamp)
             if shown is None:
                 raise DataError(f"{video} holds no frame at {moment:.2f} s: truncated?", "truncated")
+            # Where the key frame lies behind what was decoded already, seeking costs more than it saves.
+            may_seek = decoded is None or shown.frame.time > decoded.frame.time
             coming = next(frames, None)
-        # Decode one frame ahead of the one on display: it says until when that one stays.
-        while coming and coming.frame.time <= zero + moment + rounding:
-            gap = max(0.1, coming.frame.time - shown.frame.time)
+        # Decode one frame ahead of the one on display.
+        while coming and coming.frame.time <= time_stamp:
+            stay = max(0.1, coming.frame.time - shown.frame.time)
             shown = coming
             coming = next(frames, None)
+        # The last frame of a file need not say how long it stays: as long as two like the one before.
         frame, damaged = shown
-        # The last frame of a file need not say how long it stays.
-        stays = max(2 * gap, float((frame.duration or 0) * stream.time_base))
-        if coming is None and frame.time + stays < zero + moment:
+        longest = max(2 * stay, float((frame.duration or 0) * stream.time_base))
+        if coming is None and frame.time + longest < zero + moment:
             raise DataError(f"{video} ends at {frame.time - zero:.2f} s, {moment:.2f} s was asked for: "
                             f"truncated?", "truncated")
         if damaged:
@@ -870,12 +852,17 @@ def _frames_at(container, stream, video, moments):
 
 
 def _saves_decoding(stream, after, until):
-    """Whether the file's index has a key frame between these times; without an index nothing is saved."""
+    """Whether a key frame lies between these times, as far as the file's index knows."""
     if until <= after:
         return False
     entries = stream.index_entries
-    place = entries.search_timestamp(int(until / stream.time_base), backward=True)
-    return place >= 0 and entries[place].timestamp * stream.time_base > after
+    target = int(until / stream.time_base)
+    key_frame = entries.search_timestamp(target, backward=True)
+    if key_frame >= 0 and entries[key_frame].timestamp * stream.time_base > after:
+        return True
+    # The index of a fragmented file comes piece by piece: two seconds that are not in it may have key frames.
+    known = entries.search_timestamp(target, backward=True, any_frame=True)
+    return known >= 0 and entries[known].timestamp * stream.time_base < until - 2 and until - 2 > after
 
 
 def _seek(container, stream, until):
@@ -926,33 +913,84 @@ def _display_matrix(frame):
     return a, b, c, d
 
 
+def upright(rgb, orientation):
+    """A picture (H, W, 3), turned and mirrored as it is to be shown (see ORIENTATIONS)."""
+    a, b, c, d = orientation
+    # Either a and d or b and c are about zero: then x and y change places.
+    if abs(b) > abs(a):
+        rgb = rearrange(rgb, "h w c -> w h c")
+        a = c
+        d = b
+    if a < 0:
+        rgb = rgb[:, ::-1]
+    if d < 0:
+        rgb = rgb[::-1]
+    return rgb
+
+
 def image_files(folder):
-    """The images of a folder in natural order (2.jpg before 10.jpg): `*-rgb.png` if there are any, else every
-    picture; hidden files, and those that hold no picture, are none."""
+    """The images of a folder in natural order (2.jpg before 10.jpg, 0.25.jpg before 0.5.jpg), and the place of each
+    one in time, from 0. They are `*-rgb.png` if there are any, else every .png and .jpg but hidden ones.
+
+    DataError names a picture that holds none, or is of a kind that is not read: the others would move up.
+    """
     return _images_of(Path(folder), os.stat(folder).st_mtime_ns)
 
 
 @cache
 def _images_of(folder, changed):
     """image_files of a folder that was changed last at this time: every file in it has to be opened."""
-    files = []
-    for file in folder.iterdir():
-        if file.suffix.lower() in IMAGE_SUFFIXES and file.name[0] != ".":
-            # A link could show files that the manifest must not read.
-            if file.is_symlink() and file.resolve().parent != folder.resolve():
-                raise DataError(f"{file} is a link out of its folder: refused")
-            files.append(file)
+    shown = [file for file in folder.iterdir() if file.name[0] != "."]
     # Where depth pictures lie beside the colour pictures (OpenEQA), only the latter count.
-    files = [file for file in files if file.name.endswith("-rgb.png")] or files
-    files = [file for file in sorted(files, key=_natural_order) if _image_format(_head(file, 4))]
+    shown = [file for file in shown if file.name.endswith("-rgb.png")] or shown
+    for file in shown:
+        if file.suffix.lower() in OTHER_IMAGES:
+            raise DataError(f"{file} is a picture that is not read: convert it to .png or .jpg, or move it away")
+    files = _in_natural_order([file for file in shown if file.suffix.lower() in IMAGE_SUFFIXES])
     if not files:
         raise DataError(f"{folder} has no images (.png or .jpg)", "missing")
-    return files
+    for file in files:
+        # A link could show files that the manifest must not read.
+        if file.is_symlink() and file.resolve().parent != folder.resolve():
+            raise DataError(f"{file} is a link out of its folder: refused")
+        if not _image_format(_head(file, 4)):
+            raise DataError(f"{file} holds no picture: download it again, or remove it")
+    places = _places_by_number(files)
+    if places[-1] >= 2 * len(files):
+        raise DataError(f"{folder}: {places[-1] + 1 - len(files)} pictures are missing among {files[0].name} ... "
+                        f"{files[-1].name}: number them one after another")
+    return files, places
 
 
-def _natural_order(file):
-    """A sorting key: the numbers in a name count as numbers."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file.name)]
+def _in_natural_order(files):
+    """Files sorted by the numbers in their names."""
+    def key(number, file):
+        parts = re.split(rf"({number})", file.stem)
+        return [Fraction(part) if i % 2 else part for i, part in enumerate(parts)] + [file.suffix]
+    # 0.5 is a decimal number, but 1.10 may be the tenth picture of part 1: then 1.1 is there as well, which is equal.
+    keys = [key(r"\d+(?:\.\d+)?", file) for file in files]
+    if len(set(map(tuple, keys))) < len(keys):
+        keys = [key(r"\d+", file) for file in files]
+    return [file for _, file in sorted(zip(keys, files))]
+
+
+def _places_by_number(files):
+    """The place of each picture in time. Where names count in equal steps (most of them), a number that is missing
+    leaves its place free, and the picture before it stays; other names say no more than the order."""
+    in_order = list(range(len(files)))
+    numbers = [re.findall(r"\d+", file.stem) for file in files]
+    rest = {re.sub(r"\d+", "0", file.stem) for file in files}
+    # One number of the name counts, the others are the same in all of them.
+    counting = [set(column) for column in zip(*numbers)]
+    counting = [i for i, values in enumerate(counting) if len(values) > 1]
+    if len(rest) > 1 or len(counting) != 1:
+        return in_order
+    numbers = [int(number[counting[0]]) for number in numbers]
+    steps = [after - before for before, after in zip(numbers, numbers[1:])]
+    step, times = Counter(steps).most_common(1)[0]
+    if step < 1 or 2 * times <= len(steps) or any(other % step for other in steps):
+        return in_order
+    return [(number - numbers[0]) // step for number in numbers]
 
 
 def _head(file, size):
@@ -966,17 +1004,29 @@ def _image_format(head):
     return next((name for start, name in IMAGES.items() if head.startswith(start)), None)
 
 
-def _images_at(files, rate, moments):
-    """The image on display at each of these moments, `rate` images a second, and how to turn it."""
+def _images_at(files, places, rate, moments):
+    """The image on display at each of these moments, `rate` images per second, and how to turn it."""
     for moment in moments:
-        path = files[min(int(moment * rate + 1e-3), len(files) - 1)]
-        head = _head(path, 1 << 16)                             # EXIF's orientation stands in there
+        path = files[bisect_right(places, int(moment * rate + 1e-3)) - 1]
+        yield _image(path)
+
+
+def _image(path):
+    """The picture in a file, and how to turn it. DataError where a part of it is missing or damaged."""
+    content = path.read_bytes()
+    # A JPEG ends with a mark of its own, behind its last scan.
+    cut_off = content.startswith(b"\xff\xd8") and content.rfind(b"\xff\xd9") < content.rfind(b"\xff\xda")
+    try:
         options = {"protocol_whitelist": "file"}
-        with av.open(f"file:{path}", format=_image_format(head), options=options) as container:
-            frame = next(container.decode(_video_stream(container, path)), None)
-        if frame is None:
-            raise DataError(f"{path} holds no image")
-        yield frame, ORIENTATIONS[_exif_orientation(head)]
+        with av.open(f"file:{path}", format=_image_format(content), options=options) as container:
+            stream = _video_stream(container, path)
+            stream.codec_context.options |= IMAGE_OPTIONS
+            frame = next(container.decode(stream), None)
+    except av.FFmpegError:
+        frame = None
+    if frame is None or cut_off:
+        raise DataError(f"{path} is damaged or cut off: download it again, or remove it")
+    return frame, ORIENTATIONS[_exif_orientation(content[:1 << 16])]
 
 
 def _exif_orientation(head):
@@ -1012,6 +1062,16 @@ SHADOW = (60, 52, 48)
 WOOD = (196, 164, 128)
 SIGN = {"left": -1, "right": 1}                             # of x, from the middle of the table
 TOY_FOLDER = "out/toy"
+GERUNDS = {
+    "picks up": "picking up",
+    "puts down": "putting down",
+    "pushes": "pushing",
+    "pulls": "pulling",
+    "cuts": "cutting",
+    "hammers": "hammering",
+    "wipes": "wiping",
+    "waters": "watering",
+    "taps": "tapping"}
 
 
 class Camera:
@@ -1376,7 +1436,39 @@ def toy_tokenizer(out, world):
 
 
 # ----------------------------------------------------------------------------------------------------- C checking rows
-def read_manifests(paths: Sequence, root=None, allow_outside=False) -> list:
+class Rows(Sequence):
+    """Rows of manifests, kept as bytes, one behind another: a row is decoded each time it is asked for, and a change
+    of it stays with the asker. Python objects would take five times as much, and in each forked worker again."""
+
+    def __init__(self, rows: Iterable = ()):
+        content = bytearray()
+        ends = array("q")
+        for row in rows:
+            content += marshal.dumps(row)
+            ends.append(len(content))
+        self._content = content
+        self._ends = np.array(ends, np.int64)
+        self._starts = np.append(0, self._ends)[:-1]
+
+    def __len__(self):
+        return len(self._ends)
+
+    def __getitem__(self, place):
+        """A row; of a slice a list of rows."""
+        if isinstance(place, slice):
+            return [self[i] for i in range(len(self))[place]]
+        return marshal.loads(memoryview(self._content)[self._starts[place]:self._ends[place]])
+
+    def pick(self, places) -> Rows:
+        """The rows at these places; their bytes are not copied."""
+        picked = Rows()
+        picked._content = self._content
+        picked._starts = self._starts[places]
+        picked._ends = self._ends[places]
+        return picked
+
+
+def read_manifests(paths: Sequence, root=None, allow_outside=False) -> Rows:
     """The rows of several manifests, one after another; each has its own skip list.
 
     The paths of a manifest start at its own folder, unless `root` is given for all of them. An id that an
@@ -1385,76 +1477,143 @@ def read_manifests(paths: Sequence, root=None, allow_outside=False) -> list:
     # The same file twice would give two rows the same name, and nothing new to learn.
     if len({os.path.realpath(path) for path in paths}) < len(paths):
         raise DataError(f"a manifest is named twice in {', '.join(map(str, paths))}: name each one once")
-    rows = []
-    for path in paths:
-        taken = {row["id"] for row in rows}
-        for row in read_manifest(path, root, allow_outside):
-            # Two data sets may number their rows alike. A message about a row must still name one.
-            if row["id"] in taken:
-                row["id"] = f"{path}: {row['id']}"
-            rows.append(row)
-    return rows
+    manifests = [read_manifest(path, root, allow_outside) for path in paths]
+    if len(manifests) == 1:
+        return manifests[0]
+
+    def rows():
+        taken = set()
+        for path, manifest in zip(paths, manifests):
+            earlier = frozenset(taken)
+            for row in manifest:
+                # Two data sets may number their rows alike. A message about a row must still name one.
+                taken.add(hash(row["id"]))
+                if hash(row["id"]) in earlier:
+                    row["id"] = f"{path}: {row['id']}"
+                yield row
+    return Rows(rows())
 
 
-def _without_bad_clips(rows, skip_list, base):
-    """Rows without the clips on a skip list: a row goes with its ego clip, or with its last exo view."""
+def checked_rows(path, base, allow_outside) -> Iterator:
+    """The rows of a manifest, as it is read; DataError names the first line that is wrong."""
+    hashes = array("q")
+    # Lines end at "\n" alone: other separators of Unicode may stand inside a text.
+    for number, line in enumerate(_lines_of(path), 1):
+        where = f"{path} line {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where} is not JSON ({error}): one object per line") from None
+        check_row(row, where, base, allow_outside)
+        for clip in clips_of(row):
+            clip["video"] = _real_path(base, clip["video"])
+        hashes.append(hash(row["id"]))
+        yield row | {"where": where}
+    if not hashes:
+        raise DataError(f"{path} is empty: it needs one JSON object per line")
+    # A message, a skip list or an answer names a row by its id.
+    values, counts = np.unique(hashes, return_counts=True)
+    if len(values) < len(hashes):
+        first, second, *_ = np.flatnonzero(np.array(hashes) == values[counts > 1][0])
+        row = json.loads(next(islice(_lines_of(path), second, None)))
+        raise DataError(f"{path} line {second + 1}: id {row['id']!r} stands in line {first + 1} already: ids differ")
+
+
+def _lines_of(path):
+    """The lines of a manifest, which are read one by one; blank ones at its end are harmless."""
+    blank = 0
+    with open_text(path) as file:
+        for line in file:
+            if not line.strip():
+                blank += 1
+                continue
+            # Blank ones before the end are lines, too.
+            yield from [""] * blank
+            blank = 0
+            yield line
+
+
+def without_bad_clips(rows, skip_list, base) -> Iterator:
+    """Rows without the clips on a skip list: a row goes with its ego clip, or with its last exo camera."""
     # The list names the bad videos of each row, from the root of the manifest.
     bad_videos = {}
-    for entry in map(json.loads, read_text(skip_list).splitlines()):
-        bad_videos[entry["id"]] = {_real_path(base, video) for video in entry["videos"]}
-    # A row needs its ego clip, and one of its exo views if it had any.
-    kept = []
+    for number, line in enumerate(read_text(skip_list).splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            bad_videos[entry["id"]] = {_real_path(base, video) for video in entry["videos"]}
+        except (ValueError, LookupError, TypeError):
+            raise DataError(f"{skip_list} line {number} is none of data.py check's: run it again, or remove the "
+                            f"file") from None
+    # A row needs its ego clip, and one of its exo cameras if it had any.
+    total = left_out = 0
     for row in rows:
+        total += 1
         bad = bad_videos.get(row["id"], ())
-        views = [clip for clip in row.get("exo", []) if clip["video"] not in bad]
-        lost_all_views = row.get("exo") and not views
-        if row.get("ego", {}).get("video") in bad or lost_all_views:
+        cameras = [clip for clip in row.get("exo", []) if clip["video"] not in bad]
+        lost_all_cameras = row.get("exo") and not cameras
+        if row.get("ego", {}).get("video") in bad or lost_all_cameras:
+            left_out += 1
             continue
         if "exo" in row:
-            row["exo"] = views
-        kept.append(row)
+            row["exo"] = cameras
+        yield row
     if bad_videos:
-        print(f"{skip_list}: {len(rows) - len(kept)} of {len(rows)} rows are left out, and the bad exo views of "
-              f"others if they have any; after a change of the files run data.py check again")
-    return kept
+        print(f"{skip_list}: {left_out} of {total} rows are left out, and the bad exo cameras of others if they "
+              f"have any; after a change of the files run data.py check again")
 
 
-@cache
+@lru_cache(1 << 16)
 def _real_path(base, video):
     """An absolute path with its links resolved. It is cached because many rows name the same video."""
-    return os.path.realpath(os.path.join(base, video))
+    return os.path.realpath(os.path.join(base, video.replace("\0", "?")))
 
 
-def _check_row(row, where, base, allow_outside):
-    """The row itself, with absolute paths; a DataError names the first field that is wrong."""
+def check_row(row, where, base, allow_outside):
+    """DataError if something in a row is not as a manifest promises; it names the first field that is wrong."""
     # What every row has, or may have.
     if not isinstance(row, dict) or not isinstance(row.get("id"), str):
-        raise DataError(f'{where} lacks "id" (a string)')
+        raise DataError(f'{where} lacks "id" (a string)', "no id")
     if not isinstance(row.get("exo", []), list):
-        raise DataError(f'{where}: "exo" must be a list of clips')
-    if not isinstance(row.get("text", ""), str):
-        raise DataError(f'{where}: "text" must be a string')
+        raise DataError(f'{where}: "exo" must be a list of clips', "no clip")
+    whole_text(row["id"], f'{where}: "id"')
+    whole_text(row.get("text", ""), f'{where}: "text"')
     # A manifest from elsewhere must not read files outside its folder.
     for clip in clips_of(row):
         _check_clip(clip, where)
-        path = _real_path(base, clip["video"].replace("\0", "?"))
-        if not allow_outside and not path.startswith(os.path.join(base, "")):
-            raise DataError(f"{where}: {clip['video']} is outside {base}: pass --root or --allow-outside")
-        clip["video"] = path
-    # A conversation has a question and an answer in every turn, and one video.
+        inside = _real_path(base, clip["video"]).startswith(os.path.join(base, ""))
+        if not allow_outside and not inside:
+            raise DataError(f"{where}: {clip['video']} is outside {base}: pass --root or --allow-outside", "outside")
+    # A conversation has a question and an answer in every turn, and one video. Only the last question may be open.
     turns = row.get("turns", [])
-    if not isinstance(turns, list) or not all(map(_is_turn, turns)):
-        raise DataError(f'{where}: "turns" is a list of {{"user": ..., "assistant": ...}}')
+    if not isinstance(turns, list) or not all(map(_is_turn, turns)) or not all("assistant" in t for t in turns[:-1]):
+        raise DataError(f'{where}: "turns" is a list of {{"user": ..., "assistant": ...}}', "no turn")
+    for turn in turns:
+        for speaker, said in turn.items():
+            whole_text(said, f'{where}: "{speaker}"')
     if video_marks(turns) > 1:
-        raise DataError(f"{where} has more than one <video> mark: a row shows one video")
-    # JSON can spell half of a character, which no tokenizer can read.
-    texts = [row["id"], row.get("text", ""), *(text for turn in turns for text in turn.values())]
+        raise DataError(f"{where} has more than one <video> mark: a row shows one video", "marks")
+
+
+def whole_text(text, what):
+    """A text of a file, as it was promised: a string of whole characters, which a tokenizer can read."""
+    if not isinstance(text, str):
+        raise DataError(f"{what} must be a string, it is {str(text)[:60]!r}", "no text")
     try:
-        "".join(texts).encode()
+        text.encode()
     except UnicodeEncodeError as error:
+        # JSON can spell half of a pair; bytes of a command line that are no UTF-8 become one as well.
         half = ascii(error.object[error.start:error.end])
-        raise DataError(f"{where} has half of a character ({half}): write it whole, or as plain UTF-8") from None
-    return row
+        raise DataError(f"{what} has half of a character ({half}): write it whole, as UTF-8",
+                        "half of a character") from None
+    return text
+
+
+def finite(number, what):
+    """A number of a file, as it was promised: neither a text nor true, NaN or infinite."""
+    # NaN is not less than anything.
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not abs(number) < 1e15:
+        raise DataError(f"{what} is {str(number)[:60]!r}, not a number", "no number")
+    return number
 
 
 def video_marks(turns):
@@ -1463,30 +1622,74 @@ def video_marks(turns):
 
 
 def _is_turn(turn):
-    """A turn is {"user", "assistant"}, and may have a "system" text."""
-    if not isinstance(turn, dict) or not {"user", "assistant"} <= set(turn) <= {"system", "user", "assistant"}:
-        return False
-    return all(isinstance(text, str) for text in turn.values())
+    """A turn is {"user", "assistant"}, and may have a "system" text; a question may wait for its answer."""
+    return isinstance(turn, dict) and {"user"} <= set(turn) <= {"system", "user", "assistant"} and all(
+        isinstance(said, str) for said in turn.values())
+
+
+CLIP_KEYS = {"video", "start", "end", "fps"}
 
 
 def _check_clip(clip, where):
     if not isinstance(clip, dict) or not isinstance(clip.get("video"), str):
-        raise DataError(f'{where}: a clip lacks "video" (a path)')
+        raise DataError(f'{where}: a clip lacks "video" (a path)', "no clip")
+    # A key that nothing reads may hold the times of the clip.
+    strange = sorted(set(clip) - CLIP_KEYS)
+    if strange:
+        raise DataError(f"{where}: a clip has {', '.join(map(repr, strange))}, which nothing reads: its times are "
+                        f'"start" and "end", in seconds; notes belong beside the clip, into the row', "strange key")
     # Times are finite numbers, and a clip has a length.
     times = [clip[key] for key in ("start", "end") if clip.get(key) is not None]
-    if not all(isinstance(time_, (int, float)) and math.isfinite(time_) for time_ in times):
-        raise DataError(f'{where}: "start" and "end" are seconds, got {times}')
+    for seconds in times:
+        finite(seconds, f'{where}: a time of {clip["video"]} (seconds)')
     if len(times) == 2 and times[0] >= times[1]:
-        raise DataError(f"{where}: {clip['video']} from {times[0]} to {times[1]} s has zero length")
+        raise DataError(f"{where}: {clip['video']} from {times[0]} to {times[1]} s has zero length", "zero length")
     # A folder of images has a rate of its own.
-    fps = clip.get("fps", 1)
-    if not isinstance(fps, (int, float)) or not 0 < fps < 1000:
-        raise DataError(f'{where}: "fps" is {fps!r}: images a second, more than 0')
+    fps = finite(clip.get("fps", 1), f'{where}: "fps"')
+    if not 0 < fps < 1000:
+        raise DataError(f'{where}: "fps" is {fps!r}: images per second, more than 0', "no rate")
 
 
-def is_too_long(row, text, tokenizer, video_tokens, cfg):
+def usable_rows(rows, loader) -> Rows:
+    """The rows that a loader can read. Training leaves out, and counts, rows without a text (unless none has one: that
+    is a wrong manifest) and rows whose text the model has no room for; a benchmark must not leave out any.
+    """
+    rows = rows if isinstance(rows, Rows) else Rows(rows)
+    kept, textless, long = [], [], []
+    for place, row in enumerate(rows):
+        chats = chats_of(row, loader.supervise)
+        # Stage 2 learns from pairs without a text as well.
+        if not chats and loader.view != "pair":
+            textless.append(place)
+            continue
+        for key in loader.clips:
+            if not row.get(key):
+                raise DataError(_lacks(row, key))
+        if loader.train and not all("assistant" in turns[-1] for turns in chats):
+            raise DataError(f"{_name_of(row)} ends with a question: training needs its answer")
+        if is_too_long(row, loader.supervise, loader.tokenizer, loader.video_tokens, loader.cfg):
+            long.append(place)
+        else:
+            kept.append(place)
+    if textless:
+        if not loader.train or not (kept or long):
+            raise DataError(_lacks(rows[textless[0]], "text"))
+        print(f"{len(textless)} of {len(rows)} rows have no text: left out, only stage 2 uses them")
+    if long:
+        first = f"{_name_of(rows[long[0]])} has more tokens than the {loader.cfg.max_length} that fit"
+        if not loader.train or not kept:
+            raise DataError(f"{first}, with {loader.video_tokens} of its video: shorten its text")
+        print(f"{len(long)} of {len(rows) - len(textless)} rows are too long and left out: {first}")
+    return rows if len(kept) == len(rows) else rows.pick(kept)
+
+
+def _lacks(row, key):
+    return f'{_name_of(row)} lacks "{key}", which this stage needs{_strange_keys(row)}'
+
+
+def is_too_long(row, supervise, tokenizer, video_tokens, cfg):
     """Whether a chat of this row has more tokens than the model reads."""
-    for turns in chats_of(row, text):
+    for turns in chats_of(row, supervise):
         # A text has no more tokens than bytes, and the template adds less than 64 to it: most chats are short.
         most = sum(len(said.encode()) + 64 for turn in turns for said in turn.values())
         if video_tokens + most > cfg.max_length:
@@ -1522,11 +1725,28 @@ def read_text(path: AnyPath) -> str:
 
 
 @contextmanager
+def open_text(path: AnyPath, newline="\n"):
+    """read_text for a file that is read line by line."""
+    try:
+        with open(path, encoding="utf-8-sig", newline=newline) as file:
+            yield file
+    except FileNotFoundError:
+        raise DataError(f"{path} is not there", "missing") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+
+
+@contextmanager
 def atomic_write(path: AnyPath):
-    """A temporary name to write to; it becomes `path` at the end: a killed write never looks finished."""
+    """A temporary name to write to; it becomes `path` at the end: a killed write never looks finished, and one that
+    ends with an error leaves nothing."""
     part = Path(f"{path}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
-    yield part
+    try:
+        yield part
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
     os.replace(part, path)
 
 
@@ -1537,8 +1757,10 @@ def write_text_atomic(path: AnyPath, text):
 
 
 def write_jsonl(path: AnyPath, rows: Iterable):
-    """Rows as JSON lines."""
-    write_text_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+    """Rows as JSON lines, each written when it comes."""
+    with atomic_write(path) as part, open(part, "w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row) + "\n")
 
 
 @contextmanager
@@ -1569,18 +1791,85 @@ def file_lock(path: AnyPath, wait: bool):
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"       # of processes that read and render
 
 
-def _raise_if_error(item):
-    if isinstance(item, ValueError):
-        # Raise a copy: a traceback keeps the variables of every frame alive. If `item` were raised, its
-        # traceback would keep `item`, and so itself, and the workers with it.
-        raise copy.copy(item)
-    return item
+class Steps:
+    """The batches of a loader by step, as torch's DataLoader asks for them. An error is an answer, too: a worker that
+    raised it would send a traceback."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __getitem__(self, step):
+        try:
+            return self.loader.batch(step)
+        except ValueError as error:
+            return DataError(str(error), getattr(error, "reason", "unreadable"))
+
+
+def read_ahead(loader, steps, workers, timeout) -> Iterator:
+    """The batches of these steps; without workers, this process reads each one when it is asked for."""
+    options = {}
+    if workers:
+        options = {"timeout": timeout, "multiprocessing_context": START_METHOD}
+        _end_workers_at_exit()
+    try:
+        check_room_for_workers(loader, workers)
+        batches = torch.utils.data.DataLoader(
+            Steps(loader), sampler=steps, batch_size=None, num_workers=workers, worker_init_fn=_start_worker,
+            pin_memory=torch.cuda.is_available(), **options)
+    except DataError as error:
+        batches = [error]
+    for item in batches:
+        if isinstance(item, DataError) and not loader.train:
+            # What is raised keeps the variables of this function, `item` among them: a copy keeps no copy of itself.
+            raise copy.copy(item)
+        yield item
+
+
+def check_room_for_workers(loader, workers):
+    """DataError if workers cannot hand their batches over: in /dev/shm, which is 64 MB in a docker container, by
+    sockets in TMPDIR. A worker reads two steps ahead, and one more is being used; ranks of a machine share its memory."""
+    if not workers:
+        return
+    if os.path.isdir("/dev/shm"):
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        clips = len(loader.clips) * loader.batch_size // loader.world
+        step = clips * loader.cfg.frames * 3 * loader.cfg.image_size ** 2
+        needed = ranks * (2 * workers + 1) * step
+        disk = os.statvfs("/dev/shm")
+        if disk.f_bavail * disk.f_frsize < needed:
+            raise DataError(f"/dev/shm is too small for the loader's workers, who need {needed >> 20} MB there: "
+                            f"pass --workers 0, or enlarge it (docker run --shm-size 8g)")
+    # The name of a socket has at most 107 bytes, of which Python's own part takes 32.
+    folder = tempfile.gettempdir()
+    if len(os.fsencode(folder)) > 75:
+        raise DataError(f"TMPDIR {folder} is too long for the sockets of the loader's workers: name a shorter one, or "
+                        f"pass --workers 0")
+
+
+def fields_for_sending(batch) -> dict:
+    """The fields of a batch as a worker sends them: frames in shared memory, and all else by value, which costs less
+    than a descriptor for each."""
+    flat = {name: value.numpy() for name, value in batch.tensors().items() if value.dim() == 1}
+    return vars(batch) | flat
+
+
+def batch_from_fields(sent: dict) -> Batch:
+    """The batch whose fields were sent so."""
+    return Batch(**{
+        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in sent.items()})
+
+
+def usable_cores() -> int:
+    """How many cores this process may use: a container or a scheduler may give it fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 def _start_worker(_):
     # A launcher sends its signals to the whole group of processes. Workers ignore them: the rank still needs
     # batches, to end the step that it is in.
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     die_with_parent()
@@ -1618,7 +1907,7 @@ def usable_cores():
 
 def worker_pool():
     """A process for each core; none outlives its parent, and Ctrl-C is the parent's to answer."""
-    return multiprocessing.get_context(START_METHOD).Pool(os.cpu_count(), initializer=_start_pool_worker)
+    return multiprocessing.get_context(START_METHOD).Pool(usable_cores(), initializer=_start_pool_worker)
 
 
 def _start_pool_worker():
@@ -1635,7 +1924,7 @@ def progress(items, total, what):
         if now - shown > 10 or done == total:
             shown = now
             rate = done / max(now - began, 1e-9)
-            print(f"{done}/{total} {what}, {rate:.1f} a second, {(total - done) / rate:.0f} s left", flush=True)
+            print(f"{done}/{total} {what}, {rate:.1f} per second, {(total - done) / rate:.0f} s left", flush=True)
 
 
 def spread(rows, count):
@@ -1646,7 +1935,7 @@ def spread(rows, count):
 
 # ------------------------------------------------------------------------------------------------- E looking, commands
 GLYPHS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:?!'-()/ "
-FONT = np.unpackbits(np.frombuffer(bytes.fromhex(      # 5 x 8 dots a letter, a byte a column, low bit on top
+FONT = np.unpackbits(np.frombuffer(bytes.fromhex(      # 5 x 8 dots per letter, a byte per column, low bit on top
     "2054547840" "7f28444438" "3844444428" "384444287f" "3854545418" "00087e0902" "18a4a49c78"
     "7f08040478" "00447d4000" "2040403d00" "7f10284400" "00417f4000" "7c04780478" "7c08040478" "3844444438"
     "fc18242418" "18242418fc" "7c08040408" "4854545424" "04043f4424" "3c4040207c" "1c2040201c" "3c4030403c"
@@ -1745,31 +2034,35 @@ def command_build(args):
     """Convert a data set to a manifest, and say what was kept and what was dropped, by reason."""
     options = _from_flags(Build, args)
     builder, _ = BUILDERS[args.command]
-    # Count what the paper counts: rows, pairs of a row and an exo view, seconds of a clip.
-    base = os.path.realpath(options.root)
-    rows, lengths = [], []
-    seen = Counter()
-    for row in convert(builder, options):
-        # Check a copy: the check makes paths absolute, the manifest keeps relative ones.
-        _check_row(copy.deepcopy(row), f"row {row['id']!r}", base, options.allow_outside)
-        seen[row["id"]] += 1
-        if seen[row["id"]] > 1:                                 # conversations repeat ids
-            row["id"] += f"#{seen[row['id']]}"
-        rows.append(row)
-        clip = clips_of(row)[0]
-        if clip.get("end") is not None:
-            lengths.append(clip["end"] - (clip.get("start") or 0))
-    if not rows:
-        raise DataError(f"{options.root}: no row was left, see the reasons above")
-    write_jsonl(options.out, rows)
-    views = sum(len(row.get("exo", [])) for row in rows)
-    summary = f"{options.out}: {len(rows):,} rows, {views:,} ego-exo pairs"
-    if lengths:
-        summary += f", mean clip {np.mean(lengths):.2f} s"
+    # Count what the paper counts: rows, pairs of a row and an exo camera, seconds of a clip.
+    count = Counter()
+    taken, copies = set(), Counter()
+
+    def rows():
+        for row in convert(builder, options):
+            # Conversations repeat ids: the second "a" is "a#2", or the first number that is free.
+            key = row["id"]
+            while hash(row["id"]) in taken:
+                copies[key] += 1
+                row["id"] = f"{key}#{copies[key] + 1}"
+            taken.add(hash(row["id"]))
+            count["rows"] += 1
+            count["pairs"] += len(row.get("exo", []))
+            clip = clips_of(row)[0]
+            if clip.get("end") is not None:
+                count["clips with an end"] += 1
+                count["seconds"] += clip["end"] - (clip.get("start") or 0)
+            yield row
+        if not count:
+            raise DataError(f"{options.root}: no row was left, see the reasons above")
+    write_jsonl(options.out, rows())
+    summary = f"{options.out}: {count['rows']:,} rows, {count['pairs']:,} ego-exo pairs"
+    if count["seconds"]:
+        summary += f", mean clip {count['seconds'] / count['clips with an end']:.2f} s"
     print(summary)
     if args.command == "ego-exo4d":
         print("   the paper: 2,925 takes, 261.3K narrations, 1.1M pairs, mean clip 0.68 s")
-    if os.path.dirname(os.path.realpath(options.out)) != base:
+    if os.path.dirname(os.path.realpath(options.out)) != os.path.realpath(options.root):
         print(f"   its paths start at {options.root}: pass --root {options.root} to whatever reads it")
 
 
@@ -1895,21 +2188,24 @@ MISSHAPEN = (LookupError, TypeError, ValueError, AttributeError, SyntaxError, cs
 class Files:
     """The files of a data set, which always know the record they are at: errors name it."""
 
-    def __init__(self, root, videos=None):
+    def __init__(self, root, videos=None, allow_outside=False):
         """`videos`: a folder of their own, in which the paths of videos start."""
         self.root = Path(root)
+        self.base = os.path.realpath(root)
         self.videos = videos
+        self.allow_outside = allow_outside
         self.file = root                                # that was opened last
         self.where = root                               # the file or record that is being read
         self.count = Counter()                          # rows and records dropped, by reason
+        self.first = {}                                 # the first bad record of each reason, in a sentence
 
-    def text(self, *names: str) -> str:
-        """The content of the first of these files that exists."""
+    def path(self, *names: str) -> Path:
+        """The first of these files that exists."""
         for name in names:
             path = self.root / name
             if path.is_file():
                 self.file = self.where = str(path)
-                return read_text(path)
+                return path
         raise DataError(f"{self.root / names[0]} is missing: download it, or name the folder that has it")
 
     def each(self, items: Iterable) -> Iterator:
@@ -1921,36 +2217,54 @@ class Files:
             self.where = f"{file} record {number}"
             yield item
 
-    def tolerant(self, records: Iterable, rows: Callable) -> Iterator:
-        """`rows(record)` of each record (which `each` numbers); bad ones are counted.
+    def tolerant(self, records: Iterable, make: Callable) -> Iterator:
+        """What `make(record)` yields, for each record. A bad record costs itself: it is counted, and the first one of
+        each reason is named.
 
-        If more than 1 % of them are bad, or the first one is, the file has another format: that raises the
+        If more than 1 % of them are bad, or all of the first hundred, the file has another format: that raises the
         first error.
         """
         bad = total = 0
-        first_error = None
         for total, record in enumerate(records, 1):
-            # All rows of a record, or none: an error may come after the first ones.
             try:
-                yield from list(rows(record))
+                # All that a record yields, or nothing: an error may come after the first ones.
+                made = list(make(record))
             except MISSHAPEN as error:
                 bad += 1
-                if first_error is None:
-                    first_error, place = error, self.where
-                if total == 1:
+                if bad == 1:
+                    first_error = error
+                    place = self.where
+                reason = getattr(error, "reason", type(error).__name__)
+                self.count[f"bad record ({reason})"] += 1
+                self.first.setdefault(f"bad record ({reason})", f"{self.where}: {error}")
+                if bad == total == 100:
                     break
-        self.count["bad record"] += bad
+            else:
+                yield from made
         if bad > 0.01 * total:
             self.where = place
             raise first_error
 
+    def rows(self, records: Iterable, make: Callable) -> Iterator:
+        """The rows that `make(record)` yields, for each record: tolerant, and checked as read_manifest would."""
+        def checked(record):
+            for row in make(record):
+                check_row(row, self.where, self.base, self.allow_outside)
+                yield row
+        return self.tolerant(records, checked)
+
+    def known(self, record: dict, keys) -> None:
+        """Count the keys of a record that nothing reads: one may be a slip of the pen."""
+        for key in set(record) - set(keys):
+            self.count[f"key {key!r}, which nothing reads"] += 1
+
     def json(self, *names: str):
         """A JSON file."""
-        return json.loads(self.text(*names))
+        return json.loads(read_text(self.path(*names)))
 
     def lines(self, *names: str) -> Iterator:
         """The words of each line that has any."""
-        words = map(str.split, self.text(*names).splitlines())
+        words = map(str.split, read_text(self.path(*names)).splitlines())
         return self.each(filter(None, words))
 
     def table(self, *names: str, delimiter: str = ",") -> Iterator:
@@ -1958,12 +2272,17 @@ class Files:
         missing at the end, are no defect: a row lacks them. Lines with more cells are counted."""
         # Tab-separated files have no quotes: a quotation mark in them is a letter.
         quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
-        rows = csv.DictReader(io.StringIO(self.text(*names)), delimiter=delimiter, quoting=quoting)
-        for row in self.each(rows):
-            if any(row.pop(None, [])):
-                self.count["malformed line"] += 1
-                continue
-            yield {name: cell for name, cell in row.items() if name and cell is not None}
+        with open_text(self.path(*names), newline="") as file:
+            rows = csv.DictReader(file, delimiter=delimiter, quoting=quoting, strict=True)
+            try:
+                for row in self.each(rows):
+                    if any(row.pop(None, [])) or _has_swallowed_rows(row, delimiter):
+                        self.count["malformed line"] += 1
+                        continue
+                    yield {name: cell for name, cell in row.items() if name and cell is not None}
+            except csv.Error as error:
+                raise DataError(f"{self.file} line {rows.line_num}: a quotation mark is not closed, there or in a row "
+                                f"before ({error})") from None
 
     def video(self, name) -> str:
         """A video's path from the root (or from `videos`): in `videos/` if that folder is there."""
@@ -1972,9 +2291,19 @@ class Files:
         return name
 
 
+def _has_swallowed_rows(row, delimiter):
+    """Whether a cell holds whole rows, as after a quotation mark that a later row closes. (A text may have several
+    lines, but not as many delimiters per line as a row.)"""
+    for cell in filter(None, row.values()):
+        line_ends = cell.count("\n")
+        if line_ends and cell.count(delimiter) >= line_ends * (len(row) - 1):
+            return True
+    return False
+
+
 def convert(make: Callable, options) -> Iterator:
     """What `make(files, options)` yields; an error in a file becomes one sentence that names the place."""
-    files = Files(options.root, getattr(options, "videos", None))
+    files = Files(options.root, getattr(options, "videos", None), getattr(options, "allow_outside", False))
     try:
         yield from make(files, options)
     except DataError:
@@ -1988,7 +2317,8 @@ def convert(make: Callable, options) -> Iterator:
         # Say what was dropped even if an error ends the conversion.
         for reason, number in files.count.items():
             if number:
-                print(f"   {reason}: {number:,}")
+                first = f", the first: {files.first[reason]}" if reason in files.first else ""
+                print(f"   {reason}: {number:,}{first}")
 
 
 def verbalise_wearer(text) -> str:
@@ -2015,10 +2345,12 @@ def verbalise_wearer(text) -> str:
 def ego_exo4d(files, options):
     """Ego-ExoClip from Ego-Exo4D v2: takes.json, annotations/{splits,atomic_descriptions_*}.json, takes/.
 
-    A row is one narration at t with all its exo views (a published "pair" is narration x view), clip t +-
+    A row is one narration at t with all its exo cameras (a published "pair" = narration x camera), clip t +-
     beta / (2 alpha): EgoClip's rule, beta the mean gap of one annotator's narrations in the take, sorted,
     before any filter. Cut at the take's ends, two frames at least. takes.json is the list of what exists; the
-    ego camera is the one with an `rgb` stream, exo views are the capture's cameras that are not `is_ego`.
+    ego camera is the one with an `rgb` stream, exo cameras are the capture's that are not `is_ego`. The files of
+    a take are aligned frame by frame; a few are known to be up to five frames out of step, a quarter of a mean
+    clip (Ego4d issue 347), which no file says.
     """
     takes = {take["take_uid"]: take for take in files.each(files.json("takes.json"))}
     split_of = files.json("annotations/splits.json")["take_uid_to_split"]
@@ -2030,7 +2362,7 @@ def ego_exo4d(files, options):
     if not 0 < options.alpha < math.inf:
         raise DataError(f"--alpha {options.alpha}: seconds above 0 are needed")
 
-    def rows(record):
+    def narrations(record):
         uid, annotations = record
         # A take needs its videos.
         if uid not in takes:
@@ -2044,36 +2376,53 @@ def ego_exo4d(files, options):
         if not ego or not exo:
             files.count["take without an ego or exo video"] += 1
             return
+        length = finite(take["duration_sec"], "duration_sec")
         files.count["takes"] += 1
         # Clips are as long as an annotator's pace says (or that of all annotators of the take).
         for annotation in annotations:
-            gap = _mean_gap([annotation] if options.beta == "annotator" else annotations, options.alpha)
+            paced = [annotation] if options.beta == "annotator" else annotations
+            half = _mean_gap(paced, length, options.alpha) / (2 * options.alpha)
             for i, narrated in enumerate(annotation["descriptions"]):
-                cameras = exo
-                if options.views == "best":
-                    best = (narrated.get("best_exo") or {}).get("cam_id")
-                    cameras = {name: video for name, video in exo.items() if name == best}
-                length = float(take["duration_sec"])
-                reason = _why_dropped(annotation, narrated, cameras, length, options)
-                if reason:
-                    files.count[reason] += 1
-                    continue
-                span = _clip_of(float(narrated["timestamp"]), gap / (2 * options.alpha), length)
-                yield {
-                    "id": f"{take['take_name']}/{annotation['annotator_id']}/{i}",
-                    "ego": {"video": ego, **span},
-                    "exo": [{"video": video, **span} for video in cameras.values()],
-                    "text": verbalise_wearer(narrated["text"]),
-                    "source": "ego-exo4d"}
-    yield from files.tolerant(files.each(annotated), rows)
+                place = f"{files.file}: take {take['take_name']}, annotator {annotation['annotator_id']}, narration {i}"
+                yield place, take, annotation, i, narrated, half, ego, exo
+
+    def rows(record):
+        files.where, take, annotation, i, narrated, half, ego, exo = record
+        cameras = exo
+        if options.views == "best":
+            best = (narrated.get("best_exo") or {}).get("cam_id")
+            cameras = {name: video for name, video in exo.items() if name == best}
+        length = take["duration_sec"]
+        reason = _why_dropped(annotation, narrated, cameras, length, options)
+        if reason:
+            files.count[reason] += 1
+            return
+        span = _clip_of(float(narrated["timestamp"]), half, length)
+        yield {
+            "id": f"{take['take_name']}/{annotation['annotator_id']}/{i}",
+            "ego": {"video": ego, **span},
+            "exo": [{"video": video, **span} for video in cameras.values()],
+            "text": verbalise_wearer(narrated["text"]),
+            "source": "ego-exo4d"}
+    yield from files.rows(files.tolerant(files.each(annotated), narrations), rows)
 
 
-def _mean_gap(annotations, otherwise):
-    """Seconds between narrations of these annotations, on average; `otherwise` for a single narration."""
-    times = [float(narrated["timestamp"]) for one in annotations for narrated in one["descriptions"]]
+def _mean_gap(annotations, length, otherwise):
+    """Seconds between narrations of these annotations, on average; `otherwise` for a single narration. What has no
+    time inside the take says nothing about their pace."""
+    times = [_seconds_of(narrated) for one in annotations for narrated in one["descriptions"]]
+    times = [t for t in times if 0 <= t <= length]
     if len(times) < 2:
         return otherwise
     return np.ptp(times) / (len(times) - 1)
+
+
+def _seconds_of(narrated):
+    """When a narration was said; NaN if it does not say."""
+    try:
+        return float(narrated["timestamp"])
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def _why_dropped(annotation, narrated, cameras, length, options):
@@ -2088,7 +2437,14 @@ def _why_dropped(annotation, narrated, cameras, length, options):
         return "not seen by the ego camera"
     if not cameras:
         return "no best exo view"
-    if float(narrated["timestamp"]) > length:
+    if not isinstance(narrated["text"], str) or not narrated["text"].strip():
+        return "without a text"
+    t = _seconds_of(narrated)
+    if not math.isfinite(t):
+        return "without a time"
+    if t < 0:
+        return "before its take"
+    if t > length:
         return "later than its take"
     return None
 
@@ -2135,7 +2491,7 @@ def _stream_file(files, take, stream):
 
 
 def frame_rate(video: AnyPath) -> float:
-    """Mean frames a second of a video, as its header says."""
+    """Mean frames per second of a video, as its header says."""
     with open_video(video) as opened:
         return opened.rate
 
@@ -2183,7 +2539,7 @@ def egtea(files, options):
         session = "-".join(clip.split("-")[:3])
         label = re.sub("[_:]", " ", actions[int(action)]).lower()
         yield egoit_row("egtea", clip, f"cropped_clips/{session}/{clip}.mp4", label, options)
-    yield from files.tolerant(files.lines(f"{options.split}_split1.txt"), rows)
+    yield from files.rows(files.lines(f"{options.split}_split1.txt"), rows)
 
 
 def ssv2(files, options):
@@ -2199,7 +2555,7 @@ def ssv2(files, options):
     folder = archive if (files.root / archive).is_dir() else files.video("")
     name = f"{options.split}.json"
     records = files.json(name, f"something-something-v2-{name}", f"labels/{name}")
-    yield from files.tolerant(files.each(records), rows)
+    yield from files.rows(files.each(records), rows)
 
 
 def egotimeqa(files, options):
@@ -2215,7 +2571,7 @@ def egotimeqa(files, options):
         yield egoit_row("egotimeqa", key, files.video(f"{record['video_id']}.mp4"), answer, options, question)
     name = "annotations.EgoTimeQA.json"
     records = files.json(name, f"data/unified/{name}")
-    yield from files.tolerant(files.each(records), rows)
+    yield from files.rows(files.each(records), rows)
 
 
 def openeqa(files, options):
@@ -2228,7 +2584,7 @@ def openeqa(files, options):
         video = f"{frames}/{record['episode_history']}"
         yield egoit_row("openeqa", record["question_id"], video, record["answer"].strip(), options,
                         record["question"].strip(), fps=3)
-    yield from files.tolerant(files.each(records), rows)
+    yield from files.rows(files.each(records), rows)
 
 
 def egoexolearn(files, options):
@@ -2241,8 +2597,8 @@ def egoexolearn(files, options):
         video = files.video(f"{row['video_uid']}.mp4")
         # Some annotated segments end after the video.
         length = _length_of(files.root / video)
-        start = float(row["start_sec"])
-        end = float(row["end_sec"])
+        start = finite(float(row["start_sec"]), "start_sec")
+        end = finite(float(row["end_sec"]), "end_sec")
         if not start < min(end, length):
             files.count["beyond the video's end"] += 1
             return
@@ -2253,7 +2609,7 @@ def egoexolearn(files, options):
         key = row.get("annotation_id") or row["annotation_uid"]
         yield egoit_row("egoexolearn", key, video, text, options, start=start, end=min(end, length))
     name = "fine_annotation_trainval_en.csv"
-    yield from files.tolerant(files.table(f"annotations/{name}", name), rows)
+    yield from files.rows(files.table(f"annotations/{name}", name), rows)
 
 
 def in_first_person(text):
@@ -2360,12 +2716,12 @@ EGOIT = {
 # ------------------------------------------------------------------------------------------- EgoClip and conversations
 def egoclip(files, options):
     """EgoClip (EgoVLP's egoclip.csv, tab-separated, 3.8M rows): the Init stage's ego data. The released clip
-    times are used, negative ones cut to 0; `--chunk` seconds a file as EgoVLP's script cuts them, a clip that
+    times are used, negative ones cut to 0; `--chunk` seconds per file as EgoVLP's script cuts them, a clip that
     spans two stays in that of its middle. Ids are row numbers from 0, as in EgoVLP. Dropped, if they are there
     (the released file has none): #unsure, and texts under 3 words, tag included."""
     def rows(row):
-        start = max(0.0, float(row["clip_start"]))
-        end = float(row["clip_end"])
+        start = max(0.0, finite(float(row["clip_start"]), "clip_start"))
+        end = finite(float(row["clip_end"]), "clip_end")
         if "#unsure" in row["clip_text"].lower() or len(row["clip_text"].split()) < 3 or not start < end:
             files.count["unsure, short or without length"] += 1
             return
@@ -2386,29 +2742,29 @@ def egoclip(files, options):
                 "video": files.video(f"{name}.mp4"),
                 "start": round(start, 6),
                 "end": round(end, 6)}}
-    yield from files.tolerant(files.table("egoclip.csv", delimiter="\t"), rows)
+    yield from files.rows(files.table("egoclip.csv", delimiter="\t"), rows)
 
 
 def conversations(files, options):
-    """LLaVA's and VideoLLaMA2's JSON array or lines (`--file`, below --root), with our optional "start" and
-    "end" in seconds, or EgoGPT's `start_frame` and `end_frame`. `image` wins over `video`, as in their
-    loader; marks of the video are put back by ours. Still images are left out, and counted: this model reads
-    videos."""
-    still_images = (*IMAGE_SUFFIXES, ".webp", ".bmp")
+    """LLaVA's and VideoLLaMA2's JSON array or lines (`--file`, below --root), with our optional "start" and "end" in
+    seconds, or EgoGPT's `start_frame` and `end_frame`, which are looked up among the time stamps of the file.
+
+    `image` wins over `video`, as in their loader; marks of the video at the head or the end of a question are put back
+    by ours. Still images are left out, and counted: this model reads videos. Rows have turns alone: stages 1 and 2,
+    which learn narrations, need other data. Keys that nothing reads are counted.
+    """
+    still_images = {*IMAGE_SUFFIXES, *OTHER_IMAGES} - {".gif"}
     roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-    one_a_line = options.file.endswith(".jsonl")
+    one_per_line = options.file.endswith(".jsonl")
 
     def rows(record):
-        if one_a_line:
+        if one_per_line:
             record = json.loads(record)
-        # Some write {"video": path} or [path] where others write the path.
-        video = record.get("image") or record.get("video")
-        if isinstance(video, dict):
-            video = video["video"]
-        if isinstance(video, list):
-            video, = video                                      # one video a row
+        files.known(record, (*VIDEO_KEYS, *CLIP_KEYS, "id", "conversations", "start_frame", "end_frame"))
+        video = _one_path(files, record)
         if video is None:
-            files.count["text only"] += 1
+            others = sorted(key for key in record if record[key] and re.search("video|image|clip|path|media", key))
+            files.count[f"no video, but {', '.join(others)}" if others else "text only"] += 1
             return
         if Path(video).suffix.lower() in still_images:
             files.count["still image"] += 1
@@ -2417,7 +2773,8 @@ def conversations(files, options):
         speakers, texts = [], []
         for message in record["conversations"]:
             speakers.append(roles[message["from"]])
-            texts.append(re.sub(r"<(video|image|speech)>\n?", "", message["value"]).strip())
+            text = whole_text(message["value"], f'{files.where}: a "value"')
+            texts.append(_without_marks(text) if speakers[-1] == "user" else text.strip())
         # What the system says leads the first question.
         system = {}
         if speakers[:1] == ["system"]:
@@ -2432,21 +2789,42 @@ def conversations(files, options):
         turns = [{"user": q, "assistant": a} for q, a in zip(texts[::2], texts[1::2])]
         turns[0] = system | turns[0]
         clip = {"video": video} | {key: record[key] for key in ("start", "end", "fps") if key in record}
-        # EgoGPT counts frames instead of seconds, at the rate of the file.
-        if "start_frame" in record:
-            rate = frame_rate(files.root / video)
-            clip |= {"start": record["start_frame"] / rate, "end": record["end_frame"] / rate}
+        # EgoGPT counts frames instead of seconds.
+        for key in ("start", "end"):
+            if f"{key}_frame" in record:
+                clip[key] = time_of_frame(files.root / video, record[f"{key}_frame"])
         yield {
             "id": str(record.get("id", files.where.rpartition(" ")[2])),
             "turns": turns,
             options.view: clip if options.view == "ego" else [clip],
-            "text": turns[0]["assistant"],
             "source": "conversations"}
-    if one_a_line:
-        records = filter(str.strip, files.text(options.file).split("\n"))
+    if one_per_line:
+        with open_text(files.path(options.file)) as file:
+            yield from files.rows(files.each(filter(str.strip, file)), rows)
     else:
-        records = files.json(options.file)
-    yield from files.tolerant(files.each(records), rows)
+        yield from files.rows(files.each(files.json(options.file)), rows)
+
+
+VIDEO_KEYS = ("image", "video", "videos", "video_path")     # of a record, the first one that is there
+
+
+def _one_path(files, record):
+    """The path of a record's one video; None if it has none. Some write {"video": path} or [path] for it."""
+    video = next((record[key] for key in VIDEO_KEYS if record.get(key)), None)
+    if isinstance(video, dict):
+        files.known(video, CLIP_KEYS & {"video"})
+        video = video["video"]
+    if isinstance(video, list):
+        if len(video) != 1:
+            raise ValueError(f"{len(video)} videos: a row shows one")
+        video = video[0]
+    return video
+
+
+def _without_marks(question):
+    """A question without the marks of a video, an image or its sound at its head or its end."""
+    mark = r"<(?:video|image|speech)>"
+    return re.sub(rf"^(?:\s*{mark})+|(?:\s*{mark})+\s*$", "", question).strip()
 
 
 BUILDERS = {    # command: the builder, and the flags of Build that it takes besides --root and --out
@@ -2458,7 +2836,11 @@ BUILDERS = {    # command: the builder, and the flags of Build that it takes bes
 
 # ------------------------------------------------------------------------------------------------------------- G check
 def command_check(args):
-    """Read every clip once, in all cores; report what is wrong by kind and file, write the skip list."""
+    """Read every clip once, in all cores; report what is wrong by kind and file, write the skip list.
+
+    Damage inside a film shows where its codec can tell: H.264 mostly can. VP8, VP9 and HEVC carry no check sum that
+    FFmpeg compares: bytes that were overwritten there may be shown as a wrong picture, without a word.
+    """
     rows = read_manifest(args.manifest, args.root, args.allow_outside, skip=False)
     # Rows are read in all cores, in any order.
     with worker_pool() as pool:
@@ -2471,8 +2853,12 @@ def command_check(args):
     # Report in the order of the manifest.
     base = os.path.realpath(args.root or Path(args.manifest).parent)
     kinds, skip_list = Counter(), []
+    notes, noted = Counter(), {}                                # what is allowed, and may be a slip: of each kind the first
     for row in rows:
-        found = problems.get(row["id"])
+        found, remarks = problems.get(row["id"], (None, []))
+        for kind, sentence in remarks + _remarks_on(row):
+            notes[kind] += 1
+            noted.setdefault(kind, f"{_name_of(row)} {sentence}")
         if found is None:
             # A row without a reply has a decoder that hung or crashed: its worker was killed.
             sentence = "a decoder crashed or took longer than --limit on one of these: "
@@ -2488,16 +2874,28 @@ def command_check(args):
             print(*(f"{row['id']}: {reason}" for reason in reasons), sep="\n")
             skip_list.append({"id": row["id"], "videos": videos, "reasons": reasons})
     write_jsonl(Path(args.manifest).with_suffix(".bad.jsonl"), skip_list)
-    # These are allowed, and may be slips of the pen.
-    odd = [row for row in rows if _strange_keys(row) or not chats_of(row, "mix")]
-    if odd:
-        print(f"{len(odd)} rows have keys that nothing reads, or no text (stage 2 alone can use them): "
-              f"{_name_of(odd[0])} has {', '.join(key for key in odd[0] if key != 'where')}")
-    counts = ", ".join(f"{kind}: {number}" for kind, number in kinds.most_common())
+    for kind, first in noted.items():
+        print(f"{kind}, in {notes[kind]} rows: {first}")
+    counts = ", ".join(f"{kind}: {number}" for kind, number in (kinds + notes).most_common())
     print(f"{len(rows) - len(skip_list)} of {len(rows)} rows are good; {counts or 'nothing is wrong'}")
     share = len(skip_list) / len(rows)
     if share > args.max_bad:
         raise DataError(f"{share:.1%} of the rows are bad, more than --max-bad {args.max_bad:.1%}")
+
+
+def _remarks_on(row):
+    """(kind, sentence) of what a row is allowed to be, but may not be meant to."""
+    remarks = []
+    strange = sorted(set(row) - ROW_KEYS)
+    if strange:
+        remarks.append(("keys that nothing reads", f"has {', '.join(strange)}"))
+    if not chats_of(row, "mix"):
+        remarks.append(("no text", "can be used by stage 2 alone"))
+    if not clips_of(row):
+        remarks.append(("no clip", "shows nothing"))
+    if row.get("turns") and "assistant" not in row["turns"][-1]:
+        remarks.append(("no answer", "ends with a question, which training refuses"))
+    return remarks
 
 
 def _path_from(base, video):
@@ -2517,10 +2915,11 @@ def _until_silence(replies, seconds):
 
 
 def _check_videos(row, limit):
-    """Read a row's clips once -> its id, and (kind, sentence, video) of everything that is wrong."""
+    """Read a row's clips once -> its id, and (kind, sentence, video) of everything that is wrong, with (kind, sentence)
+    of what is worth a remark."""
     # The kernel ends a decoder that hangs. Python could not: its signal handlers wait for the decoder.
     signal.setitimer(signal.ITIMER_REAL, limit)
-    found, lengths, spans = [], [], set()
+    found, remarks, lengths, begins, spans = [], [], [], [], set()
     for clip in clips_of(row):
         video, start, end = clip["video"], clip.get("start"), clip.get("end")
         try:
@@ -2533,19 +2932,27 @@ def _check_videos(row, limit):
             continue
         if stop < (end or 0) - 0.1:
             found.append(("too short", f"{video} ends at {length:.2f} s, the clip at {end} s", video))
+        if opened.missing:
+            remarks.append(("pictures are missing", f"{video} lacks {opened.missing} numbers: the picture before stays"))
         # A covered lens or a failed recording shows one colour all the time; a dark moment is no error.
         picture = (frames != CLIP_MEAN_COLOUR[:, None, None]).any((0, 1))       # without the margins
         contrast = frames[:, :, picture].std(2)                 # of each frame and colour
         if not contrast.max() >= 1:
             found.append(("blank", f"{video} shows one colour at {begin:.2f} - {stop:.2f} s", video))
         lengths.append(length)
+        begins.append(opened.begins)
         spans.add((start, end))
     # Clips with the same times are on one clock: synchronized files end together.
     if len(spans) == 1 and np.ptp(lengths) > 0.1:
         sentence = f"the videos of this moment last {lengths} s"
         found += [("ego and exo differ", sentence, clip["video"]) for clip in clips_of(row)]
+    # Time zero is the first picture: what another tool counts from the start of the sound is another time.
+    if len(begins) > 1 and np.ptp(begins) > 0.05:
+        late = ", ".join(f"{begin:.2f}" for begin in begins)
+        remarks.append(("pictures begin apart", f"has films whose pictures begin {late} s after their files: times count "
+                                                "from the first picture"))
     signal.setitimer(signal.ITIMER_REAL, 0)
-    return row["id"], found
+    return row["id"], (found, remarks)
 
 
 if __name__ == "__main__":

@@ -471,7 +471,10 @@ def test_one_bad_record_in_many_is_counted(tmp_path, capsys):
     rows = ["\t".join(good) for i in range(300)]
     broken = ["\t".join([*good[:5], "", *good[6:]]), "only\tthree\tcells"]
     write(tmp_path / "egoclip.csv", "\n".join([lines[0], *rows, *broken]))
-    assert len(build("egoclip", tmp_path)) == 300 and "bad record: 2" in capsys.readouterr().out
+    assert len(build("egoclip", tmp_path)) == 300
+    said = capsys.readouterr().out
+    assert "bad record (ValueError): 1, the first: " in said and "egoclip.csv record 301: could not convert string to float" in said
+    assert "bad record (KeyError): 1, the first: " in said and "egoclip.csv record 302: 'clip_start'" in said
 
 
 def test_the_first_bad_record_of_a_table_is_named(tmp_path):

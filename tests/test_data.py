@@ -91,9 +91,18 @@ def test_bad_videos_are_named(tmp_path):
     ("{not json", "line 2 is not JSON"), ('{"ego": {}}', 'line 2 lacks "id"'), ('[1]', 'line 2 lacks "id"'),
     ('{"id": "a", "ego": {"start": 0}}', 'lacks "video"'), ('{"id": "a", "exo": {"video": "v.mp4"}}', "list"),
     ('{"id": "a", "ego": {"video": "v.mp4", "start": 1, "end": 1}}', "zero length"),
-    ('{"id": "a", "ego": {"video": "v.mp4", "start": NaN}}', "seconds"),
+    ('{"id": "a", "ego": {"video": "v.mp4", "start": NaN}}', "'nan', not a number"),
     ('{"id": "a", "ego": {"video": "../v.mp4"}}', "outside"), ('{"id": "a", "ego": {"video": "/etc/passwd"}}', "outside"),
-    ('{"id": "a", "text": 3}', "string"), ('{"id": "a", "turns": [{"user": "q"}]}', "turns"),
+    ('{"id": "a", "text": 3}', "string"), ('{"id": "a", "turns": [{"assistant": "q"}]}', "turns"),
+    ('{"id": "a", "turns": [{"user": "q"}, {"user": "q", "assistant": "a"}]}', "turns"),
+    ('{"id": "a", "ego": {"video": "v.mp4", "start": true}}', "'True', not a number"),
+    ('{"id": "a", "ego": {"video": "v.mp4", "end": "7"}}', "'7', not a number"),
+    ('{"id": "a", "ego": {"video": "v.mp4", "end": 1' + "0" * 400 + "}}", "not a number"),
+    ('{"id": "a", "ego": {"video": "v.mp4", "fps": NaN}}', "not a number"),
+    *[(json.dumps({"id": "a", view: clip if view == "ego" else [clip]}), f"a clip has {words}, which nothing reads")
+      for view, clip, words in (("ego", {"video": "v.mp4", "start_sec": 12, "end_sec": 13}, "'end_sec', 'start_sec'"),
+                                ("exo", {"video": "v.mp4", "begin": 1, "stop": 2}, "'begin', 'stop'"),
+                                ("ego", {"video": "v.mp4", "start": 1, "End": 2}, "'End'"))],
     ('{"id": "a", "turns": [{"user": "q", "assistant": "a", "role": "x"}]}', "turns"),
     ('{"id": "a", "turns": [{"user": "<video> <video>", "assistant": "a"}]}', "more than one <video> mark"),
     (r'{"id": "a", "turns": [{"user": "What \ud83d am I doing?", "assistant": "a"}]}', "half of a character"),
@@ -122,8 +131,8 @@ def test_a_row_too_long_is_left_out_before_the_first_step(toy, tmp_path, capsys)
     rows = read_manifest(toy / "toy" / "ego.jsonl")[:4]
     rows[1]["text"] = "word " * 300
     rows[2]["turns"][0]["user"] = "word " * 300
-    for text, left in (("text", [0, 2, 3]), ("turns", [0, 1, 3]), ("mix", [0, 3])):
-        one = Loader(rows, cfg, tokenizer, view="ego", text=text, batch=1)
+    for supervise, left in (("narration", [0, 2, 3]), ("turns", [0, 1, 3]), ("mix", [0, 3])):
+        one = Loader(rows, cfg, tokenizer, view="ego", supervise=supervise, batch=1)
         assert [rows.index(row) for row in one.rows] == left
         assert len([one.batch(step) for step in range(4)]) == 4
         said = capsys.readouterr().out
@@ -137,7 +146,7 @@ def test_a_row_too_long_is_left_out_before_the_first_step(toy, tmp_path, capsys)
     for more, fits in ((0, True), (1, False)):
         text = " block" * (room + more - 1)
         assert len(tokenizer.encode(text)) == room + more
-        assert data.is_too_long({"text": text}, "text", tokenizer, cfg.visual_tokens, cfg) is not fits
+        assert data.is_too_long({"text": text}, "narration", tokenizer, cfg.visual_tokens, cfg) is not fits
     for row in rows:
         del row["where"]
     write_jsonl(tmp_path / "m.jsonl", rows)
@@ -180,7 +189,7 @@ def test_several_manifests_are_one(tmp_path):
     assert [row["text"] for row in rows] == ["a0", "a1", "a2", "a3", "b0", "b1", "b3"]
     assert rows[1]["ego"]["video"] == str((tmp_path / "a/1.mp4").resolve())
     assert rows[5]["ego"]["video"] == str((tmp_path / "b/1.mp4").resolve())
-    assert read_manifests(paths[1:]) == read_manifest(paths[1])
+    assert list(read_manifests(paths[1:])) == list(read_manifest(paths[1]))
     rooted = read_manifests(paths, root=tmp_path)
     assert {row["ego"]["video"] for row in rooted} == {str((tmp_path / f"{i}.mp4").resolve()) for i in range(4)}
 
@@ -202,7 +211,7 @@ def test_a_skip_list_that_leaves_nothing_is_named(tmp_path):
     with pytest.raises(DataError, match="is empty: .*m.bad.jsonl leaves out all of its rows"):
         read_manifest(tmp_path / "m.jsonl")
     (tmp_path / "n.jsonl").write_text("")
-    with pytest.raises(DataError, match="n.jsonl is empty: it needs one JSON object a line"):
+    with pytest.raises(DataError, match="n.jsonl is empty: it needs one JSON object per line"):
         read_manifest(tmp_path / "n.jsonl")
 
 
@@ -221,8 +230,14 @@ def loader(toy, view="pair", split="pairs", **options):
                   **(dict(batch=8) | options))
 
 
+def with_row(one, place, **change):
+    """This loader with one changed row."""
+    one.rows = data.Rows(row | change if i == place else row for i, row in enumerate(one.rows))
+    return one
+
+
 def test_rows_without_text_are_left_out_aloud_where_text_is_all_there_is(toy, capsys):
-    rows = read_manifest(toy / "toy" / "pairs.jsonl")
+    rows = list(read_manifest(toy / "toy" / "pairs.jsonl"))
     for row in rows[::3]:
         del row["text"], row["turns"]
     tokenizer, left = Tokenizer(toy / "toy" / "tokenizer.model"), len(rows) - len(rows[::3])
@@ -280,17 +295,19 @@ def test_views_of_a_moment_are_synchronized(tmp_path):
 def test_an_unreadable_clip_is_named_and_replaced(toy):
     one = loader(toy, view="ego", split="ego")
     bad = one.sample(0)[0]
-    one.rows[bad] = one.rows[bad] | {"ego": {"video": "/nowhere.mp4"}}
+    one = with_row(one, bad, ego={"video": "/nowhere.mp4"})
     batch = one.batch(0)[0]
     assert len(batch.skipped) >= 1 and "nowhere.mp4" in batch.skipped[0] and batch.samples == 8
     assert one.rows[bad]["id"] not in batch.names
 
 
 def test_an_evaluation_needs_every_clip(toy):
-    one = loader(toy, view="ego", split="ego", train=False)
-    one.rows[0] = one.rows[0] | {"ego": {"video": "/nowhere.mp4"}}
+    one = with_row(loader(toy, view="ego", split="ego", train=False), 0, ego={"video": "/nowhere.mp4"})
     with pytest.raises(DataError, match="an evaluation needs every clip: ego/0/0: /nowhere.mp4"):
         one.batch(0)
+    for workers in (0, 1):
+        with pytest.raises(DataError, match="an evaluation needs every clip: ego/0/0: /nowhere.mp4"):
+            next(one.stream(0, 1, workers=workers))
 
 
 def test_mix_takes_turns_whatever_the_micro_batch(toy):
@@ -300,7 +317,7 @@ def test_mix_takes_turns_whatever_the_micro_batch(toy):
     for view in ("pair", "exo"):
         supervised = []
         for micro in (1, 2, 8):
-            one.__init__(rows, one.cfg, one.tokenizer, view=view, text="mix", batch=8, micro=micro)
+            one.__init__(rows, one.cfg, one.tokenizer, view=view, supervise="mix", batch=8, micro=micro)
             texts = {}
             for batch in one.batch(0):
                 for name, labels in zip(batch.names, batch.labels.split(batch.lens)):
@@ -308,6 +325,14 @@ def test_mix_takes_turns_whatever_the_micro_batch(toy):
             supervised.append(texts)
         assert supervised[0] == supervised[1] == supervised[2] and all(len(said) == 1 for said in supervised[0].values())
         assert {said == {"A tap."} for said in supervised[0].values()} == {True, False}
+    # A row that narrates in one epoch answers in the next.
+    said = [{}, {}]
+    for epoch in (0, 1):
+        for batch in one.batch(epoch * one.samples // 8) + one.batch(epoch * one.samples // 8 + 1):
+            for name, labels in zip(batch.names, batch.labels.split(batch.lens)):
+                said[epoch][name] = one.tokenizer.decode(labels[labels >= 0].tolist()) == "A tap."
+    both = said[0].keys() & said[1].keys()
+    assert both and all(said[0][name] != said[1][name] for name in both)
 
 
 def test_a_substitute_keeps_texts_beside_their_videos(toy):
@@ -328,14 +353,21 @@ def test_a_row_without_what_the_stage_needs_is_named(toy):
         loader(toy, view="exo", split="ego")
     rows = [{"id": "a", "ego": {"video": "v.mp4"}}]
     with pytest.raises(DataError, match='"text"'):
-        Loader(rows, PRESETS["toy"], None, view="ego", text="turns", batch=1)
+        Loader(rows, PRESETS["toy"], None, view="ego", supervise="turns", batch=1)
+    rows[0]["turns"] = [{"user": "What?"}]
+    with pytest.raises(DataError, match="row \\('a'\\) ends with a question: training needs its answer"):
+        Loader(rows, PRESETS["toy"], None, view="ego", supervise="turns", batch=1)
 
 
 def test_a_worker_fails_with_one_sentence(toy):
+    """In training it is an item of the stream, which goes on: ranks agree about it."""
     one = loader(toy, view="ego", split="ego")
-    one.rows = [row | {"ego": {"video": "nowhere.mp4"}} for row in one.rows]
-    with pytest.raises(DataError, match="ten samples in a row cannot be read, the last: .*nowhere.mp4"):
-        next(one.stream(0, 2, workers=1))
+    one.rows = data.Rows(row | {"ego": {"video": "nowhere.mp4"}} for row in one.rows)
+    for workers in (0, 1):
+        items = list(one.stream(0, 2, workers=workers))
+        assert len(items) == 2
+        for error in items:
+            assert isinstance(error, DataError) and "ten samples in a row cannot be read, the last: " in str(error) and "nowhere.mp4" in str(error)
 
 
 def test_the_workers_of_all_streams_have_one_hook_at_exit(toy):
@@ -437,8 +469,10 @@ def test_check_says_what_nothing_reads(tmp_path):
     write_jsonl(tmp_path / "m.jsonl", [{"id": "a", "ego": {"video": "v.mp4"}, "turn": []}, {"id": "b", "ego": {"video": "v.mp4"}, "text": "x"},
                                         {"id": "c", "ego": {"video": "v.mp4"}}])
     said = run("data.py", "check", tmp_path / "m.jsonl")[1]
-    assert "2 rows have keys that nothing reads, or no text (stage 2 alone can use them): " in said
-    assert "m.jsonl line 1 ('a') has id, ego, turn\n" in said and "3 of 3 rows are good; nothing is wrong" in said
+    assert "keys that nothing reads, in 1 rows: " in said and "m.jsonl line 1 ('a') has turn\n" in said
+    assert "no text, in 2 rows: " in said and "3 of 3 rows are good; no text: 2, keys that nothing reads: 1" in said
+    write_jsonl(tmp_path / "m.jsonl", [{"id": "b", "ego": {"video": "v.mp4"}, "text": "x"}])
+    assert "1 of 1 rows are good; nothing is wrong" in run("data.py", "check", tmp_path / "m.jsonl")[1]
 
 
 def test_progress_in_a_file_is_a_line_a_tenth(capsys):
@@ -475,14 +509,50 @@ def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, cap
 
 
 def test_a_small_shared_memory_is_said_before_the_first_batch(toy, monkeypatch):
+    """A step of eight clips has 216 kB (and their text is sent otherwise): 2 x workers + 1 of them, of all ranks of the machine."""
     free = types.SimpleNamespace(f_bavail=100, f_frsize=4096)
     monkeypatch.setattr(os, "statvfs", lambda path: free)
     one = loader(toy, view="ego", split="ego")
-    with pytest.raises(DataError, match="/dev/shm is too small for the loader's workers, who need 0 MB there: pass --workers 0, or enlarge it"):
-        next(one.stream(0, 2, workers=1))
+    said, = one.stream(0, 2, workers=1)
+    assert str(said).startswith("/dev/shm is too small for the loader's workers, who need 0 MB there: pass --workers 0, or enlarge it")
     assert next(one.stream(0, 2, workers=0))
+    for workers, ranks in ((1, 1), (4, 1), (4, 8)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        steps = ranks * (2 * workers + 1)
+        free.f_bavail = -(-steps * 8 * 4 * 3 * 48 * 48 // 4096)
+        data.check_room_for_workers(one, workers)
+        free.f_bavail -= 1
+        with pytest.raises(DataError, match="is too small"):
+            data.check_room_for_workers(one, workers)
     free.f_bavail = 1 << 20
-    assert next(one.stream(0, 2, workers=1))
+    assert isinstance(next(one.stream(0, 2, workers=1)), list)
+
+
+def test_a_temporary_folder_with_a_long_name_is_said_before_the_first_batch(toy, tmp_path, monkeypatch):
+    """A socket's name has 107 bytes at most: today's error is silence until --timeout."""
+    one = loader(toy, view="ego", split="ego")
+    for length, fits in ((75, True), (76, False), (130, False)):
+        folder = "/tmp/" + "x" * (length - 5)
+        os.makedirs(folder, exist_ok=True)
+        monkeypatch.setattr("tempfile.tempdir", folder)
+        item = next(one.stream(0, 1, workers=1))
+        assert isinstance(item, list) if fits else f"TMPDIR {folder} is too long for the sockets" in str(item)
+        assert isinstance(next(one.stream(0, 1, workers=0)), list)
+        os.rmdir(folder)
+
+
+def test_workers_ignore_what_a_launcher_sends_to_all():
+    names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+    code = (f"import sys; sys.path.insert(0, {str(REPO)!r})\nimport os, signal, data\ndata._start_worker(0)\n"
+            f"for name in {names}:\n    os.kill(os.getpid(), getattr(signal, name))\nprint('alive')")
+    assert run("-c", code)[1] == "alive\n"
+
+
+def test_cores_are_counted_as_this_process_may_use_them(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3}, raising=False)
+    assert data.usable_cores() == 1
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert data.usable_cores() == os.cpu_count()
 
 
 def test_a_tokenizer_that_knows_the_marks_of_the_template_is_refused(tmp_path):
@@ -507,7 +577,7 @@ def test_a_mark_in_a_system_text_counts_as_the_video(toy, tmp_path):
 
 def test_mix_reads_rows_that_have_turns_alone(toy):
     rows = [{"id": "a", "text": "Camera-wearer taps."}, {"id": "b", "turns": [{"user": "What?", "assistant": "A tap."}]}]
-    loader = data.Loader(rows, PRESETS["toy"], Tokenizer(toy / "stage0"), view="text", text="mix", batch=2)
+    loader = data.Loader(rows, PRESETS["toy"], Tokenizer(toy / "stage0"), view="none", supervise="mix", batch=2)
     assert len(loader.rows) == 2
 
 

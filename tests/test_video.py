@@ -346,7 +346,6 @@ def test_a_folder_of_images_in_natural_order_with_strangers(tmp_path):
     for i in range(12):
         (tmp_path / f"{i + 1}.png").write_bytes(encode_png(picture(i)))
     (tmp_path / "._1.png").write_bytes(b"\0\5\x16\7 what a Mac leaves behind")
-    (tmp_path / "13.jpg").write_text("<html>404</html>")
     os.rename(tmp_path / "12.png", tmp_path / "12.jpg")                     # a PNG by content
     assert [number(f) for f in read_clip(tmp_path, None, None, 12, SIDE, fps=1)] == list(range(12))
 
