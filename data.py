@@ -1130,44 +1130,60 @@ class Canvas:
     def __init__(self, camera, background):
         self.camera = camera
         self.rgb = np.full((SCENE_FRAMES, SIDE, SIDE, 3), background, np.float32)
+        # The same pixels in one row, and the place of each one in it.
+        self.flat = rearrange(self.rgb, "f h w k -> (f h w) k")
+        self.pixels = np.arange(len(self.flat)).reshape(self.rgb.shape[:3])
 
     def stamp(self, points, which, shape, colour, height=0.0):
         """Blend `colour` around `points` (F, 2) of the table at a height above it, in the f frames `which`.
 
-        `shape(x, y)` is the distance to its edge, negative inside, in table units. colour: RGB, or a function
-        (x, y) -> (..., 3).
+        colour: RGB, or a function (x, y) -> (..., 3).
         """
-        # Where each pixel lies from the shape's centre, in table units.
+        # Only the pixels of a box around the shape are looked at, w of a row and h of a column: those that the shape's
+        # own box reaches, with its soft edge and one pixel more.
         camera = self.camera
-        at = camera.pixels(points, height)[which, :, None]                              # (f, 2, 1)
-        apart = (np.arange(SIDE) - at).astype(np.float32)                               # (f, 2, 48)
-        dx = apart[:, 0, None, :]
-        dy = apart[:, 1, :, None]
+        scale = camera.scale[which, None]                                               # (f, 1)
+        at = camera.pixels(points, height)[which]                                       # (f, 2)
+        edges = np.broadcast_to(shape.reach, points.shape)[which] + 0.5 / scale
+        half = np.einsum("fij,fj->fi", np.abs(camera.m[which]), edges) + 1
+        w, h = np.minimum(np.ceil(2 * half.max(0, initial=0)) + 1, SIDE).astype(int)
+        first = np.clip(np.floor(at - half), 0, (SIDE - w, SIDE - h)).astype(int)
+        columns = first[:, 0, None] + np.arange(w)                                      # (f, w)
+        rows = first[:, 1, None] + np.arange(h)                                         # (f, h)
+
+        # Where each of them lies from the shape's centre, in table units.
+        dx = (columns - at[:, 0, None]).astype(np.float32)[:, None, :]
+        dy = (rows - at[:, 1, None]).astype(np.float32)[:, :, None]
         inverse = camera.inverse[which][:, :, :, None, None]
-        x = inverse[:, 0, 0] * dx + inverse[:, 0, 1] * dy                               # (f, 48, 48)
+        x = inverse[:, 0, 0] * dx + inverse[:, 0, 1] * dy                               # (f, h, w)
         y = inverse[:, 1, 0] * dx + inverse[:, 1, 1] * dy
 
         # Paint the pixels that the shape covers.
-        cover = 0.5 - shape(x, y) * camera.scale[which, None, None].astype(np.float32)
-        covered = np.nonzero(cover > 0)
-        f, r, c = covered
+        cover = 0.5 - shape.distance(x, y) * scale[:, :, None].astype(np.float32)
+        covered = cover > 0
         paint = colour(x[covered], y[covered]) if callable(colour) else np.array(colour, np.float32)
-        pixels = which[f], r, c
-        self.rgb[pixels] += np.minimum(cover[covered], 1)[:, None] * (paint - self.rgb[pixels])
+        pixels = self.pixels[which[:, None, None], rows[:, :, None], columns[:, None, :]][covered]
+        below = self.flat.take(pixels, 0)
+        self.flat[pixels] = below + np.minimum(cover[covered], 1)[:, None] * (paint - below)
 
 
-# Shapes are functions (x, y) -> distance to the edge, negative inside, all in table units.
+class Shape(NamedTuple):
+    """What can be drawn, around its centre, in table units."""
+    distance: Callable              # (x, y) -> how far its edge is, negative inside
+    reach: tuple                    # the half sizes of a box around it; or (F, 2), one for each frame
+
+
 def disc(radius):
     def distance(x, y):
         return np.sqrt(x * x + y * y) - radius
-    return distance
+    return Shape(distance, (radius, radius))
 
 
 def box(w, h):
     """A box of these half sizes."""
     def distance(x, y):
         return np.maximum(np.abs(x) - w, np.abs(y) - h)
-    return distance
+    return Shape(distance, (w, h))
 
 
 def limb(reach, radius):
@@ -1177,7 +1193,7 @@ def limb(reach, radius):
     def distance(x, y):
         t = np.clip((x * dx + y * dy) / (dx * dx + dy * dy + 1e-6), -1, 1)
         return np.sqrt((x - t * dx) ** 2 + (y - t * dy) ** 2) - radius
-    return distance
+    return Shape(distance, np.abs(reach) + radius)
 
 
 def block_paint(colour: str, pattern: str):

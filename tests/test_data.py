@@ -432,6 +432,21 @@ def test_a_scene_has_five_different_moments():
         assert len(facts) == 5 and len({colour for colour, _ in plan["blocks"]}) == 2
 
 
+@pytest.mark.parametrize("split", ("corpus", "pairs", "test"))
+def test_what_lies_outside_the_box_of_a_shape_is_not_painted(monkeypatch, split):
+    """The same films, to the bit, where every shape is said to reach across the whole picture."""
+    def films():
+        rng = np.random.default_rng([0, list(data.SPLITS).index(split), 7])
+        plan = data.plan_scene(rng)
+        return data.film_scene(plan, data.act(plan, rng), World(noise=1, fov=0.8), split, rng)
+    boxed = films()
+    stamp = data.Canvas.stamp
+    monkeypatch.setattr(data.Canvas, "stamp", lambda self, points, which, shape, *rest: stamp(
+        self, points, which, shape._replace(reach=(9, 9)), *rest))
+    whole = films()
+    assert boxed.keys() == whole.keys() and all(np.array_equal(boxed[name], whole[name]) for name in boxed)
+
+
 def test_another_world_in_the_same_folder_is_refused(toy):
     code, _, err = run(REPO / "data.py", "toy", "--out", toy / "toy", "--pairs", 7, check=False)
     assert code != 0 and "corpus=60" in err
