@@ -1917,10 +1917,6 @@ def die_with_parent():
     threading.Thread(target=watch, daemon=True).start()
 
 
-def usable_cores():
-    return len(os.sched_getaffinity(0))
-
-
 def worker_pool():
     """A process for each core; none outlives its parent, and Ctrl-C is the parent's to answer."""
     return multiprocessing.get_context(START_METHOD).Pool(usable_cores(), initializer=_start_pool_worker)
