@@ -1823,6 +1823,7 @@ class Steps:
 
 def read_ahead(loader, steps, workers, timeout) -> Iterator:
     """The batches of these steps; without workers, this process reads each one when it is asked for."""
+    # (Its generator is one of its own: the torch DataLoader draws a number, which would change what the run draws.)
     options = {}
     if workers:
         options = {"timeout": timeout, "multiprocessing_context": START_METHOD}
@@ -1831,7 +1832,7 @@ def read_ahead(loader, steps, workers, timeout) -> Iterator:
         check_room_for_workers(loader, workers)
         batches = torch.utils.data.DataLoader(
             Steps(loader), sampler=steps, batch_size=None, num_workers=workers, worker_init_fn=_start_worker,
-            pin_memory=torch.cuda.is_available(), **options)
+            pin_memory=torch.cuda.is_available(), generator=torch.Generator(), **options)
     except DataError as error:
         batches = [error]
     for item in batches:

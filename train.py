@@ -153,7 +153,6 @@ def run_stage(run, stage, loader, objective, earlier, steps, folder, log):
     wrapped, trained, optimizers = prepare_training(run, objective, trained)
     validation = validation_loader(run, objective)
     batches = loader.stream(first, steps, run.cfg.workers, run.cfg.overfit, run.cfg.timeout)
-    # After the DataLoader is made, which draws a random number.
     if first:
         load_optimizers(folder, optimizers, run.rank, run.device)
     keeper = Keeper(run, objective, optimizers, trained, log, earlier + first)
