@@ -91,7 +91,7 @@ PAPER = {
     2: (Stage(
         name="demonstrator-learner guidance",
         trains=dict(ego_vit=1e-4, ego_connector=1e-4, F=1e-4, G=1e-4),
-        split="pairs", view="pair", losses=dict(vtg=1, kl=5, ccl=0.1),
+        split="pairs", view="pair", losses=dict(vtg=1, kl=5, ccl=3),
         batch=256, micro=1, epochs=2, floor=0),),
     3: (Stage(
         name="learner self-practice",
@@ -131,7 +131,7 @@ TOY = {
     2: (Stage(
         name="demonstrator-learner guidance",
         trains=dict(ego_vit=1e-3, ego_connector=1e-3, F=3e-3, G=3e-3),
-        split="pairs", view="pair", losses=dict(vtg=1, kl=5, ccl=0.1),
+        split="pairs", view="pair", losses=dict(vtg=1, kl=5, ccl=3),
         batch=32, steps=480),),
     3: (Stage(
         name="learner self-practice",
@@ -147,7 +147,7 @@ def run_stage(run, stage, loader, objective, earlier, steps, folder, log):
 
     `step` counts within the stage, from 0. `run_step` counts through all stages of the run, from 1: `earlier` steps
     came before this stage. """
-    trained, first = prepare_objective(run, objective, loader, earlier, folder)
+    trained, first = prepare_objective(run, objective, earlier, folder)
     if run.rank == 0:
         describe(run, objective, loader, steps, log)
     wrapped, trained, optimizers = prepare_training(run, objective, trained)
@@ -227,7 +227,7 @@ class StepCounts(NamedTuple):
         return cls(*run.sum(total.to(run.device)))
 
 
-def prepare_objective(run, objective, loader, earlier, folder):
+def prepare_objective(run, objective, earlier, folder):
     """Put the objective on its device, with the weights of the checkpoint `folder` if there is one -> what trains, by
     name; how many steps of the stage are done."""
     stage, model = objective.stage, objective.model
@@ -239,11 +239,7 @@ def prepare_objective(run, objective, loader, earlier, folder):
     if done == 0:
         for source, target in stage.copies:
             getattr(model, target).load_state_dict(getattr(model, source).state_dict())
-    trained = freeze(objective, run.bf16)
-    if "ccl" in stage.losses and done == 0:
-        with autocast(run.device, run.bf16):
-            objective.measure_features(loader)
-    return trained, done
+    return freeze(objective, run.bf16), done
 
 
 def prepare_training(run, objective, trained):
@@ -291,9 +287,6 @@ class Objective(nn.Module):
             self.extra.words = nn.EmbeddingBag(model.cfg.vocab, 64, mode="sum")
             self.extra.image = nn.Linear(model.cfg.vit_width, 64)
             self.extra.log_scale = nn.Parameter(torch.tensor(14.0).log())
-        if "ccl" in stage.losses:
-            side = model.cfg.patches_per_side
-            self.extra.register_buffer("feature_std", torch.ones(side, side, model.cfg.vit_width))
 
     def forward(self, batch, supervised, samples):
         """-> {"loss": the weighted sum, and each term} of one micro batch, as its share of the whole step, which
@@ -359,7 +352,7 @@ class Objective(nn.Module):
         return feature_kl(self.model.exo_connector(y), estimate)            # both (X, 1521, 4096)
 
     def cycle(self, x, y, pair) -> Tensor:
-        """CCL(F, G) of each pair (X,): |G(F(x)) - x| + |F(G(y)) - y|, in units of the demonstrator's spread.
+        """CCL(F, G) of each pair (X,): |G(F(x)) - x| + |F(G(y)) - y|, between LayerNorm-ed features.
 
         x (of E moments) and y are data here, as in CycleGAN: only F and G learn from it. So F runs again, on x
         without its gradient. """
@@ -370,8 +363,11 @@ class Objective(nn.Module):
         return forward + self.distance(F(G(y)), y)
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
-        """Mean absolute difference of each sample, in units of the exo features' spread at each patch and channel."""
-        return ((a - b) / self.extra.feature_std).abs().flatten(1).mean(1)
+        """Mean absolute difference of each sample, after LayerNorm over channels. F and G end in a LayerNorm and features do
+        not: as they are, a mapping could not reach them (measured: it never came near what a constant gives)."""
+        channels = a.shape[-1:]
+        apart = nnf.layer_norm(a.float(), channels) - nnf.layer_norm(b.float(), channels)
+        return apart.abs().flatten(1).mean(1)
 
     def contrastive(self, y: Tensor, fx: Tensor, pair: Tensor, tau: float = 0.07) -> Tensor:
         """InfoNCE (X,) of pooled F(x) against every y of the micro batch: it depends on what else is in there."""
@@ -382,24 +378,6 @@ class Objective(nn.Module):
         sibling = (pair[:, None] == pair).fill_diagonal_(False)
         logits = (a @ b.T / tau).masked_fill(sibling, -math.inf)
         return nnf.cross_entropy(logits, own, reduction="none")
-
-    @torch.no_grad()
-    def measure_features(self, loader, samples=256):
-        """The cycle's constant, which the checkpoint stores: the spread of exo features per patch and channel."""
-        std = self.extra.feature_std
-        samples = min(samples, loader.samples)
-        # Sums, batch by batch: the features of 256 clips of 7b are 10 GB.
-        n, total, squares = 0, 0, 0
-        for i in range(0, samples, loader.micro):
-            indices = range(i, min(i + loader.micro, samples))
-            frames = loader.micro_batch(indices).exo.to(std.device)
-            y = self.model.patch_features(self.model.exo_vit, frames)
-            y = y.flatten(0, 1).cpu().double()                              # (samples * T, h, w, D)
-            n += len(y)
-            total = total + y.sum(0)
-            squares = squares + y.square().sum(0)
-        variance = (squares - total ** 2 / n) / (n - 1)
-        std.copy_(variance.clamp(min=1e-6).sqrt())
 
     # -------------------------------------------------------------------------------------------- stage 0's stand-ins
     def language(self, batch):
@@ -631,8 +609,9 @@ def starting_point(cfg) -> Start:
     return Start(source, base, added)
 
 
-def initial_model(run):
-    """The model at the start of the stage: the previous stage's, or published weights, plus the parts it adds."""
+def initial_model(run, change=None):
+    """The model at the start of the stage: the previous stage's, or published weights, plus the parts it adds; and as
+    `change` changes it."""
     cfg = run.cfg
     seed_torch(cfg.seed, cfg.stage)
     if cfg.from_nothing:
@@ -642,6 +621,8 @@ def initial_model(run):
         run.start = starting_point(cfg)
         source, base, added = run.start
         model, state = load_checkpoint(source, base, cfg.vision, **added)
+        if change:
+            change(model)
         tokenizer = Tokenizer(cfg.tokenizer or source)
         refuse_misfits(cfg, model, tokenizer, run.start)
         record_start(run, model, state)
@@ -699,9 +680,7 @@ def train(cfg, rank=0, world=1, objective=Objective, change=None):
     stages = stages_of(cfg)
     bf16 = torch.cuda.is_available() if cfg.dtype is None else cfg.dtype == "bfloat16"
     run = Run(cfg, rank, world, pick_device(), bf16)
-    model, tokenizer = initial_model(run)
-    if change:
-        change(model)
+    model, tokenizer = initial_model(run, change)
     dtype = torch.bfloat16 if bf16 else torch.float32
     run.attention = choose_attention(run.device, dtype, model.cfg, first_problem_of_any_rank)
 
@@ -1534,8 +1513,10 @@ class Log:
     def __init__(self, path, step, skipped=0):
         """`path` None: a rank that keeps no log."""
         self.file = None
+        self.resumed_at = step
         self.skipped = skipped
         self.flops = 0.0                                        # per sample; 0 is not known
+        self.once = {}                                          # figures for the next row alone
         self.peak = None                                        # TFLOP/s of all ranks' GPUs, where it is known
         self.waited = 0.0                                       # seconds that this step waited for its data
         self.is_shown = path is not None
@@ -1601,7 +1582,7 @@ class Log:
         else:
             unit = 1 if sys.platform == "darwin" else 1024
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        row = row | losses | dict(
+        row = row | losses | self.once | dict(
             skipped=self.skipped,
             seconds=took,
             waited=self.waited,
@@ -1610,6 +1591,7 @@ class Log:
             max_memory_bytes=memory)
         if self.flops:
             row["tflops"] = counts.samples * self.flops / 1e12 / took
+        self.once = {}
         # The screen gets every tenth step.
         text = ""
         if done % 10 == 0 or done == length:
@@ -1671,9 +1653,31 @@ def convolution_backward_flops(grad, x, weight, *options, **_):
     return 2 * positions * math.prod(weight) * sum(wanted[:2])
 
 
+@torch.no_grad()
+def constant_ccl(objective, loader, samples=64):
+    """What the cycle's loss would be if F and G gave one constant, the best there is: at each patch and channel the median
+    of the features of some pairs. A cycle that has learned is well below."""
+    model = objective.model
+    device = next(model.parameters()).device
+    views = {"ego": model.ego_vit, "exo": model.exo_vit}
+    if objective.cfg.forward_cycle_only:
+        del views["exo"]
+    features = {view: [] for view in views}
+    for first in range(0, min(samples, loader.samples), loader.micro):
+        batch = loader.micro_batch(range(first, min(first + loader.micro, loader.samples)))
+        for view, vit in views.items():
+            clips = getattr(batch, view).to(device)
+            features[view].append(model.patch_features(vit, clips).float().cpu())
+    total = 0.0
+    for of_view in map(torch.cat, features.values()):
+        normed = nnf.layer_norm(of_view, of_view.shape[-1:]).flatten(0, 1)                  # (clips * T, h, w, D)
+        total += float((normed - normed.median(0).values).abs().mean())
+    return total
+
+
 def describe(run, objective, loader, length, log):
-    """Before the first step of a stage: the arithmetic, what trains, and what the model is fed. Where the most that
-    the GPUs can do is known, the work of a sample is counted, too."""
+    """Before the first step of a stage: the arithmetic, what trains, what the model is fed, and what the figures that
+    follow are to be measured by."""
     stage = objective.stage
     micro = loader.micro
     arithmetic = f"{stage.batch // micro} micro batches x {micro} in all, on {run.world} ranks"
@@ -1703,6 +1707,11 @@ def describe(run, objective, loader, length, log):
     batch = loader.batch(0)[0]
     print(f"   fed: {batch.describe(objective.tokenizer)}", flush=True)
 
+    if "ccl" in stage.losses and log.resumed_at == 0:
+        with autocast(run.device, run.bf16):
+            log.once["ccl_constant"] = constant_ccl(objective, loader)
+        print(f"   the best constant mappings have ccl {log.once['ccl_constant']:.3f}: a cycle that learns gets well below")
+    # For the speeds that follow: the most that the GPUs can do, and the work of a sample.
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     log.peak = next((run.world * peak for name, peak in PEAK_TFLOPS.items() if name in card), None)
     if log.peak:
@@ -1809,7 +1818,8 @@ def tell_torchrun(sentence):
         Path(file).write_text(json.dumps(dict(message=sentence, timestamp=int(time.time()))))
 
 
-def main(argv=None):
+def main(argv=None, **experiment):
+    """Run the command line; `experiment` as of `train`."""
     cfg = parse(argv)
     rank, world = start_process()
     # At 7b, holes in such a heap would cost gigabytes.
@@ -1827,7 +1837,7 @@ def main(argv=None):
             if world > 1:
                 join_ranks("nccl" if torch.cuda.is_available() else "gloo", cfg.timeout)
             # One process has nobody to share with.
-            train(cfg if world > 1 else replace(cfg, fsdp=False), rank, world)
+            train(cfg if world > 1 else replace(cfg, fsdp=False), rank, world, **experiment)
     except (ValueError, OSError, RuntimeError, MemoryError, SafetensorError, KeyboardInterrupt) as error:
         sentence = f"train.py: {explain(error, cfg, world)}"
         print(sentence, file=sys.stderr, flush=True)
