@@ -59,6 +59,10 @@ def flags(out, stage, name=None):
     return ["--stage", stage, "--data", out / "toy", "--out", out / (name or f"stage{stage}"), *start]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kernels", action="store_true", help="run the suites of tests/test_kernels.py that have passed as they are, too")
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "upstream: what holds in this repository alone: line budgets, README's counts (forks: -m 'not upstream')")
 

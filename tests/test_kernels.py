@@ -1,30 +1,128 @@
-"""The suites that can crash a process, each in a process of its own. They take minutes, so they begin when pytest begins,
-beside the other tests (conftest.py), and here only their results are awaited and what passed is counted."""
+"""The Triton kernels and `--compile`: suites that can crash a process, each in a process of its own.
+
+They take minutes and what they test changes seldom, so a suite is skipped while tests/kernels/stamp.json holds the hash
+of all that its result depends on: code, the suite itself, the versions of Python, torch and triton. A suite that passes
+writes its hash there, and nothing else does. `pytest --kernels` skips none; a few small cases always run. What runs begins
+when pytest begins, beside the other tests (conftest.py); here its result is awaited, and what passed is counted.
+"""
+import ast
+import hashlib
 import importlib.util
+import json
+import platform
 import re
 import sys
+from importlib.metadata import version
 
 import pytest
-from conftest import begin
+from conftest import REPO, begin
 
-SUITES = {"interpreter": 29, "compile": 1, "inductor": 2}
+sys.path.insert(0, str(REPO / "tests/kernels"))
+import mutants
+
+STAMP = REPO / "tests/kernels/stamp.json"
+KERNELS = {"TILES", "TILES_90", "FLOAT32_TILES", "triton_kernels", "launch", "OPTIONS", "flash_attention",
+           "flash_attention_backward", "_keep_for_backward", "_backward", "_triton"}
+SUITES = {"interpreter": 38, "compile": 2, "mutants": 4, "inductor": 2}         # and how many tests each has
+SMALL = "one_query or own_reaches or checkpointing"             # of the interpreter's
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="triton runs on Linux only; inductor wants a C++ compiler")
 
 
-def start(suite):
-    return begin(suite, "-m", "pytest", "-s", "--disable-warnings", f"tests/kernels/{suite}.py")
+def code_of(file, names=None):
+    """A file's top-level definitions, or those of some names, without comments and docstrings."""
+    kept = []
+    for node in ast.parse((REPO / file).read_text()).body:
+        bound = {target.id for target in getattr(node, "targets", []) if isinstance(target, ast.Name)}
+        if names is None or names & (bound | {getattr(node, "name", None)}):
+            kept.append(node)
+    for node in ast.walk(ast.Module(kept, [])):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
+            node.body[0] = ast.Pass()
+    return "\n".join(map(ast.unparse, kept))
+
+
+def hash_of(suite):
+    """Of all that the result of a suite depends on. What compiles whole blocks depends on more than the kernels."""
+    parts = [platform.python_version(), version("torch"), version("triton"), code_of("tests/cases.py")]
+    parts += [code_of(f"tests/kernels/{name}.py") for name in {suite, "interpreter", "descriptors"}]
+    if suite == "inductor":
+        parts += [code_of("model.py"), code_of("train.py")]
+    else:
+        parts += [code_of("model.py", KERNELS)]
+    return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()[:16]
+
+
+def stamped(suite, config):
+    """Whether it has passed as it is."""
+    return not config.option.kernels and STAMP.is_file() and json.loads(STAMP.read_text()).get(suite) == hash_of(suite)
+
+
+def write_stamp(suite, passed):
+    stamps = json.loads(STAMP.read_text()) if STAMP.is_file() else {}
+    STAMP.write_text(json.dumps(stamps | {suite: passed}, indent=1, sort_keys=True) + "\n")
+
+
+def start(suite, *more):
+    return begin(suite, "-m", "pytest", "-s", "--disable-warnings", f"tests/kernels/{suite}.py", *more)
 
 
 def begin_early(item):
-    start(item.callspec.params["suite"])
+    suite = getattr(item, "callspec", None) and item.callspec.params["suite"]
+    if suite and not stamped(suite, item.config):
+        start(suite)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="triton runs on Linux only; inductor wants a C++ compiler")
-@pytest.mark.parametrize("suite, count", SUITES.items())
-def test_suite(suite, count):
-    assert importlib.util.find_spec("triton"), "pip install -r requirements-dev.txt brings triton"
-    process, said = start(suite)
+def passed_of(process, said):
+    """How many tests of a suite that has begun have passed; what it said is printed (pytest -rP shows it)."""
     code = process.wait(timeout=1200)
     said.seek(0)
     text = said.read()
-    print(text[-30000:])                                        # the register table: pytest -rP shows it
-    assert code == 0 and re.search(rf"= {count} passed(, \d+ warnings)? in", text)
+    print(text[-30000:])
+    assert code == 0
+    return int(re.search(r"= (\d+) passed", text)[1])
+
+
+@on_linux
+@pytest.mark.parametrize("suite", SUITES)
+def test_suite(suite, pytestconfig):
+    assert importlib.util.find_spec("triton"), "pip install -r requirements-dev.txt brings triton"
+    if stamped(suite, pytestconfig):
+        pytest.skip("has passed as it is (tests/kernels/stamp.json); --kernels runs it again")
+    tested = hash_of(suite)
+    assert passed_of(*start(suite)) == SUITES[suite]
+    assert hash_of(suite) == tested, "the code has changed while it was tested"
+    write_stamp(suite, tested)
+
+
+@on_linux
+def test_small_cases():
+    words = ["-m", "pytest", "-s", "--disable-warnings", "tests/kernels/interpreter.py", "-k", SMALL]
+    assert passed_of(*begin("small cases", *words)) == 4
+
+
+def test_a_stamp_knows_what_it_stands_for(tmp_path, monkeypatch):
+    """Comments, docstrings and other code of model.py change no hash; a tile, a kernel or another triton does."""
+    source, before = (REPO / "model.py").read_text(), {suite: hash_of(suite) for suite in SUITES}
+    monkeypatch.setattr(sys.modules[__name__], "REPO", tmp_path)
+    (tmp_path / "tests").symlink_to(REPO / "tests")
+    (tmp_path / "train.py").symlink_to(REPO / "train.py")
+
+    def changed(old, new):
+        assert old in source
+        (tmp_path / "model.py").write_text(source.replace(old, new))
+        return {suite for suite in SUITES if hash_of(suite) != before[suite]}
+    assert changed("        # This program's queries.\n", "") == set()
+    assert changed('    """The three kernels by name.', '    """Three kernels.') == set()
+    assert changed("class Mapping(nn.Module):", "class Mapping(nn.Module):\n    ours = 1") == {"inductor"}
+    for old, new in (("dq=(128, 64, 8, 3)", "dq=(128, 64, 8, 4)"), ("dq_i = dq_i * scale", "dq_i = dq_i"),
+                     ("tl.where(seen, s,", "tl.where(seen, 2 * s,"), ("delta = torch.empty_like(lse)", "delta = lse")):
+        assert changed(old, new) == {*SUITES}
+    monkeypatch.setattr(sys.modules[__name__], "version", lambda package: "1.0")
+    assert changed("", "") == {*SUITES}
+
+
+def test_every_planted_bug_has_its_place():
+    """A bug whose line has changed would end tests/kernels/mutants.py."""
+    source = (REPO / "model.py").read_text()
+    for bug, (code, change, count) in mutants.MUTANTS.items():
+        assert source.count(code) == count and code != change, bug

@@ -27,17 +27,23 @@ MASKS = {"bidirectional": (False, False), "causal": (True, False), "window": (Tr
 CONFIGURATIONS = list(itertools.product((80, 90), ("forward", "dq", "dkdv"), (32, 64, 128), POINTERS, MASKS))
 
 
-def compile_one(arch, kernel, head_dim, dtype, mask, tile=None):
+def compile_one(arch, kernel, head_dim, dtype, mask, tile=None, second_form=False):
     """-> (registers, stack bytes, spill instructions, shared bytes, HGMMA, HMMA); tile None: the shipped one."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     function = model.triton_kernels()[kernel]
+    if second_form:
+        import descriptors
+        function = descriptors.triton_kernels()[kernel].kernel
     table = model.FLOAT32_TILES if dtype == torch.float32 else model.TILES_90 if arch == 90 else model.TILES
     rows, keys, warps, stages = tile or table[head_dim][kernel]
     constants = dict(zip(("D", "CAUSAL", "WINDOW", "BM", "BN"), (head_dim, *MASKS[mask], rows, keys)))
     types = dict(lse="*fp32", delta="*fp32", cu_q="*i32", cu_k="*i32", scale="fp32", total="i32", heads="i32",
                  kv_heads="i32", window="i32") | dict.fromkeys(constants, "constexpr")
+    if second_form:
+        tensors, side = descriptors.DESCRIBED[kernel]
+        types |= dict.fromkeys(tensors, f"tensordesc<{POINTERS[dtype][1:]}[{constants[side]}, {head_dim}]>")
     names = function.arg_names
     signature = {name: types.get(name, POINTERS[dtype]) for name in names}
     source = ASTSource(fn=function, signature=signature,
