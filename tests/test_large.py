@@ -12,7 +12,7 @@ from test_train import agree, log, weights
 from test_weights import videollama2            # noqa: F401 (a fixture)
 
 from data import Tokenizer
-from model import PRESETS, Exo2Ego, load_checkpoint, newest_checkpoint
+from model import PRESETS, Exo2Ego, autocast, load_checkpoint, newest_checkpoint
 
 RANKS = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
@@ -23,7 +23,7 @@ def test_ddp_equals_fsdp_equals_accumulation(toy, tmp_path, stage):
     (stage 3), in float32. Three steps on two FSDP ranks and two more on one give the same again."""
     args = [*flags(toy, stage), "--steps", 5, "--batch", 8, "--optimizer", "adamw", "--lr", 1e-4, "--save-every", 1, "--keep", 9]
     plain, sharded = tmp_path / "plain", tmp_path / "fsdp"
-    savers = ["--fsdp", *["--checkpoint-activations"] * (stage == 2)]
+    savers = ["--fsdp", "--recompute", "blocks" if stage == 2 else "cheap"]
     run(REPO / "train.py", *args, "--out", plain, "--micro-batch", 4, "--no-eval")
     run(*RANKS, REPO / "train.py", *args, "--out", sharded, *savers)
     agree(plain, sharded)
@@ -34,12 +34,11 @@ def test_ddp_equals_fsdp_equals_accumulation(toy, tmp_path, stage):
     agree(plain, sharded)
 
 
-def test_checkpointed_activations_change_nothing(toy, tmp_path):
-    args = [*flags(toy, 2), "--steps", 3, "--batch", 8, "--no-eval"]
-    run(REPO / "train.py", *args, "--out", tmp_path / "a")
-    run(REPO / "train.py", *args, "--out", tmp_path / "b", "--checkpoint-activations")
-    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
-    assert all(torch.equal(a[n], b[n]) for n in a)
+@pytest.mark.parametrize("recompute", ("cheap", "blocks"))
+def test_what_is_computed_again_changes_nothing(toy, tmp_path, recompute):
+    run(REPO / "train.py", *flags(toy, 2), "--out", tmp_path / "again", "--steps", 3, "--no-eval", "--recompute", recompute)
+    kept, again = weights(toy / "stage2"), weights(tmp_path / "again")
+    assert all(torch.equal(kept[n], again[n]) for n in kept)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "tiled", "reference"])
@@ -47,34 +46,30 @@ def test_checkpointed_activations_change_nothing(toy, tmp_path):
                                                 (3, "bfloat16", 0.95)])
 def test_the_policy_changes_no_bit_and_computes_no_product_again(monkeypatch, stage, dtype, most, backend):
     """What backward computes again gives the same loss and gradients from fewer bytes at the peak, whichever attention is in
-    use. No product is computed again but those of attention written in plain torch; nor is anything with whole blocks kept."""
+    use. `cheap` computes no product again but those of attention written in plain torch."""
     monkeypatch.setenv("EXO2EGO_ATTENTION", backend)
     batch, found = bench.make_batch(stage, PRESETS["toy"]), {}
-    for name, flags_ in (("everything kept", []), ("policy", []), ("whole blocks again", ["--checkpoint-activations"])):
-        objective, trained, run = bench.our_objective(stage, "toy", "--dtype", dtype, *flags_)
-        if name == "everything kept":
-            for block in objective.modules():
-                block.__dict__.pop("forward", None)
+    for recompute in ("none", "cheap", "blocks"):
+        objective, trained, run = bench.our_objective(stage, "toy", "--dtype", dtype, "--recompute", recompute)
         with bench.Meter([*objective.parameters(), *objective.buffers()]) as meter:
-            with run.autocast():
+            with autocast(run.device, run.bf16):
                 loss = objective(batch, float(batch.weights.sum()), batch.samples)["loss"]
             loss.backward()
-        found[name] = loss, [p.grad for p in trained.values()], meter
-    loss, grads, plain = found["everything kept"]
+        found[recompute] = loss, [p.grad for p in trained.values()], meter
+    loss, grads, plain = found["none"]
     for other, theirs, _ in found.values():
         assert torch.equal(loss, other) and all(torch.equal(a, b) for a, b in zip(grads, theirs, strict=True))
     if backend == "sdpa":
-        assert found["policy"][2].flops == plain.flops < found["whole blocks again"][2].flops
-        assert found["whole blocks again"][2].most < found["policy"][2].most < most * plain.most
+        assert found["cheap"][2].flops == plain.flops < found["blocks"][2].flops
+        assert found["blocks"][2].most < found["cheap"][2].most < most * plain.most
 
 
 def test_bfloat16_weights_on_any_cpu(toy, tmp_path):
     """Frozen weights are stored in bfloat16, trained ones in float32; the loss is float32's to 2 %."""
-    args = [*flags(toy, 2), "--steps", 3, "--batch", 8]
-    run(REPO / "train.py", *args, "--out", tmp_path / "a", "--no-eval")
-    _, out, _ = run(REPO / "train.py", *args, "--out", tmp_path / "b", "--dtype", "bfloat16", "--checkpoint-activations")
-    assert "ego narrations exact:" in out and "ego narrations exact:" in run(REPO / "eval.py", "--ckpt", tmp_path / "b", "--data", toy / "toy")[1]
-    for a, b in zip(log(tmp_path / "a"), log(tmp_path / "b")):
+    _, out, _ = run(REPO / "train.py", *flags(toy, 2), "--out", tmp_path / "b", "--steps", 3, "--dtype", "bfloat16")
+    assert "ego narrations exact:" in out
+    assert "ego narrations exact:" in run(REPO / "eval.py", "--ckpt", tmp_path / "b", "--data", toy / "toy")[1]
+    for a, b in zip(log(toy / "stage2"), log(tmp_path / "b"), strict=True):
         assert abs(a["loss"] - b["loss"]) < 0.02 * a["loss"]
     kinds = {n.split(".")[0]: t.dtype for n, t in weights(tmp_path / "b").items()}
     assert kinds["ego_vit"] == kinds["F"] == torch.float32 and kinds["exo_vit"] == torch.bfloat16

@@ -105,10 +105,15 @@ def serve(requests):
         requests.send(str(os.waitstatus_to_exitcode(status)).encode())
 
 
-def play(words):
+def compiled(path):
+    """A program's code as a main module."""
+    return importlib.machinery.SourceFileLoader("__main__", path).get_code("__main__")
+
+
+def play(words, programs):
     """Run a program as the main module: the exit status that Python would give it."""
     path = str(Path(words[0]).resolve())
-    code = importlib.machinery.SourceFileLoader("__main__", path).get_code("__main__")
+    code = programs.get(path) or compiled(path)
     main = types.ModuleType("__main__")
     main.__dict__.update(__file__=path, __builtins__=__builtins__)
     # A new process would not have it under its own name, too.
@@ -137,12 +142,14 @@ def main():
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     import train                                                # and with it torch and the three other files
     import torch._dynamo                                        # which torch imports when an optimiser is made
+    # A file that is edited while the tests run changes none of its commands, nor some of its parts.
+    programs = {path: compiled(path) for path in PROGRAMS}
     os.environ.clear()
     os.environ.update(variables)
     assert len(os.listdir("/proc/self/task")) == 1, "an import has started a thread, which forks would lack"
     # What the garbage collector leaves alone stays shared among all forks.
     gc.freeze()
-    status = play(serve(socket.socket(fileno=int(sys.argv[1]))))
+    status = play(serve(socket.socket(fileno=int(sys.argv[1]))), programs)
     # The end of a Python process, but for taking two thousand modules apart.
     threading._shutdown()
     atexit._run_exitfuncs()

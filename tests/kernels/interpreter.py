@@ -8,6 +8,7 @@ offset reads the memory of the process (tests/test_kernels.py starts it as a pro
 """
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -110,23 +111,22 @@ def test_reruns_are_bit_equal_and_strides_do_not_matter():
     assert torch.equal(sliced, model.attention(*(t.contiguous() for t in qkv), seg, causal=True, backend="triton"))
 
 
-@pytest.mark.parametrize("whole_blocks", [False, True])
-def test_under_activation_checkpointing_gradients_are_the_plain_ones(monkeypatch, whole_blocks):
-    """The policy keeps the kernel's result, so its forward runs once; where whole blocks are computed again, twice."""
+def test_the_kernels_are_one_operator_to_what_computes_again(monkeypatch):
+    """`cheap` keeps the kernel's result, so its forward runs once; `blocks` runs it again. The gradients are the same bits."""
     import bench
+    toy = replace(model.PRESETS["toy"], frames=2, vit_layers=2, layers=1)
+    monkeypatch.setitem(model.PRESETS, "toy", toy)
     monkeypatch.setenv("EXO2EGO_ATTENTION", "triton")
     launched, launch = [], model.launch
     monkeypatch.setattr(model, "launch", lambda kernel, *rest: launched.append(kernel) or launch(kernel, *rest))
-    batch = bench.make_batch(1, model.PRESETS["toy"], clips=1, text=(8, 9))
-    objective, trained, _ = bench.our_objective(1, "toy", *["--checkpoint-activations"] * whole_blocks)
-    results = []
-    for _ in range(2):
+    batch, results = bench.make_batch(1, toy, clips=1, text=(8, 9)), []
+    for recompute, forwards in (("none", 1), ("cheap", 1), ("blocks", 2)):
+        launched.clear()
+        objective, trained, _ = bench.our_objective(1, "toy", "--recompute", recompute)
         loss = objective(batch, float(batch.weights.sum()), batch.samples)["loss"]
         results.append(torch.autograd.grad(loss, list(trained.values())))
-        for block in objective.modules():                       # the second time, as if there were no policy
-            block.__dict__.pop("forward", None)
-    for ours, plain in zip(*results):
-        assert torch.equal(ours, plain)
-    layers = len(objective.model.exo_vit.blocks) + len(objective.model.decoder.blocks)
-    assert launched.count("forward") == layers * (3 if whole_blocks else 2)
-    assert launched.count("dq") == launched.count("dkdv") == 2 * layers
+        layers = len(objective.model.exo_vit.blocks) + len(objective.model.decoder.blocks)
+        assert launched.count("forward") == layers * forwards
+        assert launched.count("dq") == launched.count("dkdv") == layers
+    for kept, *again in zip(*results, strict=True):
+        assert all(torch.equal(kept, other) for other in again)
