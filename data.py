@@ -209,7 +209,7 @@ class Tokenizer:
 
     def encode(self, text) -> list:
         """Text to ids, without <s> or </s>; control tokens written out in the text stay plain text."""
-        return self.sp.encode(whole_text(text, "a text"))
+        return self.sp.encode(whole_text(text, "this input", "text"))
 
     def decode(self, ids: Sequence) -> str:
         """Ids to text; VIDEO, control tokens and ids without a piece of text vanish."""
@@ -359,33 +359,26 @@ class Loader:
 
         # Rows that this stage cannot use are left out and counted, or refused by name.
         self.clips = {"exo": ["exo"], "ego": ["ego"], "pair": ["ego", "exo"], "none": []}[view]
-        self.rows = usable_rows(rows, self)
-        # Where exo clips are read, each camera of a row is a sample.
-        self.cameras = np.array([len(row["exo"]) if "exo" in self.clips else 1 for row in self.rows])
+        self.rows, self.cameras = usable_rows(rows, self)
         self.samples = int(self.cameras.sum())
-        self._epoch = None              # the epoch whose order is kept in self._order
+        self._epoch = None              # the epoch whose order is kept
 
     def sample(self, index):
-        """Global sample number -> (row, camera)."""
+        """Global sample number -> (row, camera). An epoch has every sample once: rows in random order for training, and
+        the cameras of a row one after another."""
         # The order of an epoch is made once, and kept until another epoch is asked for.
         epoch, place = divmod(index, self.samples)
         if epoch != self._epoch:
-            self._order = self._samples_of(epoch)
+            self._order = np.arange(len(self.rows))
+            if self.train:
+                self._order = np.random.default_rng([self.seed, epoch]).permutation(self._order)
+            self._ends = np.cumsum(self.cameras[self._order])       # the samples up to the end of each row
             self._epoch = epoch
-        row, camera = self._order[place]
-        return int(row), int(camera)
-
-    def _samples_of(self, epoch):
-        """Every (row, camera) once, (samples, 2): rows in random order for training, their cameras in a row."""
-        order = np.arange(len(self.rows))
-        if self.train:
-            order = np.random.default_rng([self.seed, epoch]).permutation(order)        # e.g. 2 0 1
-        cameras = self.cameras[order]                                                   # 2 2 2 cameras per row
-        row_of = np.repeat(order, cameras)                                              # 2 2 0 0 1 1
-        # The number of a camera is that of its sample, from the first sample of its row on.
-        first = np.cumsum(cameras) - cameras                                            # 0 2 4
-        camera_of = np.arange(self.samples) - np.repeat(first, cameras)                 # 0 1 0 1 0 1
-        return np.stack([row_of, camera_of], 1)
+        # The first row that ends behind this sample has it.
+        at = np.searchsorted(self._ends, place, side="right")
+        row = int(self._order[at])
+        first = int(self._ends[at] - self.cameras[row])
+        return row, place - first
 
     def batch(self, step) -> list:
         """The micro batches of this rank at this step. In evaluation the last batch may be short."""
@@ -811,7 +804,7 @@ def time_of_frame(video: AnyPath, number) -> float:
     """Seconds from the start of a video to its frame `number`, from 0; behind the last frame the mean rate goes on."""
     times = frame_times(video)
     last = len(times) - 1
-    if finite(number, "a frame's number") <= last:
+    if finite(number, video, "frame") <= last:
         return float(np.interp(number, range(len(times)), times))
     return float(times[-1] + (number - last) / frame_rate(video))
 
@@ -1457,14 +1450,13 @@ class Rows(Sequence):
     of it stays with the asker. Python objects would take five times as much, and in each forked worker again."""
 
     def __init__(self, rows: Iterable = ()):
-        content = bytearray()
-        ends = array("q")
+        self._content = bytearray()
+        self._starts = array("q")
+        self._ends = array("q")
         for row in rows:
-            content += marshal.dumps(row)
-            ends.append(len(content))
-        self._content = content
-        self._ends = np.array(ends, np.int64)
-        self._starts = np.append(0, self._ends)[:-1]
+            self._starts.append(len(self._content))
+            self._content += marshal.dumps(row)
+            self._ends.append(len(self._content))
 
     def __len__(self):
         return len(self._ends)
@@ -1479,8 +1471,8 @@ class Rows(Sequence):
         """The rows at these places; their bytes are not copied."""
         picked = Rows()
         picked._content = self._content
-        picked._starts = self._starts[places]
-        picked._ends = self._ends[places]
+        picked._starts = array("q", map(self._starts.__getitem__, places))
+        picked._ends = array("q", map(self._ends.__getitem__, places))
         return picked
 
 
@@ -1513,6 +1505,7 @@ def read_manifests(paths: Sequence, root=None, allow_outside=False) -> Rows:
 def checked_rows(path, base, allow_outside) -> Iterator:
     """The rows of a manifest, as it is read; DataError names the first line that is wrong."""
     hashes = array("q")
+    path = str(path)
     # Lines end at "\n" alone: other separators of Unicode may stand inside a text.
     for number, line in enumerate(_lines_of(path), 1):
         where = f"{path} line {number}"
@@ -1520,11 +1513,12 @@ def checked_rows(path, base, allow_outside) -> Iterator:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{where} is not JSON ({error}): one object per line") from None
-        check_row(row, where, base, allow_outside)
-        for clip in clips_of(row):
-            clip["video"] = _real_path(base, clip["video"])
+        paths = check_row(row, where, base, allow_outside)
+        for clip, path in zip(clips_of(row), paths):
+            clip["video"] = path
+        row["where"] = where
         hashes.append(hash(row["id"]))
-        yield row | {"where": where}
+        yield row
     if not hashes:
         raise DataError(f"{path} is empty: it needs one JSON object per line")
     # A message, a skip list or an answer names a row by its id.
@@ -1584,51 +1578,63 @@ def _real_path(base, video):
     return os.path.realpath(os.path.join(base, video.replace("\0", "?")))
 
 
-def check_row(row, where, base, allow_outside):
-    """DataError if something in a row is not as a manifest promises; it names the first field that is wrong."""
+def check_row(row, where, base, allow_outside) -> list:
+    """The absolute paths of a row's clips; DataError names the first field that is not as a manifest promises."""
     # What every row has, or may have.
     if not isinstance(row, dict) or not isinstance(row.get("id"), str):
         raise DataError(f'{where} lacks "id" (a string)', "no id")
     if not isinstance(row.get("exo", []), list):
         raise DataError(f'{where}: "exo" must be a list of clips', "no clip")
-    whole_text(row["id"], f'{where}: "id"')
-    whole_text(row.get("text", ""), f'{where}: "text"')
+    whole_text(row["id"], where, "id")
+    whole_text(row.get("text", ""), where, "text")
     # A manifest from elsewhere must not read files outside its folder.
+    paths = []
     for clip in clips_of(row):
         _check_clip(clip, where)
-        inside = _real_path(base, clip["video"]).startswith(os.path.join(base, ""))
-        if not allow_outside and not inside:
+        path = _real_path(base, clip["video"])
+        if not (allow_outside or _is_inside(base, path)):
             raise DataError(f"{where}: {clip['video']} is outside {base}: pass --root or --allow-outside", "outside")
+        paths.append(path)
+    if "turns" in row:
+        _check_turns(row["turns"], where)
+    return paths
+
+
+@lru_cache(1 << 16)
+def _is_inside(folder, path):
+    return path.startswith(os.path.join(folder, ""))
+
+
+def _check_turns(turns, where):
     # A conversation has a question and an answer in every turn, and one video. Only the last question may be open.
-    turns = row.get("turns", [])
     if not isinstance(turns, list) or not all(map(_is_turn, turns)) or not all("assistant" in t for t in turns[:-1]):
         raise DataError(f'{where}: "turns" is a list of {{"user": ..., "assistant": ...}}', "no turn")
     for turn in turns:
         for speaker, said in turn.items():
-            whole_text(said, f'{where}: "{speaker}"')
+            whole_text(said, where, speaker)
     if video_marks(turns) > 1:
         raise DataError(f"{where} has more than one <video> mark: a row shows one video", "marks")
 
 
-def whole_text(text, what):
+def whole_text(text, where, name):
     """A text of a file, as it was promised: a string of whole characters, which a tokenizer can read."""
     if not isinstance(text, str):
-        raise DataError(f"{what} must be a string, it is {str(text)[:60]!r}", "no text")
+        raise DataError(f'{where}: "{name}" must be a string, it is {str(text)[:60]!r}', "no text")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         # JSON can spell half of a pair; bytes of a command line that are no UTF-8 become one as well.
         half = ascii(error.object[error.start:error.end])
-        raise DataError(f"{what} has half of a character ({half}): write it whole, as UTF-8",
+        raise DataError(f'{where}: "{name}" has half of a character ({half}): write it whole, as UTF-8',
                         "half of a character") from None
     return text
 
 
-def finite(number, what):
+def finite(number, where, name):
     """A number of a file, as it was promised: neither a text nor true, NaN or infinite."""
-    # NaN is not less than anything.
-    if isinstance(number, bool) or not isinstance(number, (int, float)) or not abs(number) < 1e15:
-        raise DataError(f"{what} is {str(number)[:60]!r}, not a number", "no number")
+    # NaN is neither more nor less than anything.
+    if type(number) not in (int, float) or not -1e15 < number < 1e15:
+        raise DataError(f'{where}: "{name}" is {str(number)[:60]!r}, not a number', "no number")
     return number
 
 
@@ -1650,28 +1656,32 @@ def _check_clip(clip, where):
     if not isinstance(clip, dict) or not isinstance(clip.get("video"), str):
         raise DataError(f'{where}: a clip lacks "video" (a path)', "no clip")
     # A key that nothing reads may hold the times of the clip.
-    strange = sorted(set(clip) - CLIP_KEYS)
-    if strange:
-        raise DataError(f"{where}: a clip has {', '.join(map(repr, strange))}, which nothing reads: its times are "
-                        f'"start" and "end", in seconds; notes belong beside the clip, into the row', "strange key")
+    if not clip.keys() <= CLIP_KEYS:
+        strange = ", ".join(map(repr, sorted(clip.keys() - CLIP_KEYS)))
+        raise DataError(f'{where}: a clip has {strange}, which nothing reads: its times are "start" and "end", in '
+                        f'seconds; notes belong beside the clip, into the row', "strange key")
     # Times are finite numbers, and a clip has a length.
-    times = [clip[key] for key in ("start", "end") if clip.get(key) is not None]
-    for seconds in times:
-        finite(seconds, f'{where}: a time of {clip["video"]} (seconds)')
-    if len(times) == 2 and times[0] >= times[1]:
-        raise DataError(f"{where}: {clip['video']} from {times[0]} to {times[1]} s has zero length", "zero length")
+    start = clip.get("start")
+    end = clip.get("end")
+    if start is not None:
+        finite(start, where, "start")
+    if end is not None:
+        finite(end, where, "end")
+    if start is not None and end is not None and start >= end:
+        raise DataError(f"{where}: {clip['video']} from {start} to {end} s has zero length", "zero length")
     # A folder of images has a rate of its own.
-    fps = finite(clip.get("fps", 1), f'{where}: "fps"')
-    if not 0 < fps < 1000:
-        raise DataError(f'{where}: "fps" is {fps!r}: images per second, more than 0', "no rate")
+    if "fps" in clip and not 0 < finite(clip["fps"], where, "fps") < 1000:
+        raise DataError(f'{where}: "fps" is {clip["fps"]!r}: images per second, more than 0', "no rate")
 
 
-def usable_rows(rows, loader) -> Rows:
-    """The rows that a loader can read. Training leaves out, and counts, rows without a text (unless none has one: that
-    is a wrong manifest) and rows whose text the model has no room for; a benchmark must not leave out any.
+def usable_rows(rows, loader):
+    """-> the rows that a loader can read, and how many samples each one has: where exo clips are read, one per camera.
+
+    Training leaves out, and counts, rows without a text (unless none has one: that is a wrong manifest) and rows whose
+    text the model has no room for; a benchmark must not leave out any. DataError names the first row at fault.
     """
     rows = rows if isinstance(rows, Rows) else Rows(rows)
-    kept, textless, long = [], [], []
+    kept, samples, textless, long = array("q"), array("q"), [], []
     for place, row in enumerate(rows):
         chats = chats_of(row, loader.supervise)
         # Stage 2 learns from pairs without a text as well.
@@ -1683,12 +1693,13 @@ def usable_rows(rows, loader) -> Rows:
                 raise DataError(_lacks(row, key))
         if loader.train and not all("assistant" in turns[-1] for turns in chats):
             raise DataError(f"{_name_of(row)} ends with a question: training needs its answer")
-        if is_too_long(row, loader.supervise, loader.tokenizer, loader.video_tokens, loader.cfg):
+        if any(_is_too_long(turns, loader.tokenizer, loader.video_tokens, loader.cfg) for turns in chats):
             long.append(place)
-        else:
-            kept.append(place)
+            continue
+        kept.append(place)
+        samples.append(len(row["exo"]) if "exo" in loader.clips else 1)
     if textless:
-        if not loader.train or not (kept or long):
+        if not loader.train or len(textless) == len(rows):
             raise DataError(_lacks(rows[textless[0]], "text"))
         print(f"{len(textless)} of {len(rows)} rows have no text: left out, only stage 2 uses them")
     if long:
@@ -1696,7 +1707,7 @@ def usable_rows(rows, loader) -> Rows:
         if not loader.train or not kept:
             raise DataError(f"{first}, with {loader.video_tokens} of its video: shorten its text")
         print(f"{len(long)} of {len(rows) - len(textless)} rows are too long and left out: {first}")
-    return rows if len(kept) == len(rows) else rows.pick(kept)
+    return rows.pick(kept), np.array(samples)
 
 
 def _lacks(row, key):
@@ -1705,14 +1716,16 @@ def _lacks(row, key):
 
 def is_too_long(row, supervise, tokenizer, video_tokens, cfg):
     """Whether a chat of this row has more tokens than the model reads."""
-    for turns in chats_of(row, supervise):
-        # A text has no more tokens than bytes, and the template adds less than 64 to it: most chats are short.
-        most = sum(len(said.encode()) + 64 for turn in turns for said in turn.values())
-        if video_tokens + most > cfg.max_length:
-            ids, _ = tokenizer.chat(turns, video_tokens)
-            if len(ids) > cfg.max_length:
-                return True
-    return False
+    return any(_is_too_long(turns, tokenizer, video_tokens, cfg) for turns in chats_of(row, supervise))
+
+
+def _is_too_long(turns, tokenizer, video_tokens, cfg):
+    # A text has no more tokens than bytes, and the template adds less than 64 to it: most chats are short.
+    most = sum(len(said.encode()) + 64 for turn in turns for said in turn.values())
+    if video_tokens + most <= cfg.max_length:
+        return False
+    ids, _ = tokenizer.chat(turns, video_tokens)
+    return len(ids) > cfg.max_length
 
 
 ROW_KEYS = {"id", "ego", "exo", "text", "turns", "source", "where"}
@@ -2389,7 +2402,7 @@ def ego_exo4d(files, options):
         if not ego or not exo:
             files.count["take without an ego or exo video"] += 1
             return
-        length = finite(take["duration_sec"], "duration_sec")
+        length = finite(take["duration_sec"], files.where, "duration_sec")
         files.count["takes"] += 1
         # Clips are as long as an annotator's pace says (or that of all annotators of the take).
         for annotation in annotations:
@@ -2610,8 +2623,8 @@ def egoexolearn(files, options):
         video = files.video(f"{row['video_uid']}.mp4")
         # Some annotated segments end after the video.
         length = _length_of(files.root / video)
-        start = finite(float(row["start_sec"]), "start_sec")
-        end = finite(float(row["end_sec"]), "end_sec")
+        start = finite(float(row["start_sec"]), files.where, "start_sec")
+        end = finite(float(row["end_sec"]), files.where, "end_sec")
         if not start < min(end, length):
             files.count["beyond the video's end"] += 1
             return
@@ -2733,8 +2746,8 @@ def egoclip(files, options):
     spans two stays in that of its middle. Ids are row numbers from 0, as in EgoVLP. Dropped, if they are there
     (the released file has none): #unsure, and texts under 3 words, tag included."""
     def rows(row):
-        start = max(0.0, finite(float(row["clip_start"]), "clip_start"))
-        end = finite(float(row["clip_end"]), "clip_end")
+        start = max(0.0, finite(float(row["clip_start"]), files.where, "clip_start"))
+        end = finite(float(row["clip_end"]), files.where, "clip_end")
         if "#unsure" in row["clip_text"].lower() or len(row["clip_text"].split()) < 3 or not start < end:
             files.count["unsure, short or without length"] += 1
             return
@@ -2786,7 +2799,7 @@ def conversations(files, options):
         speakers, texts = [], []
         for message in record["conversations"]:
             speakers.append(roles[message["from"]])
-            text = whole_text(message["value"], f'{files.where}: a "value"')
+            text = whole_text(message["value"], files.where, "value")
             texts.append(_without_marks(text) if speakers[-1] == "user" else text.strip())
         # What the system says leads the first question.
         system = {}
