@@ -1,14 +1,16 @@
 """The network of Exo2Ego (arXiv 2503.09143): first-person video read through a learned third-person view.
 
-Read this file first, then data.py, train.py and eval.py, each of them down to its stop line. From attention to
-`Exo2Ego.generate`:
+Read this file first, then data.py, train.py and eval.py, each of them down to its stop line. The parts of the network
+stand in the order in which a clip passes them:
 
     pixels -> ViT (CLIP) -> patch features -> [Mapping F: ego -> exo] -> Connector (STC) -> Decoder -> text
 
 Two visual encoders see the world: exo, the demonstrator, and ego, the learner. A visual encoder is a ViT and the
-connector behind it. The decoder reads [con_ego(x) ; con_exo(F(x))], so inference needs the ego video alone. Shapes at
-the right margin are those of the `7b` preset; in docstrings B is clips, T frames, h x w patches, D the ViT's width, n
-visual tokens, W the decoder's width.
+connector behind it; x and y are what the ego and the exo ViT give. The decoder reads [con_ego(x) ; con_exo(F(x))],
+where con_ego and con_exo are the two connectors, so inference needs the ego video alone.
+
+Shapes at the right margin are those of the `7b` preset. In docstrings B is a number of clips, T of frames, h x w of
+patches, n of the visual tokens that one connector gives for a clip; D is the ViT's width, W the decoder's.
 
     python model.py --check-attention           # what this machine can run, against the formula
     python model.py --export-hf CKPT DIR        # its decoder and ViTs as directories that transformers loads
@@ -45,7 +47,7 @@ if sys.version_info < (3, 11):
              f"newer one")
 
 AnyPath = str | os.PathLike
-# The id that stands for one visual token. It never reaches sentencepiece or the embedding.
+# The id that stands for one visual token. It is no word: the visual token takes the place of an embedding.
 VIDEO = -1
 # The label of a token that is not supervised.
 IGNORE = -100
@@ -145,7 +147,8 @@ class Segments:
     """Where each sequence of a packed batch starts and ends. The batch holds no padding.
 
     `q_lens` and `k_lens` are integers on the host, so that a loop never waits for a GPU. `cu_q` and `cu_k` are their
-    running sums, int32 on the device. Queries stand at the end of their keys: with a KV cache there are more keys.
+    running sums, int32 on the device. With a KV cache a sequence has more keys than queries: the queries are its last
+    positions.
     """
     q_lens: tuple[int, ...]
     k_lens: tuple[int, ...]
@@ -187,10 +190,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, seg: Segments, *, causal: bool, w
               scale: float | None = None, backend: str = "auto") -> Tensor:
     """softmax(q k^T * scale) v inside each segment; the only attention in this repository.
 
-    q (Tq, H, D), k and v (Tk, HK, D) -> (Tq, H, D), where HK divides H (grouped queries). Causal attention is
-    aligned at the bottom right: query i sees key j iff i - window < j <= i; window=1 sees itself only and needs
-    causal. A row without keys gives zeros. ValueError names the argument that does not fit. EXO2EGO_ATTENTION in
-    the environment replaces "auto".
+    q (Tq, H, d), k and v (Tk, HK, d) -> (Tq, H, d): d is the width of a head, and HK divides H (grouped queries). If
+    causal, a query at position i of its sequence sees the keys at j <= i, with a window only those at j > i - window.
+    A query without keys gives zeros. ValueError names the argument that does not fit. EXO2EGO_ATTENTION in the
+    environment replaces "auto".
     """
     if backend == "auto":
         half_on_gpu = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
@@ -207,7 +210,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, seg: Segments, *, causal: bool, w
 
 
 def _reference(q, k, v, causal, window, scale):
-    """The formula, in any dtype: every other backend is tested against it in float64."""
+    """The formula for whole sequences, q (B, H, lq, d), k and v (B, HK, lk, d), in any dtype: every other backend is
+    tested against it in float64."""
     lq, lk = q.shape[2], k.shape[2]
     # Heads that share a key get a copy each.
     group = q.shape[1] // k.shape[1]
@@ -234,7 +238,7 @@ def _visible(queries: range, keys: range, window, device) -> Tensor:
 # -------------------------------------------------------------------------------------------------------------- 3 ViT
 class ViTBlock(nn.Module):
     """Transformer block with norms first and quick-GELU, as CLIP's."""
-    # The block's own name for attention: one block can be given another one.
+    # An attribute, so that the attention of one block can be exchanged.
     attention = staticmethod(attention)
 
     def __init__(self, width, heads, mlp_dim):
@@ -313,8 +317,9 @@ class ViT(nn.Module):
 class ConvNorm(nn.Module):
     """1x1 or depthwise 3x3 convolution and LayerNorm over channels: (N, h, w, C) -> (N, h, w, C').
 
-    Channels are last, where LayerNorm wants them. So a 1x1 convolution is a linear layer; nn.Conv2d holds its weight
-    in the published shape and is not called. Names (conv, bn, se, b1, ...) are those of timm's files. """
+    Channels are last, where LayerNorm wants them. So a 1x1 convolution is a linear layer, whose weight nn.Conv2d
+    holds in the published shape. Names (conv, bn, se, b1, ...) are those of timm's files.
+    """
     def __init__(self, c_in: int, c_out: int, kernel: int):
         super().__init__()
         groups = 1 if kernel == 1 else c_in
@@ -345,8 +350,8 @@ class SqueezeExcite(nn.Module):
 class RegNetBlock(nn.Module):
     """The block of VideoLLaMA2's STC (timm's RegStage): 1x1, depthwise 3x3, squeeze-excite, 1x1, residual, SiLU.
 
-    Our choice: the last norm's weight starts at zero, so that a new block passes on its (widened) input; otherwise a
-    connector that starts from random weights does not train.
+    Our choice: the last norm's weight starts at zero, so that a new block gives SiLU of its (widened) input;
+    otherwise a connector that starts from random weights does not train.
     """
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
@@ -408,6 +413,7 @@ class Connector(nn.Module):
         # An odd side loses its last, as in the convolution.
         t, h, w = (side // 2 * 2 for side in x.shape[1:4])
         x = x[:, :t, :h, :w]
+        # The weight has the axes (out, d, i, j, k): a cube is flattened in the same order.
         cubes = rearrange(x, "b (t i) (h j) (w k) d -> b t h w (d i j k)", i=2, j=2, k=2)
         return activation(nnf.linear(cubes, conv.weight.flatten(1), conv.bias))
 
@@ -420,7 +426,8 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class ResBlock(nn.Module):
-    """conv-norm-relu-conv-norm plus identity (N, 512, 6, 6): CycleGAN's generator, F and G, stacks nine of these."""
+    """conv-norm-relu-conv-norm plus identity (N, 512, 6, 6). F and G stack nine of these each, as CycleGAN's
+    generator."""
     def __init__(self, width):
         super().__init__()
         self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
@@ -452,9 +459,11 @@ class FCBlock(nn.Module):
 class Mapping(nn.Module):
     """F: ego -> exo or G: exo -> ego on the ViT's patches, frame by frame: (B, T, h, w, D) -> the same shape.
 
-    CycleGAN's generator: 1x1 convolution, stride-2 convolutions, ResNet blocks (nine in the paper), up-convolutions,
-    1x1 convolution; a LayerNorm ends it. Widths and norms are our choice. Kind "mlp" has FC blocks in the place of
-    the ResNet blocks. There is no skip connection around it all: F must not start as a copy (measured). """
+    CycleGAN's generator: 1x1 convolution, stride-2 convolutions, ResNet blocks (nine in the paper), up-convolutions, 1x1
+    convolution; a LayerNorm ends it. Widths and norms are our choice. Kind "mlp" has FC blocks in the place of the
+    ResNet blocks. There is no skip connection around it all: with one, F starts as a copy of x and stays near it
+    (measured).
+    """
     def __init__(self, cfg: ModelConfig, kind="resnet"):
         super().__init__()
         if kind not in ("resnet", "mlp"):
@@ -483,10 +492,11 @@ class Mapping(nn.Module):
 
 
 def feature_kl(exo: Tensor, estimate: Tensor) -> Tensor:
-    """KL(exo || F(ego)) of each sample: features (B, n, C) -> (B,).
+    """KL(exo || F(ego)) of each pair: visual tokens (B, n, W) of both -> (B,).
 
-    A token becomes a distribution by LayerNorm and softmax over its channels; the mean over tokens is taken. This is
-    our choice (measured): the paper does not say how features become distributions. """
+    A token becomes a distribution over its channels by LayerNorm and softmax; the mean over tokens is taken. This is
+    our choice (measured): the paper does not say how features become distributions.
+    """
     channels = exo.shape[-1:]
     log_p = nnf.log_softmax(nnf.layer_norm(exo.float(), channels), dim=-1)
     log_q = nnf.log_softmax(nnf.layer_norm(estimate.float(), channels), dim=-1)
@@ -496,8 +506,8 @@ def feature_kl(exo: Tensor, estimate: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------------------- 6 decoder
 class LoRALinear(nn.Linear):
-    """y = x W^T, plus alpha / rank * dropout(x) A^T B^T once `add_lora` was called. A and B are float32: with a
-    bfloat16 W it runs under `autocast`."""
+    """A linear layer, plus alpha / rank * dropout(x) A^T B^T once `add_lora` was called. A and B are float32 always.
+    Where the layer's own weight is bfloat16, call it under `autocast`, which multiplies in one dtype."""
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         self.register_parameter("lora_a", None)
@@ -576,7 +586,8 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(cfg.width, eps=cfg.norm_eps)
         self.lm_head = nn.Linear(cfg.width, cfg.vocab, bias=False)
 
-        # Word embeddings as large as visual tokens: otherwise either would drown the other.
+        # Word embeddings as large as what a fresh connector gives: otherwise words or visual tokens would drown the
+        # others.
         nn.init.normal_(self.embedding.weight, std=0.5)
         for name, weight in self.blocks.named_parameters():
             if weight.ndim == 2:
@@ -597,8 +608,8 @@ class Decoder(nn.Module):
         angle = positions[:, None].float() * self.cfg.rope_theta ** (-channel / half)
         cos = angle.cos()[:, None]                                          # (tokens, 1, 64)
         sin = angle.sin()[:, None]
-        # Each block adds its keys and values to the cache, if there is one. When the last block has, it is that
-        # longer.
+        # Each block appends its keys and values to the cache, if there is one. Its lengths change after the last
+        # block.
         x = embeddings
         for block in self.blocks:
             x = block(x, seg, cos, sin, cache)
@@ -636,12 +647,12 @@ class Decoder(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------- 7 Exo2Ego
 class Views(NamedTuple):
-    """What the ego and the exo view of some clips give: E moments, seen in E ego clips and X exo clips."""
-    visual: Tensor                      # (E or X, n, W) what the decoder reads
+    """What E ego clips and X exo clips give. (A moment has one ego clip and may have several exo clips.)"""
+    visual: Tensor                      # what the decoder reads: (E, 2 n, W) with F, (E, n, W) or (X, n, W) without
     x: Tensor | None = None             # (E, T, h, w, D) ego features
     y: Tensor | None = None             # (X, T, h, w, D) exo features
-    fx: Tensor | None = None            # (E, T, h, w, D) F(x): the moment's exo features, as x lets them be guessed
-    estimate: Tensor | None = None      # (E, n, W) con_exo(F(x)): that guess in the decoder's words
+    fx: Tensor | None = None            # (E, T, h, w, D) F(x): the exo features that F predicts
+    estimate: Tensor | None = None      # (E, n, W) con_exo(F(x)): their visual tokens
 
 
 class Exo2Ego(nn.Module):
@@ -650,9 +661,10 @@ class Exo2Ego(nn.Module):
     How its weights start, where nothing is loaded (what is not named has torch's default):
 
         ViT                 class token and positions: normal, 1 / sqrt(D)
-        Connector           last norm of each RegNet block: 0, so that a block passes on its input
-        F, G                all as torch has it; the LayerNorm at the end starts with gain 1
-        Decoder             embedding: normal, 0.5; linear layers: normal, 1 / sqrt(W), smaller where they add
+        Connector           gain of each RegNet block's last norm: 0, so that a block gives SiLU of its input
+        F, G                all as torch has it
+        Decoder             embedding: normal, 0.5; linear layers of blocks: normal, 1 / sqrt(W), smaller where they
+                            add to the residual stream
         LoRA                A uniform within 1 / sqrt(width in), B zero
     """
     def __init__(self, cfg: ModelConfig):
@@ -667,8 +679,8 @@ class Exo2Ego(nn.Module):
         self.add(cfg.mapping, cfg.lora)
 
     def add(self, mapping: str = "none", lora: bool = False):
-        """Add what later stages bring: F and G ("resnet" or "mlp"), and the decoder's low-rank updates. They start
-        fresh."""
+        """What a model has beyond the base's parts: F and G ("resnet" or "mlp"), and the decoder's low-rank updates.
+        They start fresh. Call it once, with all that the model is to have."""
         cfg = self.cfg = replace(self.cfg, mapping=mapping, lora=lora)
         if mapping != "none":
             self.F = Mapping(cfg, mapping)
@@ -677,9 +689,8 @@ class Exo2Ego(nn.Module):
             self.decoder.add_lora(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout)
 
     def forward(self, ego: Tensor | None = None, exo: Tensor | None = None) -> Views:
-        """The one way from clips to what the decoder reads and the losses compare: uint8 frames (E, T, 3, S, S) of
-        the ego view, (X, T, 3, S, S) of the exo view, or of both. Where there is ego video, the decoder reads it
-        alone."""
+        """From clips to what the decoder reads and what the losses compare: uint8 frames (E, T, 3, S, S) of the ego
+        view, (X, T, 3, S, S) of the exo view, or of both. Where there is ego video, the decoder reads that alone."""
         y = None
         if exo is not None:
             y = self.patch_features(self.exo_vit, exo)                      # (X, 16, 24, 24, 1024)
@@ -755,11 +766,12 @@ class Exo2Ego(nn.Module):
 
         ids and labels are packed (tokens,); visual (B, n, W) fills the B * n places where ids == VIDEO.
         """
-        # The whole sequences pass the decoder, the supervised positions alone its head.
+        # All positions pass the decoder's blocks. Only those that predict a supervised token pass its head.
         hidden = self.hidden_states(self.insert_visual_tokens(visual, ids), lens, cache)
         labels = labels.to(hidden.device)
         supervised = (labels != IGNORE).nonzero().squeeze(1)
-        # Token t is predicted at position t - 1, in the same sequence: its first token (<s>) is never supervised.
+        # Token t is predicted at position t - 1. That is in the same sequence, since no sequence's first token is
+        # supervised.
         logits = self.decoder.logits(hidden[supervised - 1]).float()        # (supervised, 32000)
         losses = nnf.cross_entropy(logits, labels[supervised], reduction="none")
         return losses.new_zeros(len(labels)).index_copy(0, supervised, losses)
@@ -1072,7 +1084,8 @@ def triton_kernels() -> dict:
 
     One program owns one tile of the result and walks along the other side, so nothing is added atomically and results
     repeat bit for bit. `static_range` unrolls the walk into loops over tiles that are visible whole and over those to
-    be masked (with a window: all). Scores are in base 2, because exp2 is one instruction. """
+    be masked (with a window: all). Scores are in base 2, because exp2 is one instruction.
+    """
     # Triton's interpreter looks for these names among the module's globals.
     global tl, segment_of, head_start, tile_offsets, load, key_range, hide, scores
     try:
@@ -1420,7 +1433,8 @@ def choose_attention(device, dtype, cfg, on_every_rank: Callable | None = None) 
     """Decide what "auto" means, once, at start-up; returns the line to print.
 
     In half precision on a GPU our kernels are taken if they pass a check there. `on_every_rank` runs that check on
-    all ranks of a run, since one choice serves them all. """
+    all ranks of a run, since one choice serves them all.
+    """
     global half_gpu_backend
     half_gpu_backend = "sdpa"
     kind = str(dtype).removeprefix("torch.")
@@ -1484,7 +1498,8 @@ class SharedPrefix(KVCache):
 
     `prefix` holds that one sequence. In the first pass each layer puts its keys and values before those of every
     sequence, which needs one copy per sequence. `keep`: store these copies for later passes. Generating needs them;
-    scoring takes one pass, so a layer's copies can go when the layer is done. """
+    scoring takes one pass, so a layer's copies can go when the layer is done.
+    """
     def __init__(self, prefix: KVCache, sequences: int, keep: bool):
         super().__init__(sequences)
         self.prefix = prefix

@@ -3,8 +3,10 @@
     torchrun train.py --stage 1                        # makes the micro-world and stage 0 if they are missing
     torchrun --nproc_per_node 2 train.py --stage 2     # any number of processes: the same batches
 
-The same command again goes on from the last save, bit for bit. Every step is one object in out/stageN/log.jsonl,
-every validation another. """
+A run saves itself ten times, or every ten minutes. After a kill -9 the same command goes on from the last save, bit
+for bit; Ctrl-C, SIGTERM and other polite signals save first. Every step is one object in out/stageN/log.jsonl, every
+validation another.
+"""
 from __future__ import annotations
 
 import os
@@ -59,7 +61,7 @@ from model import (BLOCKS, PRESETS, Exo2Ego, autocast, checkpoints, choose_atten
 class Stage:
     """What trains, on what, towards what."""
     name: str
-    trains: dict[str, float]            # part -> peak rate, all else is frozen; "extra": what only a loss needs
+    trains: dict[str, float]            # part -> peak rate, all else is frozen; "extra": parameters that a loss brings
     split: str                          # of the micro-world; --data replaces it
     view: str                           # what a sample shows: exo | ego | pair | none
     losses: dict[str, float]            # weight of each term
@@ -74,9 +76,9 @@ class Stage:
     copies: tuple = ()                  # parts that start as a copy: (from, to)
 
 
-# The paper: rates, batches and epochs are its own, and so is Init's warm-up; the loss weights and the other stages'
-# warm-up are our choice. A micro batch is what an 80-GB card takes. Init has a row for its ego half: the exo half is
-# VideoLLaMA2's own training, whose weights come with --base.
+# The paper: rates, batches and epochs are its own, and so is the warm-up of Init (stage 0); the loss weights and the
+# other stages' warm-up are our choice. A micro batch is what an 80-GB card takes. Init has a row for its ego half:
+# the exo half is VideoLLaMA2's own training, whose weights come with --base.
 PAPER = {
     0: (Stage(
         name="init ego",
@@ -95,7 +97,8 @@ PAPER = {
         batch=256, micro=1, epochs=2, floor=0),),
     3: (Stage(
         name="learner self-practice",
-        trains=dict(ego_vit=2e-5, F=2e-5, lora=2e-5),
+        trains=dict(ego_vit=2e-5, F=2e-5, lora=2e-5),           # not ego_connector: it lost stage 2's gain (a trial)
+# not ego_connector: it lost stage 2's gain (a trial)
         split="instruct", view="ego", losses=dict(vtg=1), supervise="turns",
         batch=64, micro=1, epochs=1, floor=0),),
 }
@@ -143,17 +146,18 @@ TOY = {
 
 # --------------------------------------------------------------------------------------------------------- 2 the loop
 def run_stage(run, stage, loader, objective, earlier, steps, folder, log):
-    """Take the `steps` steps of a stage, or those that the checkpoint `folder` has left of them.
+    """Take the `steps` steps of one row of the stage table, or those that the checkpoint `folder` has left of them.
 
-    `step` counts within the stage, from 0. `run_step` counts through all stages of the run, from 1: `earlier` steps
-    came before this stage. """
+    A run has one row, or in the toy's stage 0 four. `step` counts within the row, from 0. `run_step` counts through
+    the run, from 1; `earlier` steps came before this row.
+    """
     trained, first = prepare_objective(run, objective, earlier, folder)
     if run.rank == 0:
         describe(run, objective, loader, steps, log)
     wrapped, trained, optimizers = prepare_training(run, objective, trained)
     validation = validation_loader(run, objective)
     batches = loader.stream(first, steps, run.cfg.workers, run.cfg.overfit, run.cfg.timeout)
-    if first:
+    if first > 0:
         load_optimizers(folder, optimizers, run.rank, run.device)
     keeper = Keeper(run, objective, optimizers, trained, log, earlier + first)
 
@@ -164,9 +168,8 @@ def run_stage(run, stage, loader, objective, earlier, steps, folder, log):
             lr_scale = schedule(step, steps, stage)
             set_rates(optimizers, lr_scale)
 
-            # 2) every loss is divided by what the whole step holds, over micro batches and ranks: count that first.
-            # What one rank has met (a signal, clips that nobody can read) ends the run on all of them, here, between
-            # two steps
+            # 2) count what the whole step holds, over micro batches and ranks: every loss is divided by that. If a
+            # rank got a signal or found nothing to read, all ranks save and leave here, between two steps
             counts = StepCounts.of(micro_batches, run, save=keeper.is_due(run_step))
             keeper.leave_if(keeper.reason_to_leave(counts, micro_batches, seen=(step + 1) * stage.batch))
 
@@ -181,17 +184,18 @@ def run_stage(run, stage, loader, objective, earlier, steps, folder, log):
                     totals[name] = totals.get(name, 0) + value.detach()
             losses = run.mean(totals)
 
-            # 4) clip, refuse NaN by the names of the samples, update
-            norm = nn.utils.clip_grad_norm_(trained.values(), 1.0)
-            norm = float(gather_full_tensor(norm))
+            # 4) clip the gradients; leave if a loss is no number; update
+            norm = float(gather_full_tensor(nn.utils.clip_grad_norm_(trained.values(), 1.0)))
             keeper.leave_if(not_a_number(losses, norm, run_step, micro_batches))
             keeper.begin_update()
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
 
-            # 5) one line of log.jsonl: with it the step is whole
-            row = dict(step=run_step, steps=run.steps, lr=lr_scale * max(stage.trains.values()), grad_norm=norm)
+            # 5) one line of log.jsonl. Only now the step is done: a failure between begin_update and here saves
+            # nothing of it
+            rate = lr_scale * max(stage.trains.values())
+            row = dict(step=run_step, steps=run.steps, lr=rate, grad_norm=norm)
             log.step(step + 1, steps, counts, losses, row)
             keeper.end_update(run_step)
 
@@ -231,7 +235,7 @@ def prepare_objective(run, objective, earlier, folder):
     """Put the objective on its device, with the weights of the checkpoint `folder` if there is one -> what trains, by
     name; how many steps of the stage are done."""
     stage, model = objective.stage, objective.model
-    # A checkpoint may also stand where the stage before it ended: then none of this one's steps are done.
+    # A checkpoint of the row before has fewer steps than `earlier`, or as many: then this row is still to begin.
     done = 0
     if folder:
         done = max(0, read_state(folder)["step"] - earlier)
@@ -253,8 +257,9 @@ def prepare_training(run, objective, trained):
 
 @torch.no_grad()
 def validate(run, objective, loader, step, log):
-    """Text loss per token on the validation clips, the same for any number of ranks. Ranks share the clips, one after
-    another; at the end one that has none left reads the first clip again, which then counts for nothing."""
+    """Text loss per token on the validation clips, the same for any number of ranks. Ranks share the clips in turns.
+    A rank for which no clip is left must all the same run the model, for which the others wait: it reads the first
+    clip again, with a weight of zero."""
     sums = torch.zeros(2, device=run.device)                                # nats, tokens
     objective.eval()
     for i in range(math.ceil(loader.samples / loader.batch_size)):
@@ -264,16 +269,19 @@ def validate(run, objective, loader, step, log):
                 sums += objective.text_sum(batch)
     objective.train()
     total, tokens = run.sum(sums)
-    log.write(dict(step=step, val_loss=total / tokens), f"step {step} | val_loss {total / tokens:.4f}")
+    val_loss = total / tokens
+    log.write(dict(step=step, val_loss=val_loss), f"step {step} | val_loss {val_loss:.4f}")
 
 
 # ------------------------------------------------------------------------------------------------------- 3 objectives
 class Objective(nn.Module):
-    """The losses of a stage. Each term is a sum over samples (or tokens), divided by what the whole step holds, so
-    that micro batches and ranks add up to the plain mean. DDP averages over ranks, hence the factor `world`.
+    """The losses of a stage. Text is averaged over the supervised tokens of a step, all else over its samples: each
+    term is a sum, divided by what the whole step holds. So micro batches and ranks add up to the plain mean; DDP
+    averages over ranks, hence the factor `world`. (InfoNCE alone depends on what else is in a micro batch.)
 
-    To add a loss: give it a weight in the stage table and return its term from `views`, a vector whose sum counts:
-    one number per sample. """
+    To add a loss: give it a weight in the stage table and return its term from `views`, a vector (X,) with one number
+    per sample; or give `train` a class of your own.
+    """
     def __init__(self, model, tokenizer, stage, cfg, world):
         super().__init__()
         self.model = model
@@ -289,9 +297,12 @@ class Objective(nn.Module):
             self.extra.log_scale = nn.Parameter(torch.tensor(14.0).log())
 
     def forward(self, batch, supervised, samples):
-        """-> {"loss": the weighted sum, and each term} of one micro batch, as its share of the whole step, which
-        holds `supervised` tokens and `samples` samples. (A sample of stage 2 is a moment's ego clip with one of its
-        exo clips; the text of a moment is read once, and its tokens count once for each of its samples.)"""
+        """One micro batch -> its share of each term, and of "loss", their weighted sum. The whole step holds
+        `supervised` tokens and `samples` samples.
+
+        A sample of stage 2 is a pair: an exo clip with the ego clip of its moment. A moment's text is read once,
+        however many exo clips it has; its tokens count once for each.
+        """
         make_terms = {"views": self.views, "language": self.language, "image_text": self.image_text}
         terms = make_terms[self.stage.terms](batch)
         # Every term needs a weight, every weight a term.
@@ -303,7 +314,6 @@ class Objective(nn.Module):
             if term.dim() != 1:
                 raise DataError(f"the loss {name!r} has shape {tuple(term.shape)}: one number per sample is needed")
 
-        # Text is averaged over tokens, everything else over samples.
         shares = {}
         loss = 0
         for name, term in terms.items():
@@ -313,13 +323,12 @@ class Objective(nn.Module):
         return shares | {"loss": loss}
 
     def views(self, batch):
-        """The paper's losses. Init and stages 1 and 3 show one view and have the first of them; stage 2 shows both
-        views:
+        """The paper's losses: of one view (Init, stages 1 and 3) VTG alone, of pairs (stage 2) all three.
 
-            stage 2, part                   its weights     gradients pass through it
+            part in stage 2                 its weights     do gradients pass through it?
             ego ViT, ego connector, F, G    trained         yes
-            exo connector, reading F(x)     frozen          yes, to F and the ego ViT behind it
-            exo ViT and connector of y      frozen          no: KL's target must not move
+            exo connector, reading F(x)     frozen          yes, to F and to the ego ViT behind it
+            exo ViT, exo connector on y     frozen          no: what is frozen and reads frozen input makes no graph
             decoder                         frozen          yes, to all visual tokens
         """
         seen = self.model(batch.ego, batch.exo)
@@ -354,8 +363,9 @@ class Objective(nn.Module):
     def cycle(self, x, y, pair) -> Tensor:
         """CCL(F, G) of each pair (X,): |G(F(x)) - x| + |F(G(y)) - y|, between LayerNorm-ed features.
 
-        x (of E moments) and y are data here, as in CycleGAN: only F and G learn from it. So F runs again, on x
-        without its gradient. """
+        Only F and G learn from it, as in CycleGAN: x (of E moments) and y come without a gradient. So F runs again on
+        x.
+        """
         F, G = self.model.F, self.model.G
         forward = self.distance(G(F(x)), x)[pair]
         if self.cfg.forward_cycle_only:
@@ -363,8 +373,9 @@ class Objective(nn.Module):
         return forward + self.distance(F(G(y)), y)
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
-        """Mean absolute difference of each sample, after LayerNorm over channels. F and G end in a LayerNorm and features do
-        not: as they are, a mapping could not reach them (measured: it never came near what a constant gives)."""
+        """Mean absolute difference of each sample, after LayerNorm over channels. F and G end in a LayerNorm and
+        features do not: as they are, a mapping could not reach them (measured: it never came near what a constant
+        gives)."""
         channels = a.shape[-1:]
         apart = nnf.layer_norm(a.float(), channels) - nnf.layer_norm(b.float(), channels)
         return apart.abs().flatten(1).mean(1)
@@ -389,7 +400,8 @@ class Objective(nn.Module):
         return {"vtg": self.vtg(visual + 0.1 * torch.randn_like(visual), batch)}
 
     def image_text(self, batch):
-        """CLIP's InfoNCE of frames and narrations (B,). Its text tower, a bag of words, is not kept."""
+        """CLIP's InfoNCE of frames and narrations (B,): it depends on what else is in the micro batch. Its text
+        tower, a bag of words, is not kept."""
         # Every second frame, its strongest patch in each channel.
         features = self.model.patch_features(self.model.exo_vit, batch.exo[:, ::2])         # (B, T/2, h, w, D)
         image = self.extra.image(rearrange(features, "b t h w d -> (b t) (h w) d").amax(1))
@@ -419,7 +431,8 @@ def scatter_words(texts, slots, vocab) -> Tensor:
 
     A word's weight is spread over the slots by a draw from a Dirichlet distribution. Its parameter, 0.03 to 10,
     differs from word to word: a small one puts the word into one slot, a large one into all of them. Fainter words of
-    another text are the noise. All ranges are our choice, from trials. """
+    another text are the noise. All ranges are our choice, from trials.
+    """
     mixture = torch.zeros(len(texts), slots, vocab)
     others = texts[-1:] + texts[:-1]                            # the text before it in the batch
     for row, own, other in zip(mixture, texts, others):
@@ -446,8 +459,9 @@ def part_of(name):
 def freeze(objective, bf16):
     """Freeze every part that the stage does not train; returns what trains, by name.
 
-    Trained weights are float32. Frozen ones are kept in the dtype they are computed with, except where the run makes
-    all weights itself: then the next row of the stage table may train them. """
+    Trained weights are float32. Frozen ones are kept in the dtype they are computed with; not so in the micro-world's
+    stage 0 (`from_nothing`), where the next row may train them.
+    """
     trained = {}
     for name, p in objective.named_parameters():
         p.requires_grad_(part_of(name) in objective.stage.trains)
@@ -467,7 +481,7 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
-                # A loss of one's own may leave a parameter out.
+                # A loss that somebody adds may not reach every parameter.
                 if p.grad is None:
                     continue
                 state = self.state[p]
@@ -507,14 +521,18 @@ def make_optimizers(trained, rates, cfg) -> list:
 
     optimizers = []
     if matrices:
-        groups = [dict(params=params, lr=rate, peak_lr=rate) for rate, params in matrices.items()]
-        optimizers.append(Muon(groups, {}))
+        optimizers.append(Muon(groups_of(matrices), {}))
     if others:
-        groups = [dict(params=params, lr=rate, peak_lr=rate) for rate, params in others.items()]
         # VideoLLaMA2's second beta at 7b; 0.95 at the toy's few steps, our choice.
         betas = (0.9, 0.999) if cfg.preset == "7b" else (0.9, 0.95)
-        optimizers.append(torch.optim.AdamW(groups, betas=betas, weight_decay=0, fused=True))
+        adamw = torch.optim.AdamW(groups_of(others), betas=betas, weight_decay=0, fused=True)
+        optimizers.append(adamw)
     return optimizers
+
+
+def groups_of(by_rate) -> list[dict]:
+    """An optimiser's groups of parameters, one for each peak learning rate."""
+    return [dict(params=params, lr=rate, peak_lr=rate) for rate, params in by_rate.items()]
 
 
 def set_rates(optimizers, lr_scale):
@@ -567,20 +585,20 @@ class Run:
 class Start(NamedTuple):
     """Which weights a stage starts from."""
     source: Path                        # the checkpoint that it goes on from
-    base: Path                          # the one with the weights that no stage trains
+    base: Path                          # the one with all weights: of those no stage from 1 on trains some
     added: dict                         # parts that the stage adds, which start fresh
 
 
 def starting_point(cfg) -> Start:
-    """Which weights a stage starts from: the first of each list that is given or there.
+    """Which weights a stage starts from. The source is the first that is given, or lies beside --out:
 
-        stage                   source                                          base
-        0 at 7b, the ego half   --base                                          source
-        1                       --init, --base, stage0 beside --out             source, if it holds all weights; else
-        2                       --init, stage1 beside --out                     --base, the one that source recorded,
-        3                       --init, stage2 beside --out (or a stage 3)      stage0 beside --out
+        stage 0 at 7b (its ego half)    --base
+        stage 1                         --init, --base, stage0
+        stage 2                         --init, stage1
+        stage 3                         --init, stage2; it may also go on from a stage 3
 
-    DataError: there is none, it is not finished, or of another stage.
+    The base is the source itself if that holds all weights, else the first of: --base, the one that the source
+    recorded, stage0 beside --out. DataError: there is none, it is not finished, or of another stage.
     """
     beside = Path(cfg.out).parent
     if cfg.stage == 0:
@@ -626,11 +644,11 @@ def initial_model(run, change=None):
         tokenizer = Tokenizer(cfg.tokenizer or source)
         refuse_misfits(cfg, model, tokenizer, run.start)
         record_start(run, model, state)
-        # A part that no clip of the stage passes through needs no memory: at 7b 780 million parameters.
-        idle = {0: "exo", 1: "ego"}.get(cfg.stage) if cfg.preset == "7b" else None
-        if idle:
-            setattr(model, f"{idle}_vit", None)
-            setattr(model, f"{idle}_connector", None)
+        # At 7b a visual encoder through which no clip of the stage passes is left out: 780 million parameters.
+        if cfg.preset == "7b" and cfg.stage == 0:
+            model.exo_vit = model.exo_connector = None
+        if cfg.preset == "7b" and cfg.stage == 1:
+            model.ego_vit = model.ego_connector = None
     run.tokenizer = Path(tokenizer.path).read_bytes()
     run.provenance["tokenizer"] = hashlib.sha256(run.tokenizer).hexdigest()[:16]
     return model, tokenizer
@@ -652,7 +670,7 @@ def training_loader(run, stage, model, tokenizer) -> Loader:
 
 
 def make_loader(run, stage, model, tokenizer, **options) -> Loader:
-    """A loader of what the stage shows, with room for the visual tokens of [x ; F(x)] or of one view."""
+    """A loader of what the stage shows, with room for the visual tokens of two connectors or of one."""
     # The learner reads x and F(x), everybody else one view.
     connectors = 2 if stage.view != "exo" and model.F is not None else 1
     return Loader(
@@ -716,13 +734,13 @@ def show_result(run, model, tokenizer, rows, was_finished):
     result = Path(cfg.out) / ("eval.json" if cfg.toy_folder else "samples.png")
     if was_finished and result.is_file():
         return
+    base = run.start.base if run.start else None
     if cfg.fsdp or was_finished:
         # Read the result: with FSDP this process holds a share of it, and a finished run has trained nothing.
-        model, _ = load_checkpoint(cfg.out, run.start and run.start.base, cfg.vision)
+        model, _ = load_checkpoint(cfg.out, base, cfg.vision)
     model.to(run.device)
     with autocast(run.device, run.bf16):
         if cfg.toy_folder:
-            base = run.start and run.start.base
             toy_benchmark(model, tokenizer, cfg.toy_folder, cfg.stage, cfg.out, cfg.init, base)
         else:
             show_own_samples(model, tokenizer, rows, cfg.stage, cfg.out)
@@ -759,7 +777,7 @@ class TrainConfig:
     val_every: int | None = None                    # steps between validation losses (at the end, with --val-data)
     workers: int | None = None                      # loader processes per rank (by cores and ranks, at most 8)
     fsdp: bool = False                              # FSDP2 instead of DDP: a rank holds its share of it all
-    recompute: Literal["none", "cheap", "blocks"] | None = None     # in backward (none; cheap for 7b where not compiled)
+    recompute: Literal["none", "cheap", "blocks"] | None = None     # in backward (none; cheap for 7b, not compiled)
     compile: bool = False                           # torch.compile the blocks: slow start, fast steps (7b on CUDA)
     no_compile: bool = False                        # not even for 7b on CUDA
     timeout: int = 600                              # seconds until a silent rank ends the run
@@ -838,8 +856,9 @@ def parse(argv: list[str] | None = None) -> TrainConfig:
         compile=compiles,
         recompute=cfg.recompute or ("cheap" if for_7b and not compiles else "none"),
         workers=workers if cfg.workers is None else cfg.workers)
+    # Muon wants whole matrices, and the rows of the toy's stage 0 hand whole weights on.
     if cfg.fsdp and (cfg.optimizer == "muon" or cfg.from_nothing):
-        parser.error("--fsdp needs --optimizer adamw (Muon wants whole matrices), and not the micro-world's stage 0")
+        parser.error("--fsdp needs --optimizer adamw, and not the micro-world's stage 0")
     return cfg
 
 
@@ -848,17 +867,19 @@ def refuse_idle_flags(parser, cfg):
     for name, value in vars(cfg).items():
         flag = "--" + name.replace("_", "-")
         if type(value) in (int, float):
-            may_be_zero = name in MAY_BE_ZERO
-            if not 0 <= value < math.inf or value == 0 and not may_be_zero:
-                parser.error(f"{flag} {value}: a number {'of 0 or more' if may_be_zero else 'above 0'} is needed")
+            least = "of 0 or more" if name in MAY_BE_ZERO else "above 0"
+            if not 0 <= value < math.inf or value == 0 and least == "above 0":
+                parser.error(f"{flag} {value}: a number {least} is needed")
         if name in STAGE_2_ONLY and cfg.stage != 2 and value != getattr(TrainConfig, name):
             parser.error(f"{flag} is of stage 2, whose F and G stage 3 goes on with")
+    # What another flag has taken away, or another stage does.
     for reason, idle in CLASHES.items():
         for name in idle:
             if getattr(cfg, reason) and getattr(cfg, name) != getattr(TrainConfig, name):
                 parser.error(f"--{name} does nothing with --{reason}: give one of them".replace("_", "-"))
     if cfg.no_lora and cfg.stage != 3:
         parser.error("--no-lora is of stage 3: no other stage trains a LoRA")
+    # Where stage 0 starts, and what a validation reads.
     if cfg.from_nothing and cfg.toy_folder is None:
         parser.error("stage 0 of this preset is the micro-world's own: your own data starts at stage 1, from its "
                      "weights or from --base")
@@ -896,8 +917,8 @@ def refuse_wrong_files(parser, cfg):
 
 
 def samples_per_forward(stage, cfg, world):
-    """The micro batch of a rank: --micro-batch, or what the stage table says, but not more than the rank's share of a step.
-    InfoNCE has no negatives in a micro batch of one."""
+    """The micro batch of a rank: --micro-batch, or what the stage table says, but not more than the rank's share of a
+    step. InfoNCE has no negatives in a micro batch of one."""
     share = max(1, stage.batch // world)
     wanted = stage.micro or share
     if stage.losses.keys() & NEEDS_NEGATIVES:
@@ -961,7 +982,8 @@ def join_ranks(backend, seconds):
 
     torchrun keeps one store over its restarts, in which a rank would find the addresses of the dead (pytorch#135712):
     on one machine each restart gets names of its own. Several machines count restarts apart; start torchrun there
-    with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1. """
+    with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
+    """
     one_machine = os.environ["WORLD_SIZE"] == os.environ.get("LOCAL_WORLD_SIZE")
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"
     limit = timedelta(seconds=seconds)
@@ -1123,7 +1145,8 @@ class Keeper:
         if every:
             return step % every == 0
         tenth = math.ceil(self.run.steps / 10)
-        return step % tenth == 0 or time.monotonic() - self.saved_at > 600
+        long_ago = time.monotonic() - self.saved_at > 600
+        return step % tenth == 0 or long_ago
 
     def begin_update(self):
         self.updating = True
@@ -1424,6 +1447,7 @@ def refuse_other_ranks(run, folder):
         fsdp=run.cfg.fsdp,
         micro_batch=run.cfg.micro_batch,
         code=git_revision())
+    # Every rank compares all with rank 0, so all end with the same sentence.
     ranks = gather(own | {"step to go on from": folder.name if folder else "none"})
     for number, other in enumerate(ranks):
         for key, value in ranks[0].items():
@@ -1655,8 +1679,8 @@ def convolution_backward_flops(grad, x, weight, *options, **_):
 
 @torch.no_grad()
 def constant_ccl(objective, loader, samples=64):
-    """What the cycle's loss would be if F and G gave one constant, the best there is: at each patch and channel the median
-    of the features of some pairs. A cycle that has learned is well below."""
+    """What the cycle's loss would be if F and G gave one constant, the best there is: at each patch and channel the
+    median of the features of some pairs. A cycle that has learned is well below."""
     model = objective.model
     device = next(model.parameters()).device
     views = {"ego": model.ego_vit, "exo": model.exo_vit}
@@ -1710,7 +1734,7 @@ def describe(run, objective, loader, length, log):
     if "ccl" in stage.losses and log.resumed_at == 0:
         with autocast(run.device, run.bf16):
             log.once["ccl_constant"] = constant_ccl(objective, loader)
-        print(f"   the best constant mappings have ccl {log.once['ccl_constant']:.3f}: a cycle that learns gets well below")
+        print(f"   the best constants have ccl {log.once['ccl_constant']:.3f}: a cycle that learns gets well below")
     # For the speeds that follow: the most that the GPUs can do, and the work of a sample.
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     log.peak = next((run.world * peak for name, peak in PEAK_TFLOPS.items() if name in card), None)
@@ -1802,6 +1826,7 @@ def explain(error, cfg, world):
         at = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(at.filename).name}:{at.lineno}"
         return str(error) if at.name == "_raise_if_error" else f"{error} ({place})"
+    # What torch says of workers, of other ranks and of compilers.
     if "DataLoader" in text:
         return f"a loader worker died or hangs; the same command goes on from the last checkpoint ({text})"
     if world > 1 and re.search("timed out|timeout|connection (closed|reset)", text, re.IGNORECASE):
