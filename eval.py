@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 
 if __name__ == "__main__":
-    # OpenMP's threads spin while they wait; see train.py.
+    # OpenMP's threads spin while they wait, on cores that others need.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import argparse
@@ -25,26 +25,26 @@ import math
 import re
 import sys
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from html import escape
-from itertools import zip_longest
+from itertools import groupby, zip_longest
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as nnf
 from einops import rearrange
 from torch import Tensor
 
-from data import (CLIPS, COLOURS, NARRATE, PATTERNS, VERBS, DataError, Loader, Tokenizer,
+from data import (CLIPS, COLOURS, CUE, NARRATE, PATTERNS, VERBS, DataError, Loader, Tokenizer,
                   chats_of, clips_of, contact_sheet, convert, encode_png, file_lock, frame_rate, progress,
                   read_manifest, read_manifests, read_row_clip, read_text, spread, toy_split, toy_world,
                   verbalise_wearer, write_jsonl, write_text_atomic, written)
-from model import (IGNORE, VIDEO, Exo2Ego, KVCache, Segments, SharedPrefix, autocast,
+from model import (VIDEO, Exo2Ego, KVCache, SharedPrefix, autocast,
                    choose_attention, feature_kl, fingerprint, git_revision, load_checkpoint,
-                   newest_checkpoint, pick_device, to_device_and_dtype)
+                   newest_checkpoint, pick_device, read_state, to_device_and_dtype)
 
 
 # --------------------------------------------------------------------------------------------------------- 1 answering
@@ -115,8 +115,8 @@ def exo_features(model, tokenizer, rows):
     """What the exo connector makes of y, of F(x), and, as a control, of x as it is: three of (rows, tokens, W)."""
     parts = []
     for batch in iterate_batches(model, tokenizer, rows, "pair"):
-        x = model.patch_features(model.ego_vit, batch.ego)
-        parts.append((model.encode_exo(batch.exo), model.exo_connector(model.F(x)), model.exo_connector(x)))
+        views = model(batch.ego, batch.exo)
+        parts.append((model.exo_connector(views.y), views.estimate, model.exo_connector(views.x)))
     return [torch.cat(part) for part in zip(*parts)]
 
 
@@ -176,8 +176,8 @@ def kl_true_vs_shuffled(model, tokenizer, rows):
 
 
 def narrate_with_mean_F(model, tokenizer, rows, visual):
-    """Does the decoder read off F(x) what is in this very clip? Then the score drops when the tokens of F(x) give way to
-    their mean over all clips. A model trained on x alone is the fairer control (--no-mapping)."""
+    """Does the decoder read off F(x) what is in this very clip? Then the score drops when the tokens of F(x) give
+    way to their mean over all clips. A model trained on x alone is the fairer control (--no-mapping)."""
     own, mapped = visual.chunk(2, dim=1)
     mean = mapped.mean(0, keepdim=True).expand_as(mapped)
     figures, _ = exact_narrations("ego_em_mean_F", model, tokenizer, rows, torch.cat([own, mean], dim=1))
@@ -223,7 +223,7 @@ def toy_benchmark(model: Exo2Ego, tokenizer: Tokenizer, data: str, stage: int, o
     rows = read_manifest(toy_split(data, split, world))
     visual = encode_clips(model, tokenizer, rows, view)
 
-    # Each column of predictions.jsonl has one value a row.
+    # Each column of predictions.jsonl has one value per row.
     figures, columns = evaluate_narrations(model, tokenizer, rows, visual, view)
     if stage == 2:
         if init:
@@ -246,12 +246,14 @@ def toy_benchmark(model: Exo2Ego, tokenizer: Tokenizer, data: str, stage: int, o
     write_jsonl(out / "predictions.jsonl", predictions)
     show_samples(out / "samples.png", rows, predictions)
 
-    # How good was the model that this stage set out from? Its run has scored it on the same clips. But stage 1 has scored
-    # exo clips: for stage 2 learner_after_init has done it above.
-    if stage != 2 and init and (Path(init) / "eval.json").is_file():
-        earlier = json.loads(read_text(Path(init) / "eval.json"))
-        before = earlier.get(f"{view}_em", math.nan)
-        print(f"{view} narrations exact: {100 * before:.1f} % before this stage")
+    # How good was the model that this stage set out from? The run before it scored it on clips of the same view, except
+    # before stage 2, which sets out from a stage of exo clips and has `ego_em_init` instead.
+    earlier = Path(init or "") / "eval.json"
+    if init and earlier.is_file():
+        before = json.loads(read_text(earlier)).get(f"{view}_em")
+        if before is not None:
+            print(f"{view} narrations exact: {100 * before:.1f} % before this stage")
+    write_text_atomic(out / "eval.json", json.dumps(figures, indent=1))
     print_figures(figures)
     pictures = ", ".join(map(str, sorted(out.glob("*.png"))))
     print(f"pictures: {pictures}; figures: {out}/eval.json")
@@ -388,7 +390,7 @@ class VideoContext:
         if visual is not None:
             self.video_tokens = visual.shape[1]
             self.pooled = visual[0].float().mean(0)                         # (W,)
-        # The last token of an answer that was cut short; a later turn reads it first, see `stream`.
+        # The end of the answer before, which the next question of a conversation brings along.
         self.unread = []
 
         # The prefix ends with the last visual token. Without a video it is <s> alone.
@@ -398,75 +400,62 @@ class VideoContext:
             self.start = ids.index(VIDEO) + self.video_tokens
         prefix = torch.tensor(ids[:self.start], device=self.device)
         embeddings = model.insert_visual_tokens(visual, prefix)
-        seg = Segments.packed([self.start], self.device)
-        positions = torch.arange(self.start, device=self.device)
         self.cache = KVCache(sequences=1)
-        model.decoder(embeddings, seg, positions, self.cache)
+        model.hidden_states(embeddings, [self.start], self.cache)
 
     def prompt(self, question, answer=None):
-        """ids and labels of what follows the prefix: a question, and its answer if there is one."""
+        """ids and labels of what follows the prefix: a question, and its answer if there is one. DataError: they are
+        longer than what the model reads."""
         # The video stands in the prefix already.
         turn = {"user": question.replace("<video>", "")}
         if answer is not None:
             turn["assistant"] = answer
         ids, labels = self.tokenizer.chat([turn], self.video_tokens)
+        room_for_answer(self.model, ids if answer is None else ids[:-1])
         return ids[self.start:], labels[self.start:]
 
     @torch.no_grad()
     def score(self, pairs, batch=64):
         """log p(answer, </s> | video, question) of each (question, answer) -> (pairs, 2).
 
-        The columns are the sum over the answer's tokens, and the mean as `mean_of_nonzero` takes it. At
+        The columns are the sum over the answer's tokens, and their mean as `mean_per_token` takes it. At
         most `batch` answers are in memory at a time, each with a copy of one layer's keys and values.
         """
-        decoder = self.model.decoder
         scores = []
         for first in range(0, len(pairs), batch):
             # The new tokens of all pairs are packed; each pair also sees the prefix.
-            part = pairs[first:first + batch]
-            chats = [self.prompt(*pair) for pair in part]
+            chats = [self.prompt(*pair) for pair in pairs[first:first + batch]]
             ids, labels, lens = pack(chats, self.device)
-            seg = Segments.cached(lens, [self.start + n for n in lens], self.device)
-            positions = torch.cat([torch.arange(n) for n in lens]).to(self.device) + self.start
             shared = SharedPrefix(self.cache, len(lens), keep=False)
-            hidden = decoder(decoder.embed(ids), seg, positions, shared)
+            losses = self.model.text_losses(None, ids, labels, lens, shared)
+            for own in losses.double().cpu().split(lens):
+                scores.append([-float(own.sum()), -mean_per_token(own)])
+        return np.array(scores)
 
-            # Position t predicts token t + 1. A sequence's first token is never supervised, so this shift
-            # stays inside a sequence.
-            targets = labels[1:]
-            where = targets != IGNORE
-            logits = decoder.logits(hidden[:-1][where]).float()
-            losses = F.cross_entropy(logits, targets[where], reduction="none")
+    def generate(self, question, max_new=64):
+        """The greedy answer to a question."""
+        prompt = torch.tensor(self.prompt(question)[0])
+        max_new = min(max_new, self.room(len(prompt)))
+        alone = SharedPrefix(self.cache, 1, keep=True)
+        reply, = self.model.generate(None, [prompt], eos=self.tokenizer.eos, max_new=max_new, cache=alone)
+        return self.tokenizer.decode(reply).strip()
 
-            # An answer has as many losses as it has labels.
-            counts = [sum(label != IGNORE for label in own_labels) for _, own_labels in chats]
-            for own in losses.double().cpu().split(counts):
-                scores.append([float(own.sum()), float(mean_of_nonzero(own))])
-        return -np.array(scores)
+    def room(self, tokens):
+        """How many more tokens the model reads when `tokens` new ones follow what it has read."""
+        return self.model.cfg.max_length - self.cache.lens[0] - tokens
 
-    def generate(self, questions, max_new=64):
-        """Greedy answers to several questions at once."""
-        prompts = [torch.tensor(self.prompt(question)[0]) for question in questions]
-        shared = SharedPrefix(self.cache, len(prompts), keep=True)
-        replies = self.model.generate(None, prompts, eos=self.tokenizer.eos, max_new=max_new, cache=shared)
-        return [self.tokenizer.decode(reply).strip() for reply in replies]
-
-    def is_outgrown_by(self, question):
-        """Whether a conversation and one more question are longer than what the model reads."""
-        said = self.cache.lens[0]
-        return said > self.start and said + len(self.prompt(question)[0]) > self.model.cfg.max_length
+    def next_turn(self, question):
+        """The ids of the next question of the conversation. The end of the answer before it has not been read yet."""
+        if not self.unread:
+            return self.prompt(question)[0]
+        return self.unread + self.tokenizer.encode(f"[INST] {question} [/INST]")
 
     def stream(self, question, max_new=256):
         """Pieces of an answer as they come; the next question goes on from here."""
-        ids, _ = self.prompt(question)
+        prompt = torch.tensor(self.next_turn(question))
+        max_new = min(max_new, self.room(len(prompt)))
         eos = self.tokenizer.eos
-        if self.cache.lens[0] > self.start:
-            # A token is read when the next one is asked for. So the cache lacks the end of the answer before: its </s>,
-            # and where the answer was cut short its last token.
-            turn = self.tokenizer.encode(f"[INST] {question} [/INST]")
-            ids = [*self.unread, eos, *turn]
         tokens, emitted = [], ""
-        prompt = torch.tensor(ids)
         for (token,) in self.model.stream(None, [prompt], eos=eos, max_new=max_new, cache=self.cache):
             tokens.append(token)
             text = self.tokenizer.decode(tokens)
@@ -474,9 +463,11 @@ class VideoContext:
             if not text.endswith("\ufffd"):
                 yield text[len(emitted):]
                 emitted = text
-        self.unread = []
+        # The model reads a token when the one after it is asked for. So it has not read the last one: </s>, or, where
+        # the answer was cut short, a word, which </s> then follows.
+        self.unread = [eos]
         if len(tokens) == max_new:
-            self.unread = tokens[-1:]
+            self.unread = [tokens[-1], eos]
 
 
 @torch.no_grad()
@@ -497,11 +488,17 @@ def chat(model, tokenizer, clip, question):
         print("Ask about the video. An empty line ends the chat.")
     with contextlib.suppress(EOFError):
         while asked := question or input("? ").strip():
-            if context.is_outgrown_by(asked):
+            if context.unread and context.room(len(context.next_turn(asked))) < 1:
                 print(f"(more than the {model.cfg.max_length} tokens that the model reads: the chat begins again)")
                 context = prefill(model, tokenizer, clip)
-            for piece in context.stream(asked):
-                print(piece, end="", flush=True)
+            try:
+                for piece in context.stream(asked):
+                    print(piece, end="", flush=True)
+            except DataError as error:
+                # A chat goes on after a question that cannot be read.
+                if question:
+                    raise
+                print(error, end="")
             print(flush=True)
             if question:
                 return
@@ -555,8 +552,8 @@ WHITE = (255, 255, 255)
 
 
 def show_transfer(path, rows, orders):
-    """Six moments, a row each: the ego clip, its exo clip, and the three exo clips that are nearest to F(x), the true one
-    in a green frame."""
+    """Six moments, a row each: the ego clip, its exo clip, and the three exo clips that are nearest to F(x), the true
+    one in a green frame."""
     titles = ("ego: x", "exo: y", "nearest to F(x)", "second", "third")
     width = 2 * 96 + 16
     sheet = [np.concatenate([written(title, width, GREY) for title in titles], axis=1)]
@@ -575,18 +572,10 @@ def show_transfer(path, rows, orders):
     path.write_bytes(encode_png(np.concatenate(sheet)))
 
 
-def typical(items, right, count=8):
-    """Every n-th item, starting where the share of right ones is nearest to that of all items."""
-    step = max(1, len(items) // count)
-    apart = [abs(np.mean(right[start::step][:count]) - np.mean(right)) for start in range(step)]
-    return items[int(np.argmin(apart))::step][:count]
-
-
 def show_samples(path, rows, predictions):
-    """A few clips of a toy benchmark, as many of them right as of all."""
-    right = [row["text"] == prediction["said"] for row, prediction in zip(rows, predictions)]
+    """Eight clips of a toy benchmark, evenly spread."""
     shown = []
-    for row, prediction in typical(list(zip(rows, predictions)), right):
+    for row, prediction in spread(list(zip(rows, predictions)), 8):
         answers = [("", row["text"], prediction["said"])]
         if "reply" in prediction:
             turn = row["turns"][0]
@@ -770,11 +759,11 @@ def run_benches(ckpt, args):
 
 
 # ------------------------------------------------------------------------------------------------- C EgoBench: metrics
-# Eight public benchmarks: their metrics, their official files, a run, the figures, a page.
-def mean_of_nonzero(losses):
-    """The mean over the last axis of the losses that are not exactly 0: EgoPlan's mean per token."""
-    counted = losses != 0
-    return losses.sum(-1) / counted.sum(-1).clamp(min=1)
+# Ten public benchmarks: their metrics, their official files, a run, the figures, a page.
+def mean_per_token(losses):
+    """The mean loss of an answer's tokens, as EgoPlan takes it: a token without any loss does not count."""
+    counted = losses[losses != 0]
+    return float(counted.sum()) / max(1, len(counted))
 
 
 def ranked_precision(sim, rel):
@@ -1068,7 +1057,7 @@ def ek100(files, args):
             "video": files.video(f"{row['video_id']}.mp4"),
             "start": clock_seconds(row["start_timestamp"]),
             "end": clock_seconds(row["stop_timestamp"])}
-        # One relevance a text, in the order of the options.
+        # One relevance per text, in the order of the options.
         relevance = [relevance_of(classes[key], classes[text]) for text in texts]
         yield Item(
             id=key,
@@ -1234,7 +1223,7 @@ def place_clips(items, root: Path, allow_outside, blind):
 
 
 def rate_of(video):
-    """Frames a second of a file. One that cannot be read will be the error of its items."""
+    """Frames per second of a file. One that cannot be read will be the error of its items."""
     try:
         return frame_rate(video)
     except DataError:
@@ -1255,7 +1244,7 @@ def find_video(root: Path, name):
 class PredictionFiles:
     """The predictions of one benchmark: NAME.jsonl, or while torchrun's ranks work NAME.rankN.jsonl for each.
 
-    A file's first line is the protocol, then comes one prediction a line. A process appends to its own file
+    A file's first line is the protocol, then comes one prediction per line. A process appends to its own file
     and reads all, also those that another number of ranks left. It holds the lock of its rank meanwhile.
     """
     def __init__(self, out, name, protocol, rank=0, world=1):
@@ -1431,7 +1420,7 @@ def text_side(model, tokenizer, items, texts):
         with contextlib.suppress(DataError):
             videos.append(prefill(model, tokenizer, item.clips[0]).pooled)
     centre = torch.stack(videos).mean(0) if videos else 0.0
-    words = F.normalize(words - words.mean(0), dim=-1)
+    words = nnf.normalize(words - words.mean(0), dim=-1)
     blind = VideoContext(model, tokenizer, None)
     alone = blind.score([(NARRATE, text) for text in texts])
     return centre, words, alone[:, 1]
@@ -1448,15 +1437,16 @@ def score_texts(context: VideoContext, texts, sides):
 
     # The cosine of pooled [x ; F(x)] and pooled word embeddings, each around its mean: the decoder reads both
     # in one space (our choice).
-    video = F.normalize(context.pooled - centre, dim=-1)
+    video = nnf.normalize(context.pooled - centre, dim=-1)
     cosine = (words * video).sum(-1).cpu().numpy()
     scores = cosine.astype(float).round(5)
 
-    # The best texts are ranked again, above all others, by what the video adds to their log-likelihood.
+    # The best texts are ranked again, by what the video adds to their log-likelihood: as a number between 1 and 2, and
+    # so above all others, of which none is above 1.
     best = np.argsort(-cosine, kind="stable")[:16]
     with_video = context.score([(NARRATE, texts[i]) for i in best])
     gain = with_video[:, 1] - alone[best]
-    scores[best] = 2 + np.tanh(gain / 2)
+    scores[best] = 1 + 1 / (1 + np.exp(-gain))
     return scores.tolist()
 
 
