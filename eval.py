@@ -1539,8 +1539,13 @@ def ranking_figures(bench, items, predictions):
     The interval is the normal one of a mean over classes, or over the videos as queries.
     """
     # A video that was not read ranks last.
-    unread = [-1e9] * len(items[0].options)
-    scores = np.array([p.get("scores", unread) for p in predictions])
+    scores = np.full((len(items), len(items[0].options)), -1e9)
+    for row, prediction in zip(scores, predictions):
+        if "scores" in prediction:
+            row[:] = prediction["scores"]
+            # Videos differ in how likely they make any text at all, and AP compares videos. A log-softmax over the
+            # classes of each video that was read takes that away (LaViLa's protocol).
+            row -= np.logaddexp.reduce(row) if bench.task == "classes" else 0
     if bench.task == "classes":
         truth = np.zeros_like(scores)
         for row, item in zip(truth, items):
