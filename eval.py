@@ -858,13 +858,16 @@ def rouge_l(said, truth):
 def parse_letter(reply: str, options: int):
     """The index of the option that a reply names, read strictly: "B", "(B)", "B.", "B) text" ...
 
-    A word that starts with a letter, an empty reply and a letter beyond the options are None: counted, wrong.
+    A word that starts with a letter, an empty reply, a letter beyond the options, and a reply that marks a second
+    letter (at the start of a line, in brackets, or before words) are None: counted, wrong.
     """
-    found = re.match(r"\s*(?:\(([A-Z])\)|([A-Z])[.:)]?)(?=\s*$|\s*\n|(?<=[.:)])\s)", reply)
-    if not found:
-        return None
-    index = ord(found[1] or found[2]) - ord("A")
-    return index if index < options else None
+    found = re.match(r"\s*(?:\([A-Z]\)|[A-Z][.:)]?)(?=\s*$|\s*\n|(?<=[.:)])\s)", reply)
+    # "A. B. C." and "A.\nB" are lists; "B. vitamin C" names one option, and so does "B. A man walks".
+    mark = r"\([A-Z]\)|\b[A-Z]\)|(?:^\W*|(?<=[.:)]\s))[A-Z](?:[.:]|\s*$)|(?<=\s)[A-Z][.:](?=[ \t]+\S)"
+    marked = set(re.findall("[A-Z]", " ".join(re.findall(mark, reply, re.MULTILINE))))
+    letter = found and found[0].strip(" \n\t().:")
+    index = ord(letter) - ord("A") if letter else options
+    return index if index < options and marked == {letter} else None
 
 
 # ------------------------------------------------------------------------------------------------- EgoBench: the files
@@ -874,7 +877,7 @@ class Item:
 
     `answer` is the index of the right option or clip; a text, where there are no options; for charades-ego
     the indices of all classes that occur, for ek100-mir the relevance of each text. None: the publishers
-    hide it.
+    hide it. A reader's item is checked when it is made, for a record may hold anything.
     """
     id: str
     clips: list[dict]                       # EgoMCQ has five to choose from
@@ -882,6 +885,20 @@ class Item:
     options: list[str] = field(default_factory=list)
     answer: int | str | list | None = None
     kind: str = ""                          # a part of the benchmark with a score of its own
+    goal: str = ""                          # of a plan, for --template
+
+    def __post_init__(self):
+        """ValueError: what should be a text, or the number of an option or clip, is not."""
+        texts = [self.id, self.question, self.kind, self.goal, *self.options]
+        are_texts = isinstance(self.options, list) and all(isinstance(text, str) for text in texts)
+        if not are_texts or not all(map(str.strip, self.options)):
+            raise ValueError(f"these should be texts: {texts}")
+        # A number in JSON may be true, or 2.0.
+        places = range(len(self.options) or len(self.clips))
+        kind = str if places == range(1) and not self.options else (int, list)
+        fits = isinstance(self.answer, kind) and not isinstance(self.answer, bool)
+        if self.answer is not None and (not fits or isinstance(self.answer, int) and self.answer not in places):
+            raise ValueError(f"the answer is {self.answer!r}: a text, or for a choice one of {places}, is needed")
 
     def video_order(self):
         """Items sorted by this read each clip once."""
@@ -890,9 +907,13 @@ class Item:
     def chance(self):
         """What a guess gets; an open question has no chance level. Equal options are equally right."""
         if self.options:
-            right = self.options[self.answer] if self.answer != -1 else None
+            right = None if self.answer == OUTSIDE else self.options[self.answer]
             return self.options.count(right) / len(self.options)
         return 1 / len(self.clips) if len(self.clips) > 1 else 0.0
+
+
+# The answer of an item is none of its options. A reader says so after the item has been checked.
+OUTSIDE = -1
 
 
 # A reader yields the items of a benchmark from its `Files`, with the paths of their videos as the publishers
@@ -922,20 +943,23 @@ def qaego4d(files, args):
     GroundVQA's archive has its files in data/unified/.
     """
     closed = args.bench == "qaego4d-closed"
-    names = ["annotations.QaEgo4D_test_close.json"] if closed else ["annotations.test.json", "annotations.QaEgo4D_test.json"]
+    names = ["annotations.test.json", "annotations.QaEgo4D_test.json"]
+    if closed:
+        names = ["annotations.QaEgo4D_test_close.json"]
     for q in files.each(files.json(*names, *[f"data/unified/{name}" for name in names])):
-        item = Item(
+        options, answer = [], q["answer"]
+        if closed:
+            options = [q["answer"], *q["wrong_answers"]]
+            seed = zlib.crc32(q["sample_id"].encode())
+            order = np.random.default_rng(seed).permutation(len(options))
+            options = [options[i] for i in order]
+            answer = int(np.argmin(order))
+        yield Item(
             id=q["sample_id"],
             clips=whole_video(files, q["video_id"]),
             question=q["question"],
-            answer=q["answer"])
-        if closed:
-            options = [q["answer"], *q["wrong_answers"]]
-            seed = zlib.crc32(item.id.encode())
-            order = np.random.default_rng(seed).permutation(len(options))
-            item.options = [options[i] for i in order]
-            item.answer = int(np.argmin(order))
-        yield item
+            options=options,
+            answer=answer)
 
 
 def egotaskqa(files, args):
@@ -964,17 +988,20 @@ def egotaskqa(files, args):
         truth = q["answer"].lower()
         kind = "binary" if truth in ("yes", "no") else "open"
         if known:
-            # Official code sees the encoded answer. One outside the vocabulary is -1: no option is right.
+            # Official code sees the encoded answer. Of one outside the vocabulary no option is right.
             if "answer_encode" in q:
                 truth = answers[int(q["answer_encode"])]
-            truth = known.index(truth) if truth in known else -1
-        yield Item(
+            truth = known.index(truth) if truth in known else None
+        item = Item(
             id=str(q["question_id"]),
             clips=whole_video(files, q["interval"]),
             question=q["question"],
             options=known,
             answer=truth,
             kind=kind)
+        if truth is None:
+            item.answer = OUTSIDE
+        yield item
 
 
 def charades(files, args):
@@ -1047,7 +1074,7 @@ def egomcq(files, args):
             choice = q["choices"][str(number)]
             clips.append({
                 "video": files.video(f"{choice['video_uid']}.mp4"),
-                "start": max(0.0, float(choice["clip_start"])),
+                "start": max(float(choice["clip_start"]), 0.0),     # in this order NaN stays NaN
                 "end": float(choice["clip_end"])})
         narration = verbalise_wearer(q["query"]["clip_text"])
         kind = {1: "inter", 2: "intra"}[q["types"]]
@@ -1471,8 +1498,7 @@ def score_texts(context: VideoContext, texts, sides):
 # ----------------------------------------------------------------------------------------------- EgoBench: the figures
 def outcome(item: Item, prediction):
     """1 right, 0 wrong or unread; equally good options share. Equal texts count as one option (EgoPlan)."""
-    # The truth is none of the options.
-    if item.answer == -1:
+    if item.answer == OUTSIDE:
         return 0
     # A likelihood or a similarity for each option, or for each clip.
     if "scores" in prediction:
@@ -1604,7 +1630,9 @@ ROW = ('<tr><td>{name}<td>{percent[score]:.1f} [{percent[score_lo]:.1f}, {percen
        '<i style="left:{percent[score]:.1f}%;width:2px;background:#000"></i>'
        '<i style="left:{percent[score_chance]:.1f}%;width:2px;background:#c33"></i></div>'
        '<td>{result[score_n]}<td>{percent[score_chance]:.1f}<td>{floor}<td>{bench.paper}<td>{bench.best}'
-       '<td><small>{result[answer]}, {result[length]}<br>{bench.note}</small></tr>')
+       '<td><small>{result[answer]}, {result[length]}<br>{note}</small></tr>')
+UNSCORED = ("<tr><td>{name}<td colspan=7>no score: {result[items]} items, {result[unreadable]} unreadable"
+            "<td><small>{note}</small></tr>")
 ITEM = "<div class=item>{frames}<p>{question}</p><ol>{options}</ol>{said}<p>true: {truth}</p></div>"
 
 
@@ -1648,7 +1676,7 @@ def toy_note(results):
     """One sentence that says why these figures are no measure of the method; nothing if they may be one."""
     if any(result.get("preset") == "toy" for result in results):
         reason = "the checkpoint is a toy, trained on the micro-world"
-    elif any(result["score_n"] < FEW for result in results):
+    elif any(result.get("score_n", 0) < FEW for result in results):
         reason = f"some benchmarks have fewer than {FEW} items"
     else:
         return ""
@@ -1657,15 +1685,17 @@ def toy_note(results):
 
 def report_score(name, result, blind):
     """A benchmark's row of the table."""
+    note = escape(result.get("note", BENCHES[name].note))
+    if result.get("score") is None:
+        return UNSCORED.format(name=name, result=defaultdict(int, result), note=note)
     percent = {key: 100 * value for key, value in result.items() if isinstance(value, float)}
-    # The other figures of this benchmark stand below its score.
-    parts = ""
-    for key in ("inter", "intra", "nDCG_avg", "rouge_l", "binary", "open"):
-        if key in percent:
-            parts += f"<br>{key} {percent[key]:.1f}"
+    # What else has an interval stands below the score: its kinds of items, other metrics.
+    others = [key for key in percent if f"{key}_lo" in result and key != "score" or key == "nDCG_avg"]
+    parts = "".join(f"<br>{escape(key)} {percent[key]:.1f}" for key in others)
     # The blind floor counts if all but the video was the same.
     floor = "not run"
-    if all(blind.get(key) == result[key] for key in ("weights", "answer", "length", "content")):
+    same = ("weights", "answer", "length", "prompt", "template", "content")
+    if blind.get("score") is not None and all(blind.get(key) == result.get(key) for key in same):
         floor = f"{100 * blind['score']:.1f}"
     return ROW.format(
         name=name,
@@ -1674,28 +1704,24 @@ def report_score(name, result, blind):
         percent=percent,
         width=percent["score_hi"] - percent["score_lo"],
         parts=parts,
-        floor=floor)
+        floor=floor,
+        note=note)
 
 
 def report_item(row):
     """One prediction: frames of its first clip, the question, what was chosen or said, and the truth."""
     options = row["options"] or [f"clip {i}" for i in range(1, 6)]
     truth = row["answer"]
-    # Log-likelihoods become shares of all options.
-    lines = []
+    marks = {row.get("choice"): "wrong"}
     if "scores" in row:
-        shares = torch.tensor(row["scores"]).softmax(0).tolist()
-        for i, (text, share) in enumerate(zip(options, shares)):
-            mark = ""
-            if i == truth:
-                mark = "right"
-            elif share == max(shares):
-                mark = "wrong"
-            lines.append(f'<li class="{mark}">{escape(text)} <small>{share:.0%}</small>')
+        marks = {int(np.argmax(row["scores"])): "wrong"}
+    marks[truth] = "right"
     said = row.get("reply", row.get("error"))
-    # -1 is an answer outside the options.
+    lines = []
+    if "scores" in row or "choice" in row:
+        lines = [f'<li class="{marks.get(i, "")}">{escape(text)}' for i, text in enumerate(options)]
     if isinstance(truth, int):
-        truth = options[truth] if truth >= 0 else None
+        truth = None if truth == OUTSIDE else options[truth]
     return ITEM.format(
         frames=film_strip(row["clips"][0]),
         question=escape(row["question"]),
