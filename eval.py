@@ -1026,28 +1026,89 @@ def egoplan(files, args):
     """EgoPlan-Bench: EgoPlan_validation.json; the candidates are answer texts.
 
     The clip runs from the first progress to the current frame. Ego4D's frames count at the file's own rate;
-    those of EPIC count from 1, whatever the file's rate: 60 a second for P01_13, 50 for P01_103 (the
+    those of EPIC count from 1, whatever the file's rate: 60 per second for P01_13, 50 for P01_103 (the
     extension has three digits).
     """
     for q in files.each(files.json("EgoPlan_validation.json")):
         # Without any progress so far the clip is the current frame and the one before.
-        now = q["current_observation_frame"]
-        starts = [step["start_frame"] for step in q["task_progress_metadata"]]
-        first = min(starts, default=now - 1)
-        goal = q["task_goal"].strip().rstrip(".").lower()
-        # "I want to clean the sink", but "I am cleaning the sink".
-        wish = "I am" if goal.split()[0].endswith("ing") else "I want to"
-        clip = {"video": files.video(f"{q['video_id']}.mp4"), "frames": [first, now]}
+        frames = frames_so_far(q, q["current_observation_frame"] - 1)
+        clip = {"video": files.video(f"{q['video_id']}.mp4"), "frames": frames}
         if q["video_source"] == "EpicKitchens":
             number = q["video_id"].rpartition("_")[2]
-            clip = {**clip, "frames": [first - 1, now - 1], "rate": 60 if len(number) == 2 else 50}
+            clip["frames"] = [frame - 1 for frame in frames]
+            clip["rate"] = 60 if len(number) == 2 else 50
+        yield plan_item(q, clip, q["video_source"])
+
+
+def egoplan2(files, args):
+    """EgoPlan-Bench2: EgoPlan-Bench2.json. Its videos are Ego4D's, named by `sample_id` before its last "_".
+
+    The clip runs from the first progress, or from `task_start_frame` where there is none, to the current frame,
+    at the file's own rate.
+    """
+    for q in files.each(files.json("EgoPlan-Bench2.json")):
+        video = q["sample_id"].rpartition("_")[0]
+        clip = {"video": files.video(f"{video}.mp4"), "frames": frames_so_far(q, q["task_start_frame"])}
+        yield plan_item(q, clip, q["domain"])
+
+
+def frames_so_far(q, otherwise):
+    """[first frame of the first progress, or `otherwise` without any, current frame]."""
+    starts = [int(step["start_frame"]) for step in q["task_progress_metadata"]]
+    return [min(starts, default=int(otherwise)), int(q["current_observation_frame"])]
+
+
+def plan_item(q, clip, kind):
+    """The item of a record of either EgoPlan-Bench."""
+    goal = q["task_goal"].strip().rstrip(".").lower()
+    # "I want to clean the sink", but "I am cleaning the sink".
+    wish = "I am" if goal.split()[0].endswith("ing") else "I want to"
+    return Item(
+        id=str(q["sample_id"]),
+        clips=[clip],
+        question=f"{wish} {goal}. The video shows what I have done so far. What do I do next?",
+        options=[q[f"choice_{name}"] for name in "abcd"],
+        answer=["A", "B", "C", "D"].index(q["golden_choice_idx"]),
+        kind=kind,
+        goal=goal)
+
+
+def egoexomem(files, args):
+    """EgoExoMem's Ego-Exo4D part: qa_merged_v6.json (764 items), of which the ego video alone is shown, whole.
+
+    `required_view` says which camera's video answers the question; both are on record, so the items that need
+    "exo" ask what F claims. A take's ego video is the one that its camera's name finds; where several have such a
+    name, takes.json says which has the colour stream, as in data.py ego-exo4d.
+    """
+    root = Path(files.videos or files.root)
+    coloured = colour_cameras(root / "takes.json")
+    for q in files.each(files.json("qa_merged_v6.json", "data/EgoExo4D/qa_merged_v6.json")):
+        # Of several videos with an ego camera's name, the one whose camera has a colour stream.
+        folder = f"takes/{q['take_name']}/frame_aligned_videos"
+        names = {path.name for path in root.glob(f"{folder}/**/aria*_214-1.mp4")} or {"aria01_214-1.mp4"}
+        if len(names) > 1:
+            names &= coloured.get(q["take_name"], set())
+        if len(names) != 1:
+            raise ValueError(f"{root}/takes.json does not tell which ego camera is this take's")
+        name, = names
+        small = f"{folder}/downscaled/448/{name}"
+        # `verification` tells when the answer is seen: the model must not.
         yield Item(
-            id=str(q["sample_id"]),
-            clips=[clip],
-            question=f"{wish} {goal}. The video shows what I have done so far. What do I do next?",
-            options=[q[f"choice_{name}"] for name in "abcd"],
-            answer="ABCD".index(q["golden_choice_idx"]),
-            kind=q["video_source"])
+            id=str(q["qa_id"]),
+            clips=[{"video": small if (root / small).is_file() else f"{folder}/{name}"}],
+            question=q["question"],
+            options=q["options"],
+            answer=q["correct_answer"],
+            kind=q["required_view"])
+
+
+def colour_cameras(path):
+    """The names of each take's videos with a colour stream, from Ego-Exo4D's takes.json; nothing if it is not there."""
+    coloured = defaultdict(set)
+    for take in json.loads(read_text(path)) if path.is_file() else []:
+        for streams in take["frame_aligned_videos"].values():
+            coloured[take["take_name"]].add(Path(streams.get("rgb", {}).get("relative_path", "")).name)
+    return coloured
 
 
 def vln_qa(files, args):
@@ -1140,22 +1201,74 @@ class Bench:
 # The paper's Table, and the best open figures that we know of; the list is not complete.
 BENCHES = {
     "egoschema": Bench(egoschema, "choice", "61.3", "77.9 (Qwen2-VL-72B)",
-                       note="ours: the 500 public answers"),
-    "qaego4d-closed": Bench(qaego4d, "choice", "62.1", "67.2 (EgoThinker-7B)", note="500 items"),
+                       note="ours: the 500 public answers; options not shown, our words"),
+    "qaego4d-closed": Bench(qaego4d, "choice", "62.1", "67.2 (EgoThinker-7B)",
+                            note="500 items; options not shown, our words"),
     "qaego4d-open": Bench(qaego4d, "open", "28.3 / 2.7", "",
-                          note="the paper: judged by GPT; ours: exact match, ROUGE-L"),
+                          note="the paper: judged by GPT; ours: exact match, ROUGE-L; our words"),
     "egotaskqa-direct": Bench(egotaskqa, "choice", "44.7", "48.7 (MFAS, fine-tuned)",
-                              note="the paper's form is unknown"),
+                              note="the paper's form is unknown; options not shown, our words"),
     "egotaskqa-indirect": Bench(egotaskqa, "choice", "50.3", "45.4 (MFAS, fine-tuned)",
-                                note="the paper's form is unknown"),
+                                note="the paper's form is unknown; options not shown, our words"),
     "charades-ego": Bench(charades, "classes", "70.9", "36.1 (LaViLa-L, fine-tuned)",
                           note="70.9 cannot come from the standard 157-class protocol, which ours is"),
     "ek100-mir": Bench(ek100, "retrieval", "49.7 mAP, 63.6 nDCG", "45.9 / 38.6 zero-shot (EgoVideo)",
                        note="63.6 nDCG is not the standard zero-shot protocol, which ours is"),
-    "egoplan": Bench(egoplan, "choice", "42.7", "47.1 (EgoThinker-7B)"),
-    "vln-qa": Bench(vln_qa, "choice", "44.5", "54.0 (EgoThinker-7B)", note="200 items: +- 6.9 points"),
+    "egoplan": Bench(egoplan, "choice", "42.7", "47.1 (EgoThinker-7B)",
+                     note="options not shown, our words"),
+    "vln-qa": Bench(vln_qa, "choice", "44.5", "54.0 (EgoThinker-7B)",
+                    note="200 items: +- 6.9 points; options not shown, our words"),
     "egomcq": Bench(egomcq, "clips", "88.4 inter, 41.2 intra", "91.0 / 63.1 (EgoVLPv2, LaViLa-L)",
-                    note="dual encoders choose by similarity, we by likelihood")}
+                    note="dual encoders choose by similarity, we by likelihood"),
+    # These two are outside the paper's average.
+    "egoplan2": Bench(egoplan2, "choice", "none", "", note="not in the paper; options not shown, our words"),
+    "egoexomem": Bench(egoexomem, "choice", "none", "50.4 ego, 51.2 both (VideoRAG, InternVL)",
+                       note="not in the paper; the Ego-Exo4D part, of the ego video alone; options not shown, our "
+                            "words")}
+# Which test a choice among five is, by the number of items in its file.
+EGOTASKQA_FORMS = {
+    8783: "; EgoThinker's choice among five, 8,783 items",
+    18936: "; lmms-eval's choice among five, 18,936 items, on which a 2B model has 96 % without training"}
+# The words around a question, which are ours; --template has a user's own.
+TEMPLATES = {
+    "likelihood": "{question}",
+    "letter": "{question}\n{options}\nAnswer with the letter of the right option.",
+    "generate": "{question}"}
+# Task details, which may lead a question as they lead EgoIT's instructions (--prompt). They are ours, too.
+TASK_DETAILS = {
+    "likelihood": "Answer the question about the video.",
+    "letter": "Choose the option that answers the question about the video.",
+    "generate": "Answer the question about the video in a few words."}
+
+
+def note_of(bench, items):
+    """The caution beside a score, with which of two files it is of where they look alike."""
+    if items[0].kind != "5-way":
+        return bench.note
+    unknown = f"; a choice among five of {len(items):,} items, which we do not know"
+    return bench.note + EGOTASKQA_FORMS.get(len(items), unknown)
+
+
+def question_words(item: Item, args):
+    """The words that ask an item: its question, below what --prompt puts first, in the template of --answer."""
+    task = TASK_DETAILS[args.answer]
+    first = {"base": "", "task": f"{task}\n", "cue": f"{CUE}\n{task}\n"}[args.prompt]
+    options = "\n".join(f"{chr(ord('A') + i)}. {text}" for i, text in enumerate(item.options))
+    parts = {"question": first + item.question, "options": options, "goal": item.goal}
+    # What is put in may hold such marks itself: they stay as they are.
+    return re.sub(r"\{(question|options|goal)\}", lambda mark: parts[mark[1]], args.words or TEMPLATES[args.answer])
+
+
+def read_template(path, item, answer):
+    """The text of --template. DataError: it asks for what an item lacks, or not for what it needs."""
+    text = read_text(path).rstrip("\n")
+    marks = set(re.findall(r"\{(\w+)\}", text))
+    allowed = [name for name in ("question", "options", "goal") if vars(item)[name]]
+    asks = marks - {"options"} and (answer != "letter" or "options" in marks)
+    if not asks or marks - set(allowed) or "<video>" in text:
+        raise DataError(f"{path} has {sorted(marks)}: here a template may have {allowed}, each in {{}}; one of "
+                        f"question and goal, options for letters, and no <video>, which stands first by itself")
+    return text
 
 
 # ----------------------------------------------------------------------------------------------------- EgoBench: a run
@@ -1208,8 +1321,9 @@ def egobench(ckpt, args):
     print(f"{stem}.json", flush=True)
 
 
-def answer_mode(bench, items, args):
-    """--answer, or what this benchmark allows instead of it, which is then said.
+def settle_answering(bench, items, args):
+    """Set --answer, --template and --prompt to what this benchmark allows, which is said where it is not what was
+    asked for; and args.words to the template's text.
 
     Open questions are generated, letters need a choice among at most 26, all others go by likelihood.
     """
@@ -1220,12 +1334,21 @@ def answer_mode(bench, items, args):
         mode = "letter"
     else:
         mode = "likelihood"
-    if mode != args.answer:
-        print(f"{args.bench}: answered by {mode}, --answer {args.answer} does not apply")
-    return mode
+    # What does not apply to this benchmark is said, and then as if it had not been given.
+    idle = {}
+    if args.answer != mode:
+        idle["answer"] = mode
+    if args.template and mode == "likelihood":
+        idle["template"] = None
+    if args.prompt != "base" and bench.task in ("clips", "retrieval"):
+        idle["prompt"] = "base"
+    for flag, value in idle.items():
+        print(f"{args.bench}: answered by {mode}, --{flag} {getattr(args, flag)} does not apply")
+        setattr(args, flag, value)
+    args.words = args.template and read_template(args.template, items[0], mode)
 
 
-def protocol_of(ckpt, items, args):
+def protocol_of(ckpt, questions, **how):
     """What predictions depend on: the weights, the questions and the way of answering."""
     # A file that the publishers change makes another test.
     questions = json.dumps([asdict(item) for item in items])
@@ -1261,7 +1384,7 @@ def place_clips(items, root: Path, allow_outside, blind):
                 # The last frame is shown too.
                 rate = clip.pop("rate", None) or rate_of(video)
                 first, last = clip.pop("frames")
-                clip["start"] = first / rate
+                clip["start"] = max(0, first) / rate
                 clip["end"] = (last + 1) / rate
     if not blind and not any(map(os.path.isfile, videos)):
         raise DataError(f"none of {len(videos)} videos is there, such as {min(videos)}: pass --videos")
@@ -1384,7 +1507,7 @@ class PredictionFiles:
 
 
 def run_items(ckpt, items, texts, bench, args):
-    """The predictions of items, one by one; a clip that several questions in a row are about is read once.
+    """The predictions of items, one by one; a clip that several items in a row are about is read once.
 
     A prediction holds its item and "scores", "reply" or both "reply" and "choice". What cannot be read is an
     "error" in its prediction, which counts as wrong and is counted. `texts` are those of a retrieval.
@@ -1393,29 +1516,26 @@ def run_items(ckpt, items, texts, bench, args):
     sides = None
     if items and bench.task == "retrieval":
         sides = text_side(model, tokenizer, [] if args.blind else items, texts)
-
-    # The context of the clip that was read last. No clip is {}: the first one is always read.
-    last_clip, context = {}, None
+    seen = None
     for item in items:
-        # The item stands in its prediction, so that a reader or a judge needs no other file.
+        # The item stands in its prediction, so that a reader or a judge needs no other file. But some share up to
+        # thousands of texts, which no file needs in each line.
         prediction = asdict(item)
-        # All items of these tasks share up to thousands of texts, which no file needs in each line.
         if bench.task in ("retrieval", "classes"):
             prediction |= {"options": [], "answer": None}
-        scores = []
         try:
             # Only EgoMCQ's items have several clips: the narration gets a score for each.
+            scores = []
             for clip in item.clips:
-                clip = None if args.blind else clip
-                if clip != last_clip:
-                    context = prefill(model, tokenizer, clip)
-                    last_clip = clip
+                if clip != seen:
+                    context = prefill(model, tokenizer, None if args.blind else clip)
+                    seen = clip
                 if bench.task == "clips":
                     scores.append(context.score([(NARRATE, item.question)])[0, 0])
-            if bench.task == "clips":
-                prediction["scores"] = scores
-            else:
-                prediction |= score_item(context, item, bench, args, sides)
+            said = {"scores": scores} if scores else score_item(context, item, bench, args, sides)
+            if not np.isfinite(said.get("scores", 0)).all():
+                raise DataError("the model's scores are no numbers")
+            prediction |= said
         except DataError as error:
             prediction["error"] = str(error)
         yield prediction
@@ -1429,18 +1549,14 @@ def score_item(context: VideoContext, item: Item, bench, args, sides):
     """
     if bench.task == "retrieval":
         return {"scores": score_texts(context, item.options, sides)}
-    if not item.options:
-        return {"reply": context.generate([item.question])[0]}
-    # The options are listed, and the model is to name one.
+    words = question_words(item, args)
+    if args.answer == "generate":
+        return {"reply": context.generate(words)}
     if args.answer == "letter":
-        lines = [item.question]
-        for letter, text in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", item.options):
-            lines.append(f"{letter}. {text}")
-        lines.append("Answer with the letter of the right option.")
-        reply = context.generate(["\n".join(lines)], max_new=16)[0]
+        reply = context.generate(words, max_new=16)
         return {"reply": reply, "choice": parse_letter(reply, len(item.options))}
     # The model does not see the options beside each other, so their order cannot matter.
-    scores = context.score([(item.question, option) for option in item.options])
+    scores = context.score([(words, option) for option in item.options])
     column = 1 if args.length == "mean" else 0
     return {"scores": scores[:, column].tolist()}
 
@@ -1621,7 +1737,9 @@ td, th {padding: .3rem .5rem; border-bottom: 1px solid #ddd; text-align: left; v
 .item {border: 1px solid #ddd; border-radius: 6px; padding: .7rem; margin: .8rem 0}
 .item img {max-width: 100%} td small {display: block; min-width: 13rem} td {min-width: 4.5rem}</style>
 <h1>EgoBench</h1><p>Per cent; intervals are 95 %. In the bars: the interval (blue), the score (black), chance
-(red). The last columns follow protocols of their own.</p>"""
+(red). The last columns follow protocols of their own. Ours by likelihood: options are not shown, each is scored by
+itself. By letter: all are listed, and the letter that the reply begins with counts. Words around a question are ours,
+but for a template of your own.</p>"""
 TABLE = """<div class=wide>
 <table><tr><th>benchmark<th>ours<th><th>n<th>chance<th>blind<th>paper<th>best open<th>protocol</tr>"""
 ROW = ('<tr><td>{name}<td>{percent[score]:.1f} [{percent[score_lo]:.1f}, {percent[score_hi]:.1f}]{parts}'

@@ -98,10 +98,19 @@ def test_charades_is_the_official_arithmetic():
 def test_letters_are_parsed_strictly():
     for reply, letter in (("B", 1), ("(B)", 1), (" B. ", 1), ("B) to the door", 1), ("A: yes", 0), ("(D) Stop", 3), ("C\n", 2)):
         assert parse_letter(reply, 4) == letter, reply
-    for reply in ("A.M. routine", "B\nBecause", "C) or D)"):
-        assert parse_letter(reply, 4) == {"B\nBecause": 1, "C) or D)": 2}.get(reply), reply
+    for reply in ("A.M. routine", "B\nBecause"):
+        assert parse_letter(reply, 4) == {"B\nBecause": 1}.get(reply), reply
     for reply in ("", "A man walks", "Based on the video, B", "b", "E", "(E)", "AB", "the answer is B", "?", "None"):
         assert parse_letter(reply, 4) is None, reply
+
+
+def test_a_reply_that_names_a_second_option_is_no_choice():
+    """A list of all of them was counted as A. Words behind the letter may hold capitals, and even the letter again."""
+    for reply in ("A.\nB.\nC.\nD.", "A\nB", "A. B. C. D.", "(A) (B) (C) (D)", "A. left B. right", "A. left\nB. right", "C) or D)", "A) x, B) y", "A: x; B: y",
+                  "A. x\nB. y\nAnswer: B", "A. B", "A.\n\nB.", "A. put box (B) take bag", "A, B", "A and B", "A/B", "- A.\n- B.", "E.\nB."):
+        assert parse_letter(reply, 4) is None, reply
+    for reply, letter in (("B. A man walks", 1), ("B. Vitamin C.", 1), ("A.\nA.", 0), ("C. I cut it.\n\nThe hand moves.", 2), ("B: the A team", 1), ("B) take a U-turn", 1)):
+        assert parse_letter(reply, 4) == letter, reply
 
 
 def test_rouge_is_of_the_longest_common_subsequence():
@@ -137,7 +146,8 @@ def test_replies_from_the_cache_are_the_plain_ones_and_a_chat_goes_on(learner):
     questions = ["What am I doing?", "Which hand am I using?"]
     plain = eval.generate_answers(model, tokenizer, visual.expand(2, -1, -1), questions, max_new=12)
     seen = VideoContext(model, tokenizer, visual)
-    assert seen.generate(questions, 12) == plain and seen.generate(questions[::-1], 12) == plain[::-1]
+    assert [seen.generate(question, 12) for question in questions] == plain
+    assert [seen.generate(question, 12) for question in questions[::-1]] == plain[::-1]
     chat = VideoContext(model, tokenizer, visual)
     first = "".join(chat.stream(questions[0], 12)).strip()
     assert first == plain[0]
@@ -189,6 +199,18 @@ def file_sets(root, toy):
                                                 "task_progress_metadata": [{"narration_text": "t", "start_frame": 4, "stop_frame": 9}][:i % 2]}
                                                for i in range(QUESTIONS)])
     turns = ["Turn left and move forward", "Turn right and move forward", "Move forward", "Stop"]
+    plans = [{"sample_id": f"v{i % 4}_{i}", "domain": ("Work", "Hobbies")[i % 2], "scenario": "baking", "task_goal": "Bake pastry.", "choice_a": "open oven",
+              "choice_b": "put tray", "choice_c": "wait", "choice_d": "stir", "golden_choice_idx": "ABCD"[i % 4], "answer": "x", "task_start_frame": 2,
+              "current_observation_frame": 20, "task_progress_metadata": [{"narration_text": "t", "start_frame": 4, "stop_frame": 9}][:i % 2]}
+             for i in range(QUESTIONS)]
+    put("egoplan2", "EgoPlan-Bench2.json", plans)
+    put("egoexomem", "qa_merged_v6.json", [{"qa_id": f"m{i}", "qa_type": f"Q{i % 8 + 1}", "take_name": f"take_{i % 2}", "scenario": "Cooking", "required_view":
+                                            ("ego", "exo", "either")[i % 3], "question": "What did I take first?", "options": ["pan", "pot", "lid", "cup"],
+                                            "correct_answer": i % 4, "verification": {"timestamps": [3.5]}, "idx": i} for i in range(QUESTIONS)])
+    for take in range(2):
+        ego = videos / f"takes/take_{take}/frame_aligned_videos/aria01_214-1.mp4"
+        ego.parent.mkdir(parents=True)
+        ego.write_bytes((videos / f"v{take}.mp4").read_bytes())
     put("vln-qa", "egocentric_navigation.json", [{"video": f"left/{i % 4}.mp4", "question": "What next?", "candidates": turns, "answer": turns[i % 4]}
                                                  for i in range(QUESTIONS)])
     put("egomcq", "egomcq.json", {str(i): {"answer": i % 5, "types": 1 + i % 2, "query": {"clip_text": "#C C picks up the red block"}, "choices": {
@@ -223,7 +245,7 @@ def test_every_benchmark_gives_predictions_and_a_score(scored):
         assert 0 <= figures["score_lo"] <= figures["score"] <= figures["score_hi"] <= 1 and figures["score_n"] and figures["git"], name
         # Half of EgoPlan's questions here have the right option twice; one of EgoTaskQA's three truths is no option.
         assert figures["score_chance"] == pytest.approx({"egoschema": .2, "qaego4d-closed": .25, "qaego4d-open": 0, "egoplan": .375, "vln-qa": .25,
-                                                         "egomcq": .2, "egotaskqa-direct": 1 / 6, "egotaskqa-indirect": 1 / 6}.get(name, figures["score_chance"]))
+                                                         "egoplan2": .25, "egoexomem": .25, "egomcq": .2, "egotaskqa-direct": 1 / 6, "egotaskqa-indirect": 1 / 6}.get(name, figures["score_chance"]))
     assert set(json.loads((scored / "egoschema.submission.json").read_text())) == {"v0", "v1", "v2", "v3"}
     assert json.loads((scored / "egoschema.json").read_text())["score_n"] == 3            # the public answers
     said = [json.loads(line) for line in (scored / "qaego4d-open.jsonl").read_text().splitlines()[1:]]
@@ -232,6 +254,10 @@ def test_every_benchmark_gives_predictions_and_a_score(scored):
     assert {"inter", "intra"} < set(json.loads((scored / "egomcq.json").read_text()))
     assert {"mAP_V2T", "nDCG_avg", "nDCG_avg_chance"} < set(json.loads((scored / "ek100-mir.json").read_text()))
     assert {"binary", "open"} < set(json.loads((scored / "egotaskqa-direct.json").read_text()))
+    assert {"Work", "Hobbies"} < set(json.loads((scored / "egoplan2.json").read_text()))
+    figures = json.loads((scored / "egoexomem.json").read_text())
+    assert {"ego", "exo", "either"} < set(figures) and "of the ego video alone" in figures["note"]
+    assert "3.5" not in (scored / "egoexomem.jsonl").read_text()                          # when the answer is seen
 
 
 def test_the_relevancies_and_columns_of_ek100(sets):
@@ -261,7 +287,9 @@ def test_equal_texts_count_both_and_constant_scores_give_chance():
     four = eval.Item("x", [{}], "?", list("abcd"), 2)
     assert eval.outcome(four, {"scores": [1] * 4}) == 0.25
     assert eval.outcome(eval.Item("x", [{}] * 5, "text", [], 4), {"scores": [0, 0, 0, 0, 1]}) == 1
-    assert eval.outcome(eval.Item("x", [{}], "?", ["yes"], -1), {"scores": [1.0]}) == 0             # outside the vocabulary
+    outside = eval.Item("x", [{}], "?", ["yes"])
+    outside.answer = eval.OUTSIDE                           # of the vocabulary
+    assert eval.outcome(outside, {"scores": [1.0]}) == 0
 
 
 def test_letters_are_asked_once_and_failures_counted(sets, toy, tmp_path):
@@ -476,7 +504,52 @@ def test_unread_videos_are_ranked_last_and_hidden_answers_are_none():
     whole = eval.ranking_figures(eval.BENCHES["charades-ego"], items, good)["score"]
     one = eval.ranking_figures(eval.BENCHES["charades-ego"], items, [{"error": "gone"}, *good[1:]])["score"]
     assert whole == 1 and 0.9 < one < 1
-    assert float(eval.mean_of_nonzero(torch.zeros(1, 3))) == 0
+    assert eval.mean_per_token(torch.zeros(3)) == 0 and eval.mean_per_token(torch.tensor([0., 2, 4])) == 3
+
+
+def test_charades_compares_videos_by_a_softmax_over_their_classes():
+    """How likely a video makes any text at all is no class: an offset of its own moved the mAP, a softmax takes it away."""
+    rng = np.random.default_rng(0)
+    labels = rng.random((60, 20)) < 0.2
+    items = [eval.Item(str(i), [{}], "?", [f"c{k}" for k in range(20)], list(map(int, np.flatnonzero(row)))) for i, row in enumerate(labels)]
+    scores = rng.normal(size=labels.shape) + labels
+    shares = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
+    want = charades_map(shares, labels)["nanmAP"]
+    for spread in (0, 1, 30, 1000):
+        offsets = spread * rng.normal(size=(60, 1))
+        said = [{"scores": row.tolist()} for row in scores + offsets]
+        figures = eval.ranking_figures(eval.BENCHES["charades-ego"], items, said)
+        assert figures["score"] == pytest.approx(want, abs=1e-9), spread
+    raw = charades_map(scores + 30 * rng.normal(size=(60, 1)), labels)["nanmAP"]
+    assert raw < want - 0.1                                     # what comparing raw likelihoods would give
+    # An unread video is still the last, wherever its labels are; raw scores stay in the predictions.
+    said[0] = {"error": "gone"}
+    scores[0] = -1e9
+    shares[0] = 0
+    assert eval.ranking_figures(eval.BENCHES["charades-ego"], items, said)["score"] == pytest.approx(charades_map(shares, labels)["nanmAP"], abs=1e-9)
+
+
+def test_a_score_that_is_no_number_is_an_item_that_was_not_read(learner, monkeypatch, toy):
+    model, tokenizer = learner
+    video = str(toy / "toy/val/ego/0.mp4")
+    items = [eval.Item(str(i), [{"video": video}], "?", ["a", "b"], 0) for i in range(3)]
+    said = iter((np.array([[0, -1.0], [0, -2.0]]), np.array([[0, math.nan], [0, -2.0]]), np.array([[0, -math.inf], [0, -2.0]])))
+    monkeypatch.setattr(VideoContext, "score", lambda *_, **__: next(said))
+    args = Namespace(blind=False, answer="likelihood", length="mean", prompt="base", words=None, bench="x")
+    found = list(eval.run_items(Namespace(model=model, tokenizer=tokenizer), items, [], eval.BENCHES["vln-qa"], args))
+    assert [one.get("error") for one in found] == [None, *["the model's scores are no numbers"] * 2]
+    figures = eval.summarise(eval.BENCHES["vln-qa"], items, found, args)
+    assert figures["unreadable"] == 2 and figures["score"] == pytest.approx(1 / 3) and json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_a_question_that_is_too_long_is_an_error_of_its_item(learner, toy):
+    model, tokenizer = learner
+    clip = {"video": str(toy / "toy/val/ego/0.mp4")}
+    items = [eval.Item("0", [clip], "word " * 300, ["a", "b"], 0), eval.Item("1", [clip], "What?", ["a", "b"], 0)]
+    for answer in ("likelihood", "letter", "generate"):
+        args = Namespace(blind=False, answer=answer, length="mean", prompt="base", words=None)
+        long, short = eval.run_items(Namespace(model=model, tokenizer=tokenizer), items, [], eval.BENCHES["vln-qa"], args)
+        assert "a shorter question is needed" in long["error"] and "error" not in short, answer
 
 
 def test_a_cut_answer_stays_in_the_conversation(learner):
@@ -484,7 +557,7 @@ def test_a_cut_answer_stays_in_the_conversation(learner):
     visual = model.encode_ego(torch.randint(0, 255, (1, 4, 3, 48, 48), dtype=torch.uint8))
     chat = VideoContext(model, tokenizer, visual)
     tokens = tokenizer.encode("".join(chat.stream("What am I doing?", 3)))
-    assert len(chat.unread) == 1
+    assert len(chat.unread) == 2 and chat.unread[1] == tokenizer.eos
     second = "".join(chat.stream("Which hand am I using?", 5))
     plain = VideoContext(model, tokenizer, visual)
     ids = plain.prompt("What am I doing?")[0]
@@ -522,12 +595,152 @@ def test_egoplan_counts_epics_frames_at_the_rate_of_its_images(tmp_path):
         assert items[0].question.startswith("I want to clean the sink. ") and items[1].question.startswith("I am cleaning the sink. ")
 
 
+QUESTION = {"video": "v.mp4", "question": "What next?", "candidates": ["left", "right"], "answer": "left"}
+SCHEMA = {"q_uid": "u", "question": "Why?"} | {f"option {i}": f"o{i}" for i in range(5)}
+CHOICES = {str(k): {"video_uid": "v", "clip_start": 0, "clip_end": 1} for k in range(5)}
+MCQ = {"answer": 0, "types": 1, "query": {"clip_text": "#C C walks"}, "choices": CHOICES}
+
+
+@pytest.mark.parametrize("name, file, content, place", [
+    ("vln-qa", "egocentric_navigation.json", [QUESTION, QUESTION | {"candidates": ["left", None]}], "record 2"),
+    ("vln-qa", "egocentric_navigation.json", [QUESTION | {"candidates": ["left", " "]}], "record 1"),
+    ("vln-qa", "egocentric_navigation.json", [QUESTION | {"question": 7}], "record 1"),
+    ("vln-qa", "egocentric_navigation.json", [QUESTION | {"answer": "up"}], "record 1"),
+    ("egoschema", {"u": "3"}, [SCHEMA], "record 1"), ("egoschema", {"u": 5}, [SCHEMA], "record 1"), ("egoschema", {"u": -1}, [SCHEMA], "record 1"),
+    ("egoschema", {"u": 2.0}, [SCHEMA], "record 1"), ("egoschema", {"u": True}, [SCHEMA], "record 1"),
+    ("vln-qa", "egocentric_navigation.json", [QUESTION | {"candidates": "left", "answer": "l"}], "record 1"), ("egoschema", {}, [SCHEMA, SCHEMA | {"q_uid": 9}], "record 2"),
+    ("egomcq", "egomcq.json", {"0": MCQ, "1": MCQ | {"answer": 5}}, "record 2"), ("egomcq", "egomcq.json", {"0": MCQ | {"answer": "0"}}, "record 1"),
+    ("egoplan2", "EgoPlan-Bench2.json", [{"golden_choice_idx": ""}], "record 1"), ("egoplan2", "EgoPlan-Bench2.json", [{"golden_choice_idx": "BC"}], "record 1"),
+    ("egoplan2", "EgoPlan-Bench2.json", [{"task_start_frame": math.nan}], "record 1"), ("egoplan2", "EgoPlan-Bench2.json", [{"choice_b": None}], "record 1")])
+def test_an_item_is_checked_when_it_is_read(tmp_path, name, file, content, place):
+    """A null option won every time, a wrong answer was found after the last item; now its file and record are named."""
+    if name == "egoschema":
+        (tmp_path / "subset_answers.json").write_text(json.dumps(file))
+        file = "questions.json"
+    if name == "egoplan2":
+        content = [plan("v", "x") | {"sample_id": "v_1", "domain": "Work", "task_start_frame": 1, "task_progress_metadata": []} | content[0]]
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(DataError, match=f"{file} {place} is not as expected"):
+        read_items(tmp_path, name)
+
+
+def test_a_time_that_is_no_number_never_becomes_zero(tmp_path):
+    choices = CHOICES | {"3": {"video_uid": "v", "clip_start": "nan", "clip_end": 1}}
+    (tmp_path / "egomcq.json").write_text(json.dumps({"0": MCQ | {"choices": choices}}))
+    item, = read_items(tmp_path, "egomcq")
+    assert math.isnan(item.clips[3]["start"]) and item.clips[0]["start"] == 0
+    write_video(tmp_path / "v.mp4", np.zeros((5, 32, 32, 3), np.uint8), 5)
+    eval.place_clips([item], tmp_path, False, False)
+    with pytest.raises(DataError, match="v.mp4"):
+        read_clip(item.clips[3]["video"], item.clips[3]["start"], 1, 4, 32)
+
+
+def test_egoplan2_by_hand(tmp_path):
+    """From the first progress, or the task's start, to the current frame at the file's own rate; equal texts are equally right."""
+    write_video(tmp_path / "ab_c.mp4", np.zeros((5, 32, 32, 3), np.uint8), 25)
+    record = plan("unused", "unused") | {"sample_id": "ab_c_2", "domain": "Work", "task_start_frame": 11}
+    del record["video_id"], record["video_source"]
+    rest = {"sample_id": "ab_c_3", "domain": "Hobbies", "task_progress_metadata": [], "choice_c": "b", "task_goal": "Cleaning the sink."}
+    (tmp_path / "EgoPlan-Bench2.json").write_text(json.dumps([record, record | rest]))
+    items = read_items(tmp_path, "egoplan2")
+    eval.place_clips(items, tmp_path, False, False)
+    assert [(i.clips[0]["start"], i.clips[0]["end"]) for i in items] == pytest.approx([(61 / 25, 602 / 25), (11 / 25, 602 / 25)])
+    assert [(i.kind, i.goal, i.answer) for i in items] == [("Work", "clean the sink", 1), ("Hobbies", "cleaning the sink", 1)]
+    said = [{"scores": [0, 1, 2, 3]}, {"scores": [0, 1, 2, 1]}]                            # wrong; right by its twin
+    figures = eval.summarise(eval.BENCHES["egoplan2"], items, said, Namespace(answer="likelihood", bench="egoplan2"))
+    assert (figures["score"], figures["Work"], figures["Hobbies"], figures["score_chance"]) == (0.5, 0, 1, pytest.approx(0.375))
+
+
+def test_egoexomem_by_hand(tmp_path):
+    """The ego video alone, downscaled if it is there; of several cameras with such a name the one with a colour stream."""
+    records = [{"qa_id": f"q{i}", "qa_type": "Q1", "take_name": f"t{i}", "required_view": view, "question": "What?", "options": list("wxyz"),
+                "correct_answer": i, "verification": {"timestamps": [9]}, "idx": i} for i, view in enumerate(("ego", "exo", "either", "exo"))]
+    (tmp_path / "data/EgoExo4D").mkdir(parents=True)
+    (tmp_path / "data/EgoExo4D/qa_merged_v6.json").write_text(json.dumps(records))
+    for name in ("t0/{}/aria01_214-1.mp4", "t1/{}/aria02_214-1.mp4", "t1/{}/downscaled/448/aria02_214-1.mp4", "t1/{}/cam01.mp4", "t2/{}/aria01_214-1.mp4",
+                 "t2/{}/aria03_214-1.mp4"):
+        path = tmp_path / "takes" / name.format("frame_aligned_videos")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    streams = {"aria01": {"rgb": {}, "slam": {"relative_path": "s.mp4"}}, "aria03": {"rgb": {"relative_path": "frame_aligned_videos/aria03_214-1.mp4"}},
+               "cam01": {"0": {"relative_path": "frame_aligned_videos/cam01.mp4"}}}
+    (tmp_path / "takes.json").write_text(json.dumps([{"take_name": "t2", "frame_aligned_videos": streams}]))
+    items = read_items(tmp_path, "egoexomem")
+    assert [i.clips[0]["video"].removeprefix("takes/").replace("frame_aligned_videos", "-") for i in items] == [
+        "t0/-/aria01_214-1.mp4", "t1/-/downscaled/448/aria02_214-1.mp4", "t2/-/aria03_214-1.mp4", "t3/-/aria01_214-1.mp4"]
+    assert [item.id for item in read_items(tmp_path / "data/EgoExo4D", "egoexomem", videos=str(tmp_path))] == ["q0", "q1", "q2", "q3"]
+    said = [{"scores": [1, 0, 0, 0]}, {"scores": [1, 0, 0, 0]}, {"scores": [0, 0, 1, 1]}, {"error": "not there"}]
+    figures = eval.summarise(eval.BENCHES["egoexomem"], items, said, Namespace(answer="likelihood", bench="egoexomem"))
+    assert (figures["score"], figures["ego"], figures["exo"], figures["either"]) == (1.5 / 4, 1, 0, 0.5)
+    assert figures["exo_n"] == 2 and figures["score_chance"] == 0.25 and figures["unreadable"] == 1
+    (tmp_path / "takes.json").write_text(json.dumps([{"take_name": "t2", "frame_aligned_videos": streams | {"aria04": streams["aria03"]}}]))
+    assert read_items(tmp_path, "egoexomem")[2].clips                                       # the same file twice is one
+    (tmp_path / "takes.json").write_text("[]")
+    with pytest.raises(DataError, match="record 3 is not as expected .*takes.json does not tell which ego camera"):
+        read_items(tmp_path, "egoexomem")
+
+
+def test_which_egotaskqa_it_is_is_said(monkeypatch):
+    bench_, five = eval.BENCHES["egotaskqa-direct"], eval.Item("0", [{}], "?", list("abcde"), 0, kind="5-way")
+    assert "EgoThinker's choice among five, 8,783 items" in eval.note_of(bench_, [five] * 8783)
+    assert "a 2B model has 96 % without training" in eval.note_of(bench_, [five] * 18936)
+    assert "a choice among five of 12 items, which we do not know" in eval.note_of(bench_, [five] * 12)
+    assert eval.note_of(bench_, [eval.Item("0", [{}], "?", ["yes"], 0, kind="binary")]) == bench_.note
+
+
+def test_a_template_has_a_users_own_words(tmp_path):
+    item = eval.Item("0", [{}], "Is {goal} \\1 it?", ["put {question}", "take"], 0, goal="clean the sink")
+    args = Namespace(answer="letter", prompt="base", words="To {goal}: {question}\n{options}\n{}{ x }The answer is (")
+    assert eval.question_words(item, args) == "To clean the sink: Is {goal} \\1 it?\nA. put {question}\nB. take\n{}{ x }The answer is ("
+    args.words = None
+    assert eval.question_words(item, args).splitlines() == ["Is {goal} \\1 it?", "A. put {question}", "B. take", "Answer with the letter of the right option."]
+    for prompt, lines in (("base", 0), ("task", 1), ("cue", 2)):
+        args = Namespace(answer="likelihood", prompt=prompt, words=None)
+        first, question = eval.question_words(item, args).splitlines()[:lines], eval.question_words(item, args).splitlines()[lines:]
+        assert question == [item.question] and (eval.CUE in first) == (prompt == "cue") and (eval.TASK_DETAILS["likelihood"] in first) == (prompt != "base")
+    path = tmp_path / "words.txt"
+    for text, lacking in (("{question}\n", ""), ("{qestion}", "qestion"), ("{options}", "one of question"), ("Why?", "one of question"),
+                          ("{question} {goal}", "goal"), ("<video> {question}", "<video>")):
+        path.write_text(text)
+        plain = eval.Item("0", [{}], "Is it?", ["a", "b"], 0)
+        if lacking:
+            with pytest.raises(DataError, match=f"{path}.*{lacking}"):
+                eval.read_template(path, plain, "generate")
+        else:
+            assert eval.read_template(path, plain, "generate") == "{question}"
+            with pytest.raises(DataError, match="options for letters"):
+                eval.read_template(path, plain, "letter")
+
+
+def test_a_template_is_part_of_the_protocol(sets, toy, tmp_path):
+    words = tmp_path / "words.txt"
+    words.write_text("{options}\nWhich of these? {question}")
+    bench(sets, tmp_path, toy, "vln-qa", "--answer", "letter", "--template", words, "--prompt", "cue")
+    head = json.loads((tmp_path / "vln-qa.jsonl").read_text().splitlines()[0])
+    assert head["prompt"] == "cue" and len(head["template"]) == 16
+    words.write_text("{options}\nWhich of those? {question}")
+    wrong = bench(sets, tmp_path, toy, "vln-qa", "--answer", "letter", "--template", words, "--prompt", "cue", check=False)
+    assert wrong.returncode and f"template={head['template']}" in wrong.stderr
+    done = bench(sets, tmp_path / "r", toy, "egomcq", "--template", words, "--prompt", "task")
+    assert "--template" in done.stdout and "--prompt task does not apply" in done.stdout
+    head = json.loads((tmp_path / "r/egomcq.jsonl").read_text().splitlines()[0])
+    assert head["template"] is None and head["prompt"] == "base"
+
+
+def test_a_result_without_a_score_has_a_line_on_the_page(tmp_path):
+    figures = {"ckpt": "c", "git": "g", "weights": "w", "answer": "likelihood", "length": "mean", "content": "x", "items": 3, "unreadable": 3, "score": None}
+    (tmp_path / "charades-ego.json").write_text(json.dumps(figures))
+    (tmp_path / "charades-ego.jsonl").write_text("{}\n" + json.dumps({"id": "0", "clips": [{"video": "v"}], "question": "?", "options": [], "answer": None}) + "\n")
+    page = eval.write_report(tmp_path).read_text()
+    assert "<td>charades-ego<td colspan=7>no score: 3 items, 3 unreadable<td>" in page
+
+
 def test_egotaskqa_as_a_choice_and_with_encoded_answers(tmp_path):
     (tmp_path / "answer_set.txt").write_text("<UNK1>\nyes\nget plate from table\n")
     (tmp_path / "formatted_test_qas_encode.json").write_text(json.dumps([
         {"interval": "a|P1|1|9", "question": "What?", "answer": "Get plate from table", "question_id": 1, "answer_encode": 0},
         {"interval": "a|P1|1|9", "question": "Is it?", "answer": "yes", "question_id": 2, "answer_encode": 1}]))
-    assert [item.answer for item in read_items(tmp_path, "egotaskqa-direct")] == [-1, 0]
+    assert [item.answer for item in read_items(tmp_path, "egotaskqa-direct")] == [eval.OUTSIDE, 0]
     (tmp_path / "egotaskqa.json").write_text(json.dumps([{"q": "Did it?", "video_path": "28k|P1|5|6.mp4", "a": "D", "option": {
         "A": "poweredness", "B": "edible", "C": "no", "D": "yes", "E": "Close sink"}}]))
     item, = read_items(tmp_path, "egotaskqa-direct")
