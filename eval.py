@@ -256,8 +256,7 @@ def toy_benchmark(model: Exo2Ego, tokenizer: Tokenizer, data: str, stage: int, o
     print_figures(figures)
     pictures = ", ".join(map(str, sorted(out.glob("*.png"))))
     print(f"pictures: {pictures}; figures: {out}/eval.json")
-    print(f"next: {NEXT[stage]}", flush=True)
-    (out / "eval.json").write_text(json.dumps(figures, indent=1))
+    print(f"next: {next_command(stage, out, data)}", flush=True)
     return figures
 
 
@@ -554,14 +553,25 @@ def print_figures(figures):
                   f"{figures[f'{name}_n']:,}, chance {chance:.1f} %")
         elif name not in of_scores:
             print(f"   {name}: {value:.4g}" if isinstance(value, float) else f"   {name}: {value}")
+            continue
+        low, high, n = (figures[f"{name}_{part}"] for part in ("lo", "hi", "n"))
+        line = f"{IN_WORDS.get(name, name)}: {100 * value:.1f} % [{100 * low:.1f}, {100 * high:.1f}] of {n:,}"
+        if f"{name}_chance" in figures:
+            line += f", chance {100 * figures[f'{name}_chance']:.1f} %"
+        print(line)
 
 
-# What one would do after a stage.
-NEXT = {
-    0: "torchrun train.py --stage 1",
-    1: "torchrun train.py --stage 2",
-    2: "torchrun train.py --stage 3",
-    3: "python eval.py --video out/toy/test/ego/0.mp4 --start 0 --end 1 --ask 'What am I doing?'"}
+def next_command(stage, out, world=None):
+    """What one would type after a stage whose run is `out`; `world` is the micro-world, None for one's own data."""
+    # Ego video is for the learner of stages 2 and 3.
+    if stage < (3 if world else 2):
+        start = "--base" if stage == 0 else "--init"
+        data = world or "pairs.jsonl (and --preset as before)"
+        return f"python train.py --stage {stage + 1} {start} {out} --data {data}"
+    video = f"{world}/test/ego/0.mp4 --start 0 --end 1" if world else "FILE"
+    return f"python eval.py --ckpt {out} --video {video} --ask 'What am I doing?'"
+
+
 # The colours of a sample's text: right, wrong, the truth.
 GREEN = (20, 130, 50)
 RED = (190, 40, 40)
@@ -702,22 +712,66 @@ def parse(argv):
 
 def main(argv=None):
     args = parse(argv)
+    screen = Screen(sys.stdout)
     try:
-        # A page is made of what earlier calls left: by itself it needs no checkpoint.
-        if args.bench or not args.report:
-            use_checkpoint(args)
-        if args.report:
-            print(write_report(Path(args.out)))
+        with contextlib.redirect_stdout(screen):
+            # A page is made of what earlier calls left: by itself it needs no checkpoint.
+            if args.bench or not args.report:
+                use_checkpoint(args)
+            if args.report:
+                print(write_report(Path(args.out or "results")))
     except (ValueError, OSError) as error:
         sys.exit(f"eval.py: {error}")
     except KeyboardInterrupt:
         sys.exit("\neval.py: stopped")
+    except (RuntimeError, MemoryError) as error:
+        # torch says it in other words on each device. Any other error is a bug, whose place helps.
+        if not re.search("out of memory|allocate memory|^$", str(error)):
+            raise
+        sys.exit("eval.py: out of memory: free some, or use a smaller checkpoint; CUDA_VISIBLE_DEVICES= in front of "
+                 "the command takes the CPU's")
+    finally:
+        screen.flush()
+
+
+class Screen:
+    """stdout, where what is only shown ends nothing: not a lost reader (`| head`), a full disk or a narrow encoding."""
+    def __init__(self, stream):
+        stream.reconfigure(errors="backslashreplace")
+        self.stream = stream
+
+    def write(self, text):
+        self.show(self.stream.write, text)
+
+    def flush(self):
+        self.show(self.stream.flush)
+
+    def show(self, action, *text):
+        try:
+            action(*text)
+        except OSError:
+            # From here on everything goes nowhere, also what Python flushes at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def default_run():
+    """The last stage that is finished; if none is, the last that has a checkpoint."""
+    runs = list(filter(newest_checkpoint, ["out/stage3", "out/stage2", "out/stage1", "out/stage0"]))
+    for run in runs:
+        state = read_state(newest_checkpoint(run))
+        if state["step"] == state["steps"]:
+            if run != runs[0]:
+                print(f"{runs[0]} is not finished: {run} is taken (--ckpt {runs[0]} takes the other)")
+            return run
+    return runs[0] if runs else "out/stage3"
 
 
 def use_checkpoint(args):
-    """Score or ask the checkpoint that the flags name, or the newest stage's."""
-    runs = ["out/stage3", "out/stage2", "out/stage1", "out/stage0"]
-    run = args.ckpt or next(filter(newest_checkpoint, runs), runs[0])
+    """Score or ask the checkpoint that the flags name, or the last stage's."""
+    run = args.ckpt or default_run()
     model, state = load_checkpoint(run, args.base, args.vision)
     folder = newest_checkpoint(run)
 
@@ -737,7 +791,7 @@ def use_checkpoint(args):
             clip = {"video": args.video, "start": args.start, "end": args.end}
             chat(model, ckpt.tokenizer, clip, args.ask)
         else:
-            score_toy(ckpt, args, run)
+            score(ckpt, args, args.out or run)
 
 
 def score_toy(ckpt, args, out):
