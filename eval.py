@@ -2,10 +2,12 @@
 
     python eval.py  # the toy benchmark of the newest stage, with pictures
     python eval.py --video my.mp4 --ask "What am I doing?"      # one question; a chat without --ask
+    python eval.py --data held-out.jsonl        # answers to the rows of one's own manifest, beside the truth
     python eval.py --bench egoschema --data DIR --out results   # EgoBench; --report makes a page
 
-Every score comes with its chance level, a 95 % interval and the number of items. Narrations and answers are
-decoded greedily and count as right when they match the truth exactly.
+A share of right answers comes with its chance level, a 95 % interval and the number of items; divergences,
+ranks and overlaps are plain figures beside it. Narrations and answers are decoded greedily and count as right
+when they match the truth exactly.
 """
 from __future__ import annotations
 
@@ -285,13 +287,20 @@ def evaluate_questions(model, tokenizer, rows, visual):
     truths = [row["turns"][0]["assistant"] for row in rows]
     replies = generate_answers(model, tokenizer, visual, questions)
 
-    # Chance is a uniform draw from the answers that this very question has in the test set.
-    answers_of = defaultdict(set)
-    for question, truth in zip(questions, truths):
-        answers_of[question].add(truth)
-    chances = [1 / len(answers_of[question]) for question in questions]
+    chance = guess_chance(questions, truths)
     right = [reply == truth for reply, truth in zip(replies, truths)]
-    return proportion("qa", right, np.mean(chances)), {"reply": replies}
+    return proportion("qa", right, chance), {"reply": replies}
+
+
+def guess_chance(questions, truths):
+    """What a uniform draw gets from the truths that the same question has here; questions that stand here once have
+    theirs in common."""
+    asked = Counter(questions)
+    kinds = [question if asked[question] > 1 else None for question in questions]
+    truths_of = defaultdict(set)
+    for kind, truth in zip(kinds, truths):
+        truths_of[kind].add(truth)
+    return np.mean([1 / len(truths_of[kind]) for kind in kinds])
 
 
 def choose_clip(model, tokenizer, rows, visual):
@@ -339,12 +348,13 @@ def wrong_clips(rows, item, kind, rng):
 
 # ------------------------------------------------------------------- 4 a score is a share, its chance and its interval
 def proportion(name, outcomes, chance):
-    """The mean of outcomes in [0, 1], as the five figures that every score has."""
+    """The mean of outcomes in [0, 1], as the five figures that every score has; `chance` None: four."""
     share = np.mean(outcomes)
     low, high = wilson(share, len(outcomes))
+    guessed = {} if chance is None else {f"{name}_chance": chance}
     return {
         name: share,
-        f"{name}_chance": chance,
+        **guessed,
         f"{name}_lo": low,
         f"{name}_hi": high,
         f"{name}_n": len(outcomes)}
@@ -537,21 +547,20 @@ IN_WORDS = {
     "transfer_scene_x_top1": "own exo clip nearest to x as it is, in its scene",
     "mcq_inter": "which clip, the other four from other scenes",
     "mcq_intra": "which of a scene's five moments",
-    "qa": "questions exact"}
+    "qa": "questions exact",
+    "exact": "answers exact",
+    "rouge_l": "ROUGE-L of the answers"}
 
 
 def print_figures(figures):
-    """A sentence for each score, with its interval, its number of items and its chance; other figures in one
-    line each."""
-    scores = [name for name in figures if f"{name}_lo" in figures]
-    of_scores = {f"{name}_{part}" for name in scores for part in ("chance", "lo", "hi", "n")}
+    """A sentence for each score, with its interval, its number of items and its chance level, if it has one; other
+    figures in one line each."""
     for name, value in figures.items():
+        score, _, part = name.rpartition("_")
+        if part in ("chance", "lo", "hi", "n") and f"{score}_lo" in figures:
+            continue                                            # it stands in the sentence of its score
         # A score that is no number (None) has no interval.
-        if name in scores and value is not None:
-            low, high, chance = (100 * figures[f"{name}_{part}"] for part in ("lo", "hi", "chance"))
-            print(f"{IN_WORDS.get(name, name)}: {100 * value:.1f} % [{low:.1f}, {high:.1f}] of "
-                  f"{figures[f'{name}_n']:,}, chance {chance:.1f} %")
-        elif name not in of_scores:
+        if value is None or f"{name}_lo" not in figures:
             print(f"   {name}: {value:.4g}" if isinstance(value, float) else f"   {name}: {value}")
             continue
         low, high, n = (figures[f"{name}_{part}"] for part in ("lo", "hi", "n"))
@@ -612,46 +621,21 @@ def show_samples(path, rows, predictions):
     show_answers(path, shown, miss="WRONG")
 
 
-@torch.no_grad()
-def show_own_samples(model, tokenizer, rows, stage, out):
-    """Five clips of one's own data: what the model says of them beside what the row says. Stage 1 sees exo."""
-    view = "exo" if stage == 1 else "ego"
-    rows = spread([row for row in rows if row.get(view) and chats_of(row, "mix")], 5)
-    if not rows:
-        print(f"no row has an {view} clip and a text: there is no sample to show")
-        return
-    clips, frames, turns = [], [], []
-    for row in rows:
-        clip = row["exo"][0] if stage == 1 else row["ego"]
-        try:
-            frames.append(read_row_clip(clip, model.cfg.frames, model.cfg.image_size))
-        except DataError as error:
-            print(f"not shown: {error}")
-            continue
-        clips.append(clip)
-        turns.append(chats_of(row, "mix")[0][0])
-    if not clips:
-        return
-    pixels = torch.from_numpy(np.stack(frames)).to(next(model.parameters()).device)
-    encode = model.eval().encode_exo if stage == 1 else model.eval().encode_ego
-    replies = generate_answers(model, tokenizer, encode(pixels), [turn["user"] for turn in turns])
-    # Other words need not be wrong.
-    shown = [(clip, [("", turn["assistant"], said)]) for clip, turn, said in zip(clips, turns, replies)]
-    show_answers(Path(out) / "samples.png", shown, miss="said")
-    print(f"pictures: {out}/samples.png\nnext: python eval.py --ckpt {out} --video FILE --ask 'What am I doing?'")
-
-
 def show_answers(path, shown, miss):
     """Clips and the answers about them, on the screen and as a contact sheet.
 
-    `shown`: (clip, its (question, truth, what the model said)); `miss` is the word before what is not the truth.
+    `shown`: (clip, its (question, truth or None, what the model said)); `miss` is the word before what is not the
+    truth.
     """
     items = []
     for clip, answers in shown:
         # Lines of text below the frames, each with its colour.
         lines = []
         for question, truth, said in answers:
-            if said == truth:
+            if truth is None:
+                print(f"  said  {question}{said}")
+                lines.append((f"said: {question}{said}", GREY))
+            elif said.split() == truth.split():
                 print(f"  ok    {question}{said}")
                 lines.append((f"right: {question}{said}", GREEN))
             else:
@@ -676,20 +660,23 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--ckpt", help="run folder or step_* (the newest of out/stage3 ... out/stage0)")
+    add("--ckpt", help="run folder or step_* (the last finished stage of out/stage3 ... out/stage0)")
     add("--base", help="where the untouched weights are, if they have moved")
     add("--vision", help="where the CLIP directory is, if it has moved")
-    add("--data", help="a micro-world's folder or a manifest (those of the training), or the benchmarks' folder")
+    add("--data", help="a micro-world's folder (that of the training), a manifest, or the benchmarks' folder")
     add("--video", help="ask about this file")
     add("--ask", help="the question; without it, a chat")
     add("--start", type=float, help="seconds, of --video")
     add("--end", type=float, help="seconds, of --video")
     add("--bench", choices=[*BENCHES, "all"], help="DATA/<name>/ has the official files")
     add("--videos", help="where the benchmark's videos are (DATA/<name>/, or videos/ in it)")
-    add("--out", default="results", help="where predictions and scores of --bench go (the toy's go to --ckpt)")
+    add("--out", help="where predictions and scores go (results for --bench and --report, else --ckpt)")
     add("--answer", choices=("likelihood", "letter", "generate"), default="likelihood",
         help="how options are chosen; open questions are always generated")
     add("--length", choices=("mean", "sum"), default="mean", help="of token log-likelihoods")
+    add("--template", help="a text file with {question}, {options}, {goal}: the words of --answer letter and generate")
+    add("--prompt", choices=("base", "task", "cue"), default="base",
+        help="what leads a question, as in data.py: nothing, task details, or the first-person cue and those")
     add("--blind", action="store_true", help="without the video: the floor of text alone")
     add("--limit", type=int, help="so many items only, evenly spread over the file")
     add("--allow-outside", action="store_true", help="video paths may leave their folder")
@@ -697,7 +684,7 @@ def parse(argv):
     args = parser.parse_args(argv)
     # These flags do nothing without another one.
     needs = dict.fromkeys(("ask", "start", "end"), "video") | {"bench": "data"}
-    needs |= dict.fromkeys(("videos", "answer", "length", "blind", "limit"), "bench")
+    needs |= dict.fromkeys(("videos", "answer", "length", "template", "prompt", "blind", "limit"), "bench")
     for flag, other in needs.items():
         if getattr(args, flag) != parser.get_default(flag) and not getattr(args, other):
             parser.error(f"--{flag} needs --{other}")
@@ -794,18 +781,24 @@ def use_checkpoint(args):
             score(ckpt, args, args.out or run)
 
 
-def score_toy(ckpt, args, out):
-    """The toy benchmark of a checkpoint, on the micro-world in --data or the one it was trained on; of the rows of a
-    manifest, five are shown beside the truth. What it finds lies in the folder that --ckpt names: of a run, or of one
-    of its steps."""
+def score(ckpt, args, out):
+    """The toy benchmark of a checkpoint, on the micro-world in --data or the one it was trained on; or its answers to
+    the rows of a manifest in --data, or five of those it was trained on. What it finds lies in the folder that --ckpt
+    names (of a run, or of one of its steps), or in --out."""
     state = ckpt.state
+    Path(out).mkdir(parents=True, exist_ok=True)
     print(f"{ckpt.folder}: stage {state['stage']}, step {state['step']} of {state['steps']}")
     config = state.get("config", {})                # published weights have none
     data = [args.data] if args.data else config.get("data", ["out/toy"])
     if data[0].endswith(".jsonl"):
         root = None if args.data else config["root"]
         rows = read_manifests(data, root, args.allow_outside or config.get("allow_outside", False))
-        show_own_samples(ckpt.model, ckpt.tokenizer, rows, state["stage"], out)
+        if args.data:
+            # A name in which nothing is a pattern, and which no other results have.
+            name = re.sub(r"[^\w-]", "_", Path(args.data).stem)
+            answer_manifest(ckpt, rows, Path(out), f"answers-{name}")
+        else:
+            show_own_samples(ckpt.model, ckpt.tokenizer, rows, state["stage"], out)
         return
     # The run that this one started from may have moved, or been trained again.
     init = config.get("init")
@@ -823,11 +816,11 @@ def run_benches(ckpt, args):
     if not names:
         raise DataError(f"{args.data} has none of the folders {', '.join(BENCHES)}")
     for name in names:
-        own = {"bench": name, "root": f"{args.data}/{name}"}
+        own = {"bench": name, "root": f"{args.data}/{name}", "out": args.out or "results"}
         try:
             egobench(ckpt, argparse.Namespace(**vars(args) | own))
         except KeyboardInterrupt:
-            sys.exit(f"\nstopped: what is done is in {args.out}/{name}*.jsonl, the same command goes on")
+            sys.exit(f"\nstopped: what is done is in {own['out']}/{name}*.jsonl, the same command goes on")
 
 
 # ------------------------------------------------------------------------------------------------- C EgoBench: metrics
@@ -1327,42 +1320,25 @@ def read_template(path, item, answer):
 
 # ----------------------------------------------------------------------------------------------------- EgoBench: a run
 def egobench(ckpt, args):
-    """Score the benchmark `args.bench`, whose official files are in `args.root`.
-
-    torchrun's ranks share the items. Predictions are written as they come, so the same command goes on where
-    a killed one stopped. The rank that ends last sums up, and so does any later call without torchrun.
-    """
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    """Score the benchmark `args.bench`, whose official files are in `args.root`."""
     bench = BENCHES[args.bench]
     items = list(convert(bench.reader, args))
-    if args.limit:
-        items = spread(items, args.limit)
     ids = {item.id for item in items}
     if not items or len(ids) < len(items):
         raise DataError(f"{args.root}: ids repeat, or there are no items")
-    args.answer = answer_mode(bench, items, args)
-    protocol = protocol_of(ckpt, items, args)
+    settle_answering(bench, items, args)
+    note = note_of(bench, items)
+    if args.limit:
+        items = spread(items, args.limit)
+    words = hashlib.sha256(args.words.encode()).hexdigest()[:16] if args.words else None
+    how = {"length": args.length, "blind": args.blind, "prompt": args.prompt, "template": words}
+    protocol = protocol_of(ckpt, [asdict(item) for item in items], bench=args.bench, answer=args.answer, **how)
     place_clips(items, Path(args.videos or args.root), args.allow_outside, args.blind)
 
-    # This process answers what is not done of its share, the questions about a clip in a row.
     name = f"{args.bench}-blind" if args.blind else args.bench
-    files = PredictionFiles(Path(args.out), name, protocol, rank=rank, world=world)
-    with files.lock(rank):
-        done = files.begin()
-        todo = [item for item in items[rank::world] if item.id not in done]
-        todo.sort(key=Item.video_order)
-        others = len(items) - len(todo)
-        print(f"{name}: {len(items)} items, {others} of them done or of other ranks", flush=True)
-        predictions = run_items(ckpt, todo, items[0].options, bench, args)
-        if rank == 0:
-            predictions = progress(predictions, len(todo), "items")
-        files.append(predictions)
-
-    # Whoever ends last has them all.
-    predictions = files.gather(items)
+    predictions = share_items(Path(args.out), name, protocol, items,
+                              lambda todo: run_items(ckpt, todo, items[0].options, bench, args))
     if predictions is None:
-        print(f"{name}: rank {rank} is done; the last rank sums up, or later this command without torchrun")
         return
     stem = f"{args.out}/{name}"
     figures = summarise(bench, items, predictions, args)
@@ -1370,9 +1346,36 @@ def egobench(ckpt, args):
         write_submission(f"{stem}.submission.json", items, predictions)
     # JSON has no NaN.
     figures = {key: None if value != value else value for key, value in figures.items()}
-    write_text_atomic(f"{stem}.json", json.dumps(protocol | figures, indent=1))
+    write_text_atomic(f"{stem}.json", json.dumps(protocol | {"note": note} | figures, indent=1))
     print_figures(figures)
-    print(f"{stem}.json", flush=True)
+    print(f"   {note}", f"{stem}.json", sep="\n", flush=True)
+
+
+def share_items(out, name, protocol, items, answer):
+    """The predictions of all items, in their order; None while other ranks have some of them to do.
+
+    torchrun's ranks share the items. `answer(todo)` yields predictions, which are written as they come, so the
+    same command goes on where a killed one stopped. The rank that ends last has them all, and so has any later
+    call without torchrun.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    files = PredictionFiles(out, name, protocol, rank=rank, world=world)
+    with files.lock(rank):
+        # This process answers what is not done of its share, the questions about a clip in a row.
+        done = files.begin()
+        todo = [item for item in items[rank::world] if item.id not in done]
+        todo.sort(key=Item.video_order)
+        others = len(items) - len(todo)
+        print(f"{name}: {len(items)} items, {others} of them done or of other ranks", flush=True)
+        predictions = answer(todo)
+        if rank == 0:
+            predictions = progress(predictions, len(todo), "items")
+        files.append(predictions)
+    predictions = files.gather(items)
+    if predictions is None:
+        print(f"{name}: rank {rank} is done; the last rank sums up, or later this command without torchrun")
+    return predictions
 
 
 def settle_answering(bench, items, args):
@@ -1405,18 +1408,15 @@ def settle_answering(bench, items, args):
 def protocol_of(ckpt, questions, **how):
     """What predictions depend on: the weights, the questions and the way of answering."""
     # A file that the publishers change makes another test.
-    questions = json.dumps([asdict(item) for item in items])
+    content = json.dumps(questions)
     return {
         "ckpt": str(ckpt.folder),
         "weights": fingerprint(ckpt.folder),
         "preset": ckpt.state.get("config", {}).get("preset"),
         "git": git_revision(),
-        "bench": args.bench,
-        "answer": args.answer,
-        "length": args.length,
-        "blind": args.blind,
-        "items": len(items),
-        "content": hashlib.sha256(questions.encode()).hexdigest()[:16]}
+        **how,
+        "items": len(questions),
+        "content": hashlib.sha256(content.encode()).hexdigest()[:16]}
 
 
 def place_clips(items, root: Path, allow_outside, blind):
@@ -1716,7 +1716,7 @@ def summarise(bench, items, predictions, args):
         figures |= proportion(name, rights, chance)
     if args.answer == "generate":
         overlaps = [rouge_l(p.get("reply", ""), item.answer) for item, p in known]
-        figures["rouge_l"] = np.mean(overlaps)
+        figures |= proportion("rouge_l", overlaps, chance=None)
     return counts | figures
 
 
@@ -1910,6 +1910,109 @@ def film_strip(clip):
         return ""
     png = encode_png(rearrange(frames, "t c h w -> h (t w) c"))
     return f'<img alt="" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+
+
+# ----------------------------------------------------------------------------------------- D answers for one's own data
+def own_questions(rows, stage):
+    """What a stage is trained to answer about rows: (item, chat) for each answer, the chat as it was trained.
+
+    Stage 1 sees a row's first exo clip, all others its ego clip. Stage 3 answers a row's turns, if it has some; else
+    the row is narrated. The turns before a question stand in its chat with their true answers. The truth is the item's
+    `answer`; a last turn without one, and a row without any text, are questions whose truth nobody knows.
+    """
+    for row in rows:
+        if not row.get("exo" if stage == 1 else "ego"):
+            continue
+        clip = row["exo"][0] if stage == 1 else row["ego"]
+        chats = chats_of(row, "turns" if stage == 3 else "narration")
+        turns = chats[0] if chats else [{"user": NARRATE}]
+        for number, turn in enumerate(turns, 1):
+            item = Item(row["id"], [clip], turn["user"], answer=turn.get("assistant"))
+            if number > 1:
+                item.id += f" turn {number}"
+            # The chat ends with the question: its answer waits.
+            asked = {key: text for key, text in turn.items() if key != "assistant"}
+            yield item, [*turns[:number - 1], asked]
+
+
+@torch.no_grad()
+def answer_own(model, tokenizer, questions, stage):
+    """Predictions: id, clip, question, truth, answer, and whether it is right (but for spaces; None without a truth).
+    Where a clip cannot be read or a chat is too long, there is an "error", which counts as wrong."""
+    model.eval()
+    encode = model.encode_exo if stage == 1 else model.encode_ego
+    seen = None
+    for item, chat in questions:
+        clip = item.clips[0]
+        prediction = {"id": item.id, "clip": clip, "question": item.question, "truth": item.answer, "answer": ""}
+        try:
+            # A clip is read once, whatever is asked about it.
+            if clip != seen:
+                frames = read_row_clip(clip, model.cfg.frames, model.cfg.image_size)
+                visual = encode(torch.from_numpy(frames)[None].to(model.decoder.lm_head.weight.device))
+                seen = clip
+            ids, _ = tokenizer.chat(chat, visual.shape[1])
+            room = room_for_answer(model, ids)
+            reply, = model.generate(visual, [torch.tensor(ids)], eos=tokenizer.eos, max_new=room)
+            prediction["answer"] = tokenizer.decode(reply).strip()
+        except DataError as error:
+            prediction["error"] = str(error)
+        right = None
+        if item.answer is not None:
+            right = "error" not in prediction and prediction["answer"].split() == item.answer.split()
+        yield prediction | {"right": right}
+
+
+def answer_manifest(ckpt, rows, out, name):
+    """Answer every row of a manifest as it was trained. OUT/NAME.jsonl has the answers, NAME.json the scores against
+    what the rows say, NAME.png five of them."""
+    stage = ckpt.state["stage"]
+    questions = {item.id: (item, chat) for item, chat in own_questions(rows, stage)}
+    items = [item for item, _ in questions.values()]
+    if not items:
+        raise DataError(f"no row has a clip that stage {stage} reads: stage 1 reads exo clips, the others ego clips")
+    protocol = protocol_of(ckpt, [[asdict(item), chat] for item, chat in questions.values()], data=name)
+
+    def answer(todo):
+        return answer_own(ckpt.model, ckpt.tokenizer, [questions[item.id] for item in todo], stage)
+    predictions = share_items(out, name, protocol, items, answer)
+    if predictions is None:
+        return
+    figures = {"answers": len(predictions), "unreadable": sum("error" in one for one in predictions)}
+    # Exact match and ROUGE-L of those whose truth is known.
+    known = [one for one in predictions if one["truth"] is not None]
+    if known:
+        truths = [one["truth"] for one in known]
+        chance = guess_chance([one["question"] for one in known], truths)
+        overlaps = [rouge_l(one["answer"], one["truth"]) for one in known]
+        figures |= proportion("exact", [one["right"] for one in known], chance)
+        figures |= proportion("rouge_l", overlaps, chance=None)
+    write_text_atomic(out / f"{name}.json", json.dumps(protocol | figures, indent=1))
+    show_own(out / f"{name}.png", predictions)
+    print_figures(figures)
+    print(f"{out}/{name}.jsonl, .json, .png", flush=True)
+
+
+def show_own(path, predictions):
+    """Five answers beside the truth, on the screen and as a picture. Other words need not be wrong."""
+    shown = []
+    for one in predictions:
+        if "error" in one:
+            print(f"not shown: {one['error']}")
+        else:
+            shown.append((one["clip"], [(f"{one['question']} ", one["truth"], one["answer"])]))
+    if shown:
+        show_answers(path, spread(shown, 5), miss="said")
+
+
+def show_own_samples(model, tokenizer, rows, stage, out):
+    """Five rows of what a run was trained on: what the model says of them beside what they say."""
+    questions = spread([one for one in own_questions(rows, stage) if one[0].answer is not None], 5)
+    if not questions:
+        print(f"no row has a clip that stage {stage} reads and a text: there is no sample to show")
+        return
+    show_own(Path(out) / "samples.png", answer_own(model, tokenizer, questions, stage))
+    print(f"pictures: {out}/samples.png\nnext: {next_command(stage, out)}", flush=True)
 
 
 if __name__ == "__main__":

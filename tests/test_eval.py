@@ -4,6 +4,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -12,8 +14,8 @@ import torch
 from conftest import REPO, flags, run
 
 import eval as evaluation
-from data import NARRATE, DataError, Tokenizer, read_manifest
-from model import feature_kl, load_checkpoint, newest_checkpoint
+from data import NARRATE, DataError, Tokenizer, read_clip, read_manifest
+from model import FORMAT, Segments, feature_kl, load_checkpoint, newest_checkpoint
 
 
 def load(run):
@@ -48,7 +50,7 @@ def test_benchmark_prints_every_figure(toy, tmp_path):
         share, low, high, chance = (100 * figures[key] for key in (name, f"{name}_lo", f"{name}_hi", f"{name}_chance"))
         assert f"{words}: {share:.1f} % [{low:.1f}, {high:.1f}] of {figures[name + '_n']:,}, chance {chance:.1f} %\n" in printed
     assert f"ego_verb: {100 * figures['ego_verb']:.1f} % [" in printed and "chance 11.1 %" in printed and "_lo" not in printed
-    assert "next: python eval.py --video" in printed
+    assert f"next: python eval.py --ckpt {toy}/stage3 --video {toy}/toy/test/ego/0.mp4 --start 0" in printed
 
 
 def test_likelihood_is_the_sum_over_answer_tokens(toy):
@@ -58,18 +60,29 @@ def test_likelihood_is_the_sum_over_answer_tokens(toy):
     scores = evaluation.narration_log_likelihood(model, tokenizer, visual, [(2, rows[0]["text"])])
     ids, labels = tokenizer.chat([{"user": NARRATE, "assistant": rows[0]["text"]}], visual.shape[1])
     with torch.no_grad():
-        logits, targets = model.text_logits(visual[2:], torch.tensor(ids), torch.tensor(labels), [len(ids)])
-    byhand = sum(float(row.log_softmax(-1)[t]) for row, t in zip(logits, targets))
-    assert len(targets) == len(tokenizer.encode(rows[0]["text"])) + 1 and abs(byhand - scores[0]) < 1e-3
+        embeddings = model.insert_visual_tokens(visual[2:], torch.tensor(ids))
+        hidden = model.decoder(embeddings, Segments.packed([len(ids)]), torch.arange(len(ids)))
+        log_p = model.decoder.logits(hidden).log_softmax(-1)
+    supervised = [t for t in range(len(ids)) if labels[t] != -100]
+    byhand = sum(float(log_p[t - 1, ids[t]]) for t in supervised)
+    assert len(supervised) == len(tokenizer.encode(rows[0]["text"])) + 1 and abs(byhand - scores[0]) < 1e-3
 
 
-def test_batched_answers_equal_single_ones(toy):
+def test_batched_answers_equal_single_ones(toy, monkeypatch):
+    """They are asked in batches of one length: ragged prompts are slow. Answers come back in the asked order."""
     model, tokenizer = load(toy / "stage3")
+    lengths = []
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda visual, prompts, **how: lengths.append([*map(len, prompts)]) or generate(visual, prompts, **how))
     rows = read_manifest(toy / "toy" / "test.jsonl")[:6]
     visual = evaluation.encode_clips(model, tokenizer, rows, "ego")
     asked = [row["turns"][0]["user"] for row in rows]
     alone = [evaluation.generate_answers(model, tokenizer, visual[i:i + 1], [q])[0] for i, q in enumerate(asked)]
+    lengths.clear()
     assert evaluation.generate_answers(model, tokenizer, visual, asked) == alone
+    assert all(len(set(batch)) == 1 for batch in lengths) and sorted(lengths) == lengths and sum(map(len, lengths)) == 6
+    prompts = [[0] * n for n in (3, 1, 3, 3, 1, 2)]
+    assert evaluation.batches_of_one_length(prompts, 2) == [[1, 4], [5], [0, 2], [3]]
 
 
 def test_a_world_too_small_for_a_choice_is_refused(toy):
@@ -103,11 +116,76 @@ def test_a_checkpoint_is_scored_on_the_world_it_was_trained_on(toy, tmp_path):
     assert code and "is no micro-world (data.py toy" in err
 
 
-def test_every_moment_of_a_file_is_asked_about_beside_the_truth(toy):
-    lines = (toy / "toy/test.jsonl").read_text().splitlines()[:5]
-    (toy / "toy/five.jsonl").write_text("\n".join(lines) + "\n")
-    _, out, _ = run(REPO / "eval.py", "--ckpt", toy / "stage3", "--data", toy / "toy/five.jsonl")
-    assert re.findall(r"^  (?:ok    |said  .*\(true: )(.*?)\)?$", out, re.M) == [json.loads(line)["text"] for line in lines]
+def own_rows(toy):
+    """Rows of every kind: a system text with two turns, a narration alone, a film that is not there, a question that is too long."""
+    ego = {"video": "test/ego/0.mp4", "start": 1.0, "end": 2.0}
+    turns = [{"system": "Be short.", "user": "What am I doing?", "assistant": "I cut."}, {"user": "Which hand?", "assistant": "The left."}]
+    return [{"id": "both", "ego": ego, "text": "Camera-wearer cuts.", "turns": turns},
+            {"id": "told", "ego": ego, "text": "\u5207\u3063\u3066"},
+            {"id": "gone", "ego": {"video": "test/ego/gone.mp4"}, "text": "Camera-wearer cuts."},
+            {"id": "long", "ego": ego, "turns": [{"user": "word " * 300, "assistant": "Yes."}]}]
+
+
+def test_every_row_of_a_file_is_answered_as_it_was_trained(toy):
+    """Stage 3: the turns with what leads up to them, else the narration; answers, scores and pictures have names of their own."""
+    (toy / "toy/held out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own_rows(toy)))
+    names = ("eval.json", "predictions.jsonl", "samples.png")
+    before = [(toy / "stage3" / name).read_bytes() for name in names]
+    command = [REPO / "eval.py", "--ckpt", toy / "stage3", "--data", toy / "toy/held out.jsonl"]
+    _, out, _ = run(*command, env={"PYTHONIOENCODING": "ascii"})            # a narrow terminal shows what it can
+    assert [(toy / "stage3" / name).read_bytes() for name in names] == before
+    head, *found = map(json.loads, (toy / "stage3/answers-held_out.jsonl").read_text().splitlines())
+    assert [one["id"] for one in found] == ["both", "both turn 2", "told", "gone", "long"]
+    assert [one["truth"] for one in found] == ["I cut.", "The left.", "\u5207\u3063\u3066", "Camera-wearer cuts.", "Yes."]
+    assert [one["question"] for one in found[:4]] == ["What am I doing?", "Which hand?", NARRATE, NARRATE]
+    assert "gone.mp4 cannot be read" in found[3]["error"] and "tokens" in found[4]["error"] and "error" not in found[0]
+    # By hand: the whole template, the system text before the video, the true answer of the turn before; as long as it fits.
+    model, tokenizer = load(toy / "stage3")
+    row = own_rows(toy)[0]
+    frames = read_clip(toy / "toy/test/ego/0.mp4", 1, 2, model.cfg.frames, model.cfg.image_size)
+    visual = model.encode_ego(torch.from_numpy(frames)[None])
+    for one, chat in ((found[0], [row["turns"][0] | {"assistant": None}]), (found[1], [row["turns"][0], {"user": "Which hand?"}])):
+        chat[-1].pop("assistant", None)
+        ids, _ = tokenizer.chat(chat, visual.shape[1])
+        assert tokenizer.decode(ids).count("Be short.") == 1
+        reply, = model.generate(visual, [torch.tensor(ids)], eos=tokenizer.eos, max_new=model.cfg.max_length - len(ids))
+        assert one["answer"] == tokenizer.decode(reply).strip() and one["right"] is (one["answer"] == one["truth"])
+    figures = json.loads((toy / "stage3/answers-held_out.json").read_text())
+    assert figures["answers"] == figures["exact_n"] == figures["rouge_l_n"] == 5 and figures["unreadable"] == 2
+    assert figures["exact"] == np.mean([bool(one["right"]) for one in found])
+    assert "answers exact: " in out and "ROUGE-L of the answers: " in out and "not shown: " in out and "\\u5207" in out
+    assert (toy / "stage3/answers-held_out.png").stat().st_size > 5000
+    # Done is done; other weights are refused; a reader of stdout who leaves ends nothing.
+    (toy / "stage3/answers-held_out.json").unlink()
+    process = subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    errors = process.stderr.read().decode()
+    assert process.wait(300) == 0 and not errors, errors
+    assert json.loads((toy / "stage3/answers-held_out.json").read_text()) == figures
+    (toy / "stage3/answers-held_out.jsonl").write_text(json.dumps(head | {"weights": "others"}) + "\n")
+    code, _, err = run(*command, check=False)
+    assert code and "weights=others" in err and "choose another --out" in err
+
+
+def test_a_question_without_a_truth_is_answered_and_counted_apart(toy):
+    model, tokenizer = load(toy / "stage3")
+    ego = read_manifest(toy / "toy/test.jsonl")[0]["ego"]
+    rows = [{"id": "a", "ego": ego, "turns": [{"user": "Is it red?", "assistant": "Yes."}, {"user": "Why?"}]}, {"id": "b", "ego": ego},
+            {"id": "c", "exo": [ego], "text": "x"}]
+    found = list(evaluation.answer_own(model, tokenizer, evaluation.own_questions(rows, stage=3), stage=3))
+    assert [(one["id"], one["question"], one["truth"]) for one in found] == [
+        ("a", "Is it red?", "Yes."), ("a turn 2", "Why?", None), ("b", NARRATE, None)]
+    assert [one["right"] is None for one in found] == [False, True, True]
+    # Stages before the third narrate; the first of them sees exo clips.
+    asked = [item.question for item, _ in evaluation.own_questions([rows[0] | {"text": "y"}], stage=2)]
+    assert asked == [NARRATE] and [item.id for item, _ in evaluation.own_questions(rows, stage=1)] == ["c"]
+
+
+def test_chance_is_a_draw_from_the_answers_to_the_same_question():
+    asked = ["Is it red?", "Is it red?", "Which?", "Which?", "Which?", "Is it big?", "Is it wet?"]
+    truths = ["yes", "no", "a", "b", "c", "yes", "no"]
+    assert evaluation.guess_chance(asked, truths) == pytest.approx((2 / 2 + 3 / 3 + 2 / 2) / 7)
+    assert evaluation.guess_chance(list("abcd"), ["yes", "no", "yes", "yes"]) == 0.5       # each of another question
 
 
 def test_a_moved_base_is_named_and_another_one_refused(toy, tmp_path):
@@ -145,6 +223,28 @@ def test_a_chat_says_how_to_leave_and_begins_again_when_it_is_full(toy):
     assert "(more than the 256 tokens that the model reads: the chat begins again)" in out
     code, _, err = run(REPO / "eval.py", "--ckpt", toy / "stage3", "--video", video, "--ask", " ", check=False)
     assert code and "--ask needs a question; without --ask there is a chat" in err
+
+
+def test_a_first_question_that_is_too_long_is_one_sentence(toy, capsys, monkeypatch):
+    """Of --ask it is the end; a chat goes on. No answer grows longer than what the model reads."""
+    args = ["--ckpt", str(toy / "stage3"), "--video", str(toy / "toy/val/ego/0.mp4")]
+    with pytest.raises(SystemExit, match=r"^eval.py: \d+ tokens are as many as the 256 that this model reads, or more: a shorter question is needed$"):
+        evaluation.main([*args, "--ask", "word " * 300])
+    asked = iter(["word " * 300, "What am I doing?", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(asked))
+    evaluation.main(args)
+    out = capsys.readouterr().out
+    assert out.count("a shorter question is needed\n") == 1 and len(out.split("is needed\n")[1].strip()) > 0
+    model, tokenizer = load(toy / "stage3")
+    context = evaluation.prefill(model, tokenizer, {"video": toy / "toy/val/ego/0.mp4"})
+    question = next("word " * n for n in range(300, 0, -1) if len(tokenizer.chat([{"user": "word " * n}], context.video_tokens)[0]) < 255)
+    list(context.stream(question))
+    assert context.cache.lens[0] + len(context.unread) - 1 <= 256
+    replies = []
+    monkeypatch.setattr(model, "generate", lambda *_, max_new, **__: replies.append(max_new) or [[]])
+    context = evaluation.prefill(model, tokenizer, {"video": toy / "toy/val/ego/0.mp4"})
+    context.generate("What?", 999)
+    assert replies == [256 - context.start - len(context.prompt("What?")[0])]
 
 
 @pytest.mark.parametrize("args, words", [
@@ -187,8 +287,10 @@ def test_ones_own_data_is_shown_after_training_and_asked_for(toy, tmp_path):
     own = ["--data", toy / "toy/instruct.jsonl", "--root", toy / "toy", "--out", tmp_path / "own"]
     _, out, _ = run(REPO / "train.py", *flags(toy, 3), *own, "--steps", 2)
     _, again, _ = run(REPO / "eval.py", "--ckpt", tmp_path / "own", "--base", toy / "stage0")
+    asked = [json.loads(line)["turns"][0]["user"] for line in (toy / "toy/instruct.jsonl").read_text().splitlines()]
     for said in (out, again):
-        assert len(re.findall(r"^  (?:ok    |said  .*\(true: )Camera-wearer ", said, re.M)) == 5
+        shown = re.findall(r"^  (?:ok    |said  )(.*?[?.]) .*$", said, re.M)
+        assert len(shown) == 5 and set(shown) <= set(asked)                 # the turns were trained, and are asked
         assert f"next: python eval.py --ckpt {tmp_path}/own --video FILE" in said
     assert (tmp_path / "own/samples.png").stat().st_size > 5000
     _, out, _ = run(REPO / "train.py", *flags(toy, 1), "--data", toy / "toy/pairs.jsonl", "--out", tmp_path / "exo", "--steps", 2)
@@ -214,17 +316,45 @@ def test_ctrl_c_while_scoring_is_one_line(toy, monkeypatch):
         evaluation.main(["--ckpt", str(toy / "stage3")])
 
 
+def test_the_last_finished_stage_is_taken(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert evaluation.default_run() == "out/stage3"             # load_checkpoint says that there is none
+    for stage, step in ((1, 9), (2, 9), (3, 4)):
+        folder = tmp_path / f"out/stage{stage}/step_{step:06d}"
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text(json.dumps({"format": FORMAT, "step": step, "steps": 9}))
+    assert evaluation.default_run() == "out/stage2"
+    assert capsys.readouterr().out == "out/stage3 is not finished: out/stage2 is taken (--ckpt out/stage3 takes the other)\n"
+    shutil.rmtree(tmp_path / "out/stage1")
+    shutil.rmtree(tmp_path / "out/stage2")
+    assert evaluation.default_run() == "out/stage3" and capsys.readouterr().out == ""
+
+
+def test_what_is_next_can_be_typed(toy):
+    """In any container, for the run's own folder; ego video is asked about from stage 2 on."""
+    for stage in range(4):
+        command = evaluation.next_command(stage, toy / f"stage{stage}", toy / "toy")
+        assert command.startswith("python ") and str(toy / f"stage{stage}") in command and ("--video" in command) == (stage == 3)
+        own = evaluation.next_command(stage, "out/mine")
+        assert ("--video" in own) == (stage >= 2) and ("--stage 2 --init out/mine --data pairs.jsonl" in own) == (stage == 1)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB\nmore"),
+                                   RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried")])
+def test_out_of_memory_is_one_sentence(monkeypatch, error):
+    def fail(args):
+        raise error
+    monkeypatch.setattr(evaluation, "use_checkpoint", fail)
+    with pytest.raises(SystemExit, match="^eval.py: out of memory: .*$"):
+        evaluation.main([])
+    error = RuntimeError("a bug")
+    with pytest.raises(RuntimeError, match="a bug"):
+        evaluation.main([])
+
+
 def test_samples_are_evenly_spread():
     assert evaluation.spread(list(range(200)), 50) == list(range(0, 200, 4)) and evaluation.spread([1, 2, 3], 5) == [1, 2, 3]
     assert evaluation.spread(list(range(10)), 4) == [0, 2, 5, 7]
-
-
-def test_the_samples_shown_have_the_true_rate():
-    right = np.zeros(800, bool)
-    right[np.random.default_rng(0).permutation(800)[:400]] = True
-    chosen = evaluation.typical(list(range(800)), right)
-    assert len(chosen) == 8 and sum(right[chosen]) == 4 and np.ptp(np.diff(chosen)) == 0
-    assert evaluation.typical([1, 2, 3], [True, False, False]) == [1, 2, 3]
 
 
 def test_own_samples_do_not_stumble_over_a_text_that_training_never_read(toy, tmp_path, capsys):
@@ -238,7 +368,7 @@ def test_own_samples_do_not_stumble_over_a_text_that_training_never_read(toy, tm
     for row in rows:
         row["text"], row["turns"] = None, []
     evaluation.show_own_samples(model, tokenizer, rows, 2, tmp_path)
-    assert capsys.readouterr().out == "no row has an ego clip and a text: there is no sample to show\n"
+    assert capsys.readouterr().out == "no row has a clip that stage 2 reads and a text: there is no sample to show\n"
 
 
 def test_stage_2_tells_what_F_is_good_for(toy):
