@@ -1,13 +1,13 @@
 """Score a checkpoint, or ask it about a video.
 
-    python eval.py  # the toy benchmark of the newest stage, with pictures
+    python eval.py  # the toy benchmark of the last finished stage, with pictures
     python eval.py --video my.mp4 --ask "What am I doing?"      # one question; a chat without --ask
     python eval.py --data held-out.jsonl        # answers to the rows of one's own manifest, beside the truth
     python eval.py --bench egoschema --data DIR --out results   # EgoBench; --report makes a page
 
-A share of right answers comes with its chance level, a 95 % interval and the number of items; divergences,
-ranks and overlaps are plain figures beside it. Narrations and answers are decoded greedily and count as right
-when they match the truth exactly.
+A share of right answers comes with its chance level, a 95 % interval and the number of items; divergences and
+ranks are plain figures beside it. Narrations and answers are decoded greedily and count as right when they
+match the truth exactly.
 """
 from __future__ import annotations
 
@@ -1995,12 +1995,13 @@ def answer_manifest(ckpt, rows, out, name):
 
 def show_own(path, predictions):
     """Five answers beside the truth, on the screen and as a picture. Other words need not be wrong."""
-    shown = []
+    shown, errors = [], []
     for one in predictions:
         if "error" in one:
-            print(f"not shown: {one['error']}")
+            errors.append(f"not shown: {one['error']}")
         else:
             shown.append((one["clip"], [(f"{one['question']} ", one["truth"], one["answer"])]))
+    print(*errors[:5], sep="\n", end="\n" if errors else "")
     if shown:
         show_answers(path, spread(shown, 5), miss="said")
 
