@@ -479,14 +479,18 @@ class VideoContext:
 
 
 @torch.no_grad()
-def prefill(model, tokenizer, clip):
-    """Read one ego clip of a manifest's form ("video", "start", "end", "fps"), or nothing for None."""
-    if clip is None:
-        return VideoContext(model, tokenizer, None)
+def look_at(model, clip, view="ego"):
+    """The visual tokens (1, tokens, W) of a clip of a manifest's form ("video", "start", "end", "fps")."""
+    encode = model.encode_ego if view == "ego" else model.encode_exo
     frames = read_row_clip(clip, model.cfg.frames, model.cfg.image_size)
-    device = next(model.parameters()).device
-    pixels = torch.from_numpy(frames)[None].to(device)                      # (1, T, 3, S, S)
-    return VideoContext(model, tokenizer, model.encode_ego(pixels))
+    pixels = torch.from_numpy(frames)[None]                                 # (1, T, 3, S, S)
+    return encode(pixels.to(model.decoder.lm_head.weight.device))
+
+
+def prefill(model, tokenizer, clip):
+    """Read one ego clip, or nothing for None."""
+    visual = None if clip is None else look_at(model, clip)
+    return VideoContext(model, tokenizer, visual)
 
 
 def chat(model, tokenizer, clip, question):
@@ -1935,12 +1939,10 @@ def own_questions(rows, stage):
             yield item, [*turns[:number - 1], asked]
 
 
-@torch.no_grad()
 def answer_own(model, tokenizer, questions, stage):
     """Predictions: id, clip, question, truth, answer, and whether it is right (but for spaces; None without a truth).
     Where a clip cannot be read or a chat is too long, there is an "error", which counts as wrong."""
     model.eval()
-    encode = model.encode_exo if stage == 1 else model.encode_ego
     seen = None
     for item, chat in questions:
         clip = item.clips[0]
@@ -1948,8 +1950,7 @@ def answer_own(model, tokenizer, questions, stage):
         try:
             # A clip is read once, whatever is asked about it.
             if clip != seen:
-                frames = read_row_clip(clip, model.cfg.frames, model.cfg.image_size)
-                visual = encode(torch.from_numpy(frames)[None].to(model.decoder.lm_head.weight.device))
+                visual = look_at(model, clip, "exo" if stage == 1 else "ego")
                 seen = clip
             ids, _ = tokenizer.chat(chat, visual.shape[1])
             room = room_for_answer(model, ids)

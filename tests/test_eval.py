@@ -117,13 +117,15 @@ def test_a_checkpoint_is_scored_on_the_world_it_was_trained_on(toy, tmp_path):
 
 
 def own_rows(toy):
-    """Rows of every kind: a system text with two turns, a narration alone, a film that is not there, a question that is too long."""
+    """Rows of every kind: a system text with two turns, a narration alone, a film that is not there, a question that is too long,
+    and one whose answer nobody knows."""
     ego = {"video": "test/ego/0.mp4", "start": 1.0, "end": 2.0}
     turns = [{"system": "Be short.", "user": "What am I doing?", "assistant": "I cut."}, {"user": "Which hand?", "assistant": "The left."}]
     return [{"id": "both", "ego": ego, "text": "Camera-wearer cuts.", "turns": turns},
             {"id": "told", "ego": ego, "text": "\u5207\u3063\u3066"},
             {"id": "gone", "ego": {"video": "test/ego/gone.mp4"}, "text": "Camera-wearer cuts."},
-            {"id": "long", "ego": ego, "turns": [{"user": "word " * 300, "assistant": "Yes."}]}]
+            {"id": "long", "ego": ego, "turns": [{"user": "word " * 300, "assistant": "Yes."}]},
+            {"id": "open", "ego": ego, "turns": [{"user": "Why?"}]}]
 
 
 def test_every_row_of_a_file_is_answered_as_it_was_trained(toy):
@@ -135,8 +137,8 @@ def test_every_row_of_a_file_is_answered_as_it_was_trained(toy):
     _, out, _ = run(*command, env={"PYTHONIOENCODING": "ascii"})            # a narrow terminal shows what it can
     assert [(toy / "stage3" / name).read_bytes() for name in names] == before
     head, *found = map(json.loads, (toy / "stage3/answers-held_out.jsonl").read_text().splitlines())
-    assert [one["id"] for one in found] == ["both", "both turn 2", "told", "gone", "long"]
-    assert [one["truth"] for one in found] == ["I cut.", "The left.", "\u5207\u3063\u3066", "Camera-wearer cuts.", "Yes."]
+    assert [one["id"] for one in found] == ["both", "both turn 2", "told", "gone", "long", "open"]
+    assert [one["truth"] for one in found] == ["I cut.", "The left.", "\u5207\u3063\u3066", "Camera-wearer cuts.", "Yes.", None]
     assert [one["question"] for one in found[:4]] == ["What am I doing?", "Which hand?", NARRATE, NARRATE]
     assert "gone.mp4 cannot be read" in found[3]["error"] and "tokens" in found[4]["error"] and "error" not in found[0]
     # By hand: the whole template, the system text before the video, the true answer of the turn before; as long as it fits.
@@ -151,8 +153,8 @@ def test_every_row_of_a_file_is_answered_as_it_was_trained(toy):
         reply, = model.generate(visual, [torch.tensor(ids)], eos=tokenizer.eos, max_new=model.cfg.max_length - len(ids))
         assert one["answer"] == tokenizer.decode(reply).strip() and one["right"] is (one["answer"] == one["truth"])
     figures = json.loads((toy / "stage3/answers-held_out.json").read_text())
-    assert figures["answers"] == figures["exact_n"] == figures["rouge_l_n"] == 5 and figures["unreadable"] == 2
-    assert figures["exact"] == np.mean([bool(one["right"]) for one in found])
+    assert figures["answers"] == 6 and figures["exact_n"] == figures["rouge_l_n"] == 5 and figures["unreadable"] == 2
+    assert figures["exact"] == np.mean([one["right"] for one in found[:5]]) and found[5]["right"] is None
     assert "answers exact: " in out and "ROUGE-L of the answers: " in out and "not shown: " in out and "\\u5207" in out
     assert (toy / "stage3/answers-held_out.png").stat().st_size > 5000
     # Done is done; other weights are refused; a reader of stdout who leaves ends nothing.
