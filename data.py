@@ -52,7 +52,6 @@ from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, replace
 from fractions import Fraction
 from functools import cache, lru_cache, partial
-from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args, get_type_hints
 
@@ -508,7 +507,7 @@ class World:
     test: int = 2000            # ego + exo: for results of the learner
     exo_test: int = 1000        # exo: for results of the demonstrator
     exo_cams: int = 2           # fixed exo cameras of a training pair
-    noise: float = 0.4          # head motion, roll, zoom and light of the ego camera, 0 = a steady head, 1 = tests/study
+    noise: float = 0.4          # head motion, roll, zoom, light of the ego camera; 0 = a steady head, 1 = tests/study
     fov: float = 1.0            # field of view of the ego camera; smaller sees less
     scale: float = 1.0          # multiplies the training clips
     narrated: float = 1.0       # share of the pairs that have a text: synchronized video is the cheaper part
@@ -659,7 +658,7 @@ class Video:
     # From ascending moments, in seconds from the first frame, to the frames on display then, and how to turn
     # them (as in ORIENTATIONS).
     frames_at: Callable
-    begins: float = 0.0             # seconds from the start of the file, where its sound may start, to the first picture
+    begins: float = 0.0             # seconds from the start of the file (of its sound, perhaps) to the first picture
     missing: int = 0                # numbers without a picture, among the names of a folder's images
 
 
@@ -968,20 +967,16 @@ def _in_natural_order(files):
 
 
 def _places_by_number(files):
-    """The place of each picture in time. Where names count in equal steps (most of them), a number that is missing
-    leaves its place free, and the picture before it stays; other names say no more than the order."""
+    """The place of each picture in time. Where their last numbers count in equal steps (most of them), one that is
+    missing leaves its place free, and the picture before it stays; other names say no more than the order."""
+    names = [re.fullmatch(r"(.*?)(\d+)(\D*)", file.stem) for file in files]
     in_order = list(range(len(files)))
-    numbers = [re.findall(r"\d+", file.stem) for file in files]
-    rest = {re.sub(r"\d+", "0", file.stem) for file in files}
-    # One number of the name counts, the others are the same in all of them.
-    counting = [set(column) for column in zip(*numbers)]
-    counting = [i for i, values in enumerate(counting) if len(values) > 1]
-    if len(rest) > 1 or len(counting) != 1:
+    if len(files) < 2 or not all(names) or len({(name[1], name[3]) for name in names}) > 1:
         return in_order
-    numbers = [int(number[counting[0]]) for number in numbers]
-    steps = [after - before for before, after in zip(numbers, numbers[1:])]
-    step, times = Counter(steps).most_common(1)[0]
-    if step < 1 or 2 * times <= len(steps) or any(other % step for other in steps):
+    numbers = [int(name[2]) for name in names]
+    steps = Counter(after - before for before, after in zip(numbers, numbers[1:]))
+    step, times = steps.most_common(1)[0]
+    if step < 1 or 2 * times < len(files) or any(other % step for other in steps):
         return in_order
     return [(number - numbers[0]) // step for number in numbers]
 
@@ -1023,8 +1018,8 @@ def _image(path):
 
 
 def _exif_orientation(head):
-    """The orientation that a camera wrote into the head of a JPEG, 1 to 8; 1 if there is none, as in a PNG. (PyAV before
-    19 tells turns from mirrors in no other way.)"""
+    """The orientation that a camera wrote into the head of a JPEG, 1 to 8; 1 if there is none, as in a PNG. (PyAV
+    before 19 tells turns from mirrors in no other way.)"""
     # An entry of EXIF's first table: tag 0x112, type 3, one value; big-endian (MM) or little-endian (II).
     entry = re.search(rb"Exif\0\0(?:MM.*?\x01\x12\0\x03\0{3}\x01\0(.)|II.*?\x12\x01\x03\0\x01\0{3}(.)\0)", head, re.S)
     value = entry[entry.lastindex][0] if entry else 1
@@ -1525,8 +1520,7 @@ def checked_rows(path, base, allow_outside) -> Iterator:
     values, counts = np.unique(hashes, return_counts=True)
     if len(values) < len(hashes):
         first, second, *_ = np.flatnonzero(np.array(hashes) == values[counts > 1][0])
-        row = json.loads(next(islice(_lines_of(path), second, None)))
-        raise DataError(f"{path} line {second + 1}: id {row['id']!r} stands in line {first + 1} already: ids differ")
+        raise DataError(f"{path} line {second + 1}: its id stands in line {first + 1} already: ids differ")
 
 
 def _lines_of(path):
@@ -1551,7 +1545,7 @@ def without_bad_clips(rows, skip_list, base) -> Iterator:
         try:
             entry = json.loads(line)
             bad_videos[entry["id"]] = {_real_path(base, video) for video in entry["videos"]}
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, AttributeError):
             raise DataError(f"{skip_list} line {number} is none of data.py check's: run it again, or remove the "
                             f"file") from None
     # A row needs its ego clip, and one of its exo cameras if it had any.
@@ -1606,10 +1600,14 @@ def _is_inside(folder, path):
 
 
 def _check_turns(turns, where):
-    # A conversation has a question and an answer in every turn, and one video. Only the last question may be open.
-    if not isinstance(turns, list) or not all(map(_is_turn, turns)) or not all("assistant" in t for t in turns[:-1]):
-        raise DataError(f'{where}: "turns" is a list of {{"user": ..., "assistant": ...}}', "no turn")
-    for turn in turns:
+    """A turn is {"user", "assistant"}, and may have a "system" text; the last question may wait for its answer."""
+    wrong = DataError(f'{where}: "turns" is a list of {{"user": ..., "assistant": ...}}', "no turn")
+    if not isinstance(turns, list):
+        raise wrong
+    for i, turn in enumerate(turns, 1):
+        needed = {"user"} if i == len(turns) else {"user", "assistant"}
+        if not isinstance(turn, dict) or not needed <= turn.keys() <= {"system", "user", "assistant"}:
+            raise wrong
         for speaker, said in turn.items():
             whole_text(said, where, speaker)
     if video_marks(turns) > 1:
@@ -1641,12 +1639,6 @@ def finite(number, where, name):
 def video_marks(turns):
     """How often a conversation says where its video stands."""
     return sum((turn.get("system", "") + turn["user"]).count("<video>") for turn in turns)
-
-
-def _is_turn(turn):
-    """A turn is {"user", "assistant"}, and may have a "system" text; a question may wait for its answer."""
-    return isinstance(turn, dict) and {"user"} <= set(turn) <= {"system", "user", "assistant"} and all(
-        isinstance(said, str) for said in turn.values())
 
 
 CLIP_KEYS = {"video", "start", "end", "fps"}
@@ -1857,7 +1849,7 @@ def read_ahead(loader, steps, workers, timeout) -> Iterator:
 
 def check_room_for_workers(loader, workers):
     """DataError if workers cannot hand their batches over: in /dev/shm, which is 64 MB in a docker container, by
-    sockets in TMPDIR. A worker reads two steps ahead, and one more is being used; ranks of a machine share its memory."""
+    sockets in TMPDIR. A worker reads two steps ahead, one more is in use; the ranks of a machine share its memory."""
     if not workers:
         return
     if os.path.isdir("/dev/shm"):
@@ -2262,7 +2254,8 @@ class Files:
                     place = self.where
                 reason = getattr(error, "reason", type(error).__name__)
                 self.count[f"bad record ({reason})"] += 1
-                self.first.setdefault(f"bad record ({reason})", f"{self.where}: {error}")
+                sentence = str(error) if isinstance(error, DataError) else f"{self.where}: {error}"
+                self.first.setdefault(f"bad record ({reason})", sentence)
                 if bad == total == 100:
                     break
             else:
@@ -2374,17 +2367,15 @@ def ego_exo4d(files, options):
     A row is one narration at t with all its exo cameras (a published "pair" = narration x camera), clip t +-
     beta / (2 alpha): EgoClip's rule, beta the mean gap of one annotator's narrations in the take, sorted,
     before any filter. Cut at the take's ends, two frames at least. takes.json is the list of what exists; the
-    ego camera is the one with an `rgb` stream, exo cameras are the capture's that are not `is_ego`. The files of
-    a take are aligned frame by frame; a few are known to be up to five frames out of step, a quarter of a mean
-    clip (Ego4d issue 347), which no file says.
+    ego camera is the one with an `rgb` stream, exo cameras are the capture's that are not `is_ego`. Ego and exo of
+    some takes are five frames out of step, a quarter of a mean clip (Ego4d issue 347), which no file says.
     """
     takes = {take["take_uid"]: take for take in files.each(files.json("takes.json"))}
     split_of = files.json("annotations/splits.json")["take_uid_to_split"]
     # The narrations of the splits, take by take.
     splits = ("train", "val") if options.split == "all" else (options.split,)
-    annotated = []                                              # (take uid, its annotations)
-    for split in splits:
-        annotated += files.json(f"annotations/atomic_descriptions_{split}.json")["annotations"].items()
+    read = [files.json(f"annotations/atomic_descriptions_{split}.json")["annotations"] for split in splits]
+    annotated = [record for one in read for record in one.items()]          # (take uid, its annotations)
     if not 0 < options.alpha < math.inf:
         raise DataError(f"--alpha {options.alpha}: seconds above 0 are needed")
 
@@ -2404,8 +2395,8 @@ def ego_exo4d(files, options):
             return
         length = finite(take["duration_sec"], files.where, "duration_sec")
         files.count["takes"] += 1
-        # Clips are as long as an annotator's pace says (or that of all annotators of the take).
         for annotation in annotations:
+            # Clips are as long as an annotator's pace says (or that of all annotators of the take).
             paced = [annotation] if options.beta == "annotator" else annotations
             half = _mean_gap(paced, length, options.alpha) / (2 * options.alpha)
             for i, narrated in enumerate(annotation["descriptions"]):
@@ -2418,12 +2409,11 @@ def ego_exo4d(files, options):
         if options.views == "best":
             best = (narrated.get("best_exo") or {}).get("cam_id")
             cameras = {name: video for name, video in exo.items() if name == best}
-        length = take["duration_sec"]
-        reason = _why_dropped(annotation, narrated, cameras, length, options)
+        reason = _why_dropped(annotation, narrated, cameras, take["duration_sec"], options)
         if reason:
             files.count[reason] += 1
             return
-        span = _clip_of(float(narrated["timestamp"]), half, length)
+        span = _clip_of(_seconds_of(narrated), half, take["duration_sec"])
         yield {
             "id": f"{take['take_name']}/{annotation['annotator_id']}/{i}",
             "ego": {"video": ego, **span},
@@ -2440,7 +2430,7 @@ def _mean_gap(annotations, length, otherwise):
     times = [t for t in times if 0 <= t <= length]
     if len(times) < 2:
         return otherwise
-    return np.ptp(times) / (len(times) - 1)
+    return float(np.ptp(times)) / (len(times) - 1)
 
 
 def _seconds_of(narrated):
@@ -2879,7 +2869,8 @@ def command_check(args):
     # Report in the order of the manifest.
     base = os.path.realpath(args.root or Path(args.manifest).parent)
     kinds, skip_list = Counter(), []
-    notes, noted = Counter(), {}                                # what is allowed, and may be a slip: of each kind the first
+    # What is allowed, and may be a slip: how many rows of each kind, and the first.
+    notes, noted = Counter(), {}
     for row in rows:
         found, remarks = problems.get(row["id"], (None, []))
         for kind, sentence in remarks + _remarks_on(row):
@@ -2917,8 +2908,6 @@ def _remarks_on(row):
         remarks.append(("keys that nothing reads", f"has {', '.join(strange)}"))
     if not chats_of(row, "mix"):
         remarks.append(("no text", "can be used by stage 2 alone"))
-    if not clips_of(row):
-        remarks.append(("no clip", "shows nothing"))
     if row.get("turns") and "assistant" not in row["turns"][-1]:
         remarks.append(("no answer", "ends with a question, which training refuses"))
     return remarks
@@ -2959,7 +2948,7 @@ def _check_videos(row, limit):
         if stop < (end or 0) - 0.1:
             found.append(("too short", f"{video} ends at {length:.2f} s, the clip at {end} s", video))
         if opened.missing:
-            remarks.append(("pictures are missing", f"{video} lacks {opened.missing} numbers: the picture before stays"))
+            remarks.append(("pictures are missing", f"has {video}, which lacks {opened.missing}: the one before stays"))
         # A covered lens or a failed recording shows one colour all the time; a dark moment is no error.
         picture = (frames != CLIP_MEAN_COLOUR[:, None, None]).any((0, 1))       # without the margins
         contrast = frames[:, :, picture].std(2)                 # of each frame and colour
@@ -2975,8 +2964,8 @@ def _check_videos(row, limit):
     # Time zero is the first picture: what another tool counts from the start of the sound is another time.
     if len(begins) > 1 and np.ptp(begins) > 0.05:
         late = ", ".join(f"{begin:.2f}" for begin in begins)
-        remarks.append(("pictures begin apart", f"has films whose pictures begin {late} s after their files: times count "
-                                                "from the first picture"))
+        sentence = f"has pictures that begin {late} s after their files do: times count from the first picture"
+        remarks.append(("pictures begin apart", sentence))
     signal.setitimer(signal.ITIMER_REAL, 0)
     return row["id"], (found, remarks)
 

@@ -524,3 +524,148 @@ def test_a_bad_exo_view_leaves_the_others(tmp_path):
                                         "exo": [{"video": "b.mp4", **span}, {"video": "gone.mp4", **span}]}])
     data.main(["check", str(tmp_path / "m.jsonl"), "--max-bad", "1"])
     assert [clip["video"][-5:] for clip in read_manifest(tmp_path / "m.jsonl")[0]["exo"]] == ["b.mp4"]
+
+
+# ------------------------------------------------------------------- what a file says is checked where it enters
+def many(root, count=300, change=None):
+    """An Ego-Exo4D set of one take and one annotator with so many narrations, a second apart; `change(narrations)`."""
+    ego_exo(root)
+    path = root / "annotations/atomic_descriptions_train.json"
+    content = json.loads(path.read_text())
+    narrated = [said(f"C cuts tomato {i}.", float(i)) for i in range(count)]
+    if change:
+        change(narrated)
+    content["annotations"] = {"u1": [{"annotation_uid": "a", "annotator_id": "p1", "rejected": False, "descriptions": narrated}]}
+    write(path, content)
+    takes = json.loads((root / "takes.json").read_text())
+    takes[0]["duration_sec"] = count + 1.0
+    write(root / "takes.json", takes)
+    return root
+
+
+@pytest.mark.parametrize("time, reason", ((float("nan"), "without a time"), (float("-inf"), "without a time"), (None, "without a time"),
+                                          ("soon", "without a time"), (-0.5, "before its take"), (-1e9, "before its take"), (1e9, "later than its take")))
+def test_a_narration_without_a_time_of_its_take_costs_itself(tmp_path, capsys, time, reason):
+    """The others of its annotator keep their times: none is at 0 ... 60 s."""
+    def change(narrated):
+        narrated[3]["timestamp"] = time
+    rows = build("ego-exo4d", many(tmp_path, 6, change))
+    assert [key[-1] for key in rows] == list("01245") and f"{reason}: 1" in capsys.readouterr().out
+    gap = 5 / 4                                             # five narrations from 0 to 5 s
+    assert rows["cmu_bike_1/p1/4"]["ego"] | {"video": ""} == {"video": "", "start": pytest.approx(4 - gap / 9.8), "end": pytest.approx(4 + gap / 9.8)}
+
+
+@pytest.mark.parametrize("bad, kind", (({"text": None}, "without a text: 1"), ({"text": " "}, "without a text: 1"),
+                                       ({"text": "C cuts \ud83d"}, "bad record (half of a character): 1, the first: "),
+                                       ({"ego_visible": 2}, "bad record (ValueError): 1, the first: ")))
+@pytest.mark.parametrize("place", (0, 117))
+def test_a_bad_narration_costs_itself(tmp_path, capsys, bad, kind, place):
+    """Not its take, and not the build where it comes first."""
+    rows = build("ego-exo4d", many(tmp_path, 300, lambda narrated: narrated[place].update(bad)))
+    out = capsys.readouterr().out
+    assert len(rows) == 299 and f"cmu_bike_1/p1/{place}" not in rows and kind in out
+    assert "the first" not in kind or f"take cmu_bike_1, annotator p1, narration {place}" in out
+
+
+def test_the_first_bad_record_of_each_reason_is_named(tmp_path, capsys):
+    """An impossible row among 300 (1 %), wherever it stands; more than that are another format."""
+    good = {"video": "v.mp4", "start": 1, "end": 2, "conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cup."}]}
+    records = [{"id": i} | good for i in range(300)]
+    records[0] |= {"start": 2}
+    records[7]["conversations"] = [{"from": "human", "value": "What \ud83d?"}, {"from": "gpt", "value": "A cup."}]
+    records[8] |= {"start": float("nan")}
+    write(tmp_path / "talk.json", records)
+    assert len(build("conversations", tmp_path, "--file", "talk.json")) == 297
+    out = capsys.readouterr().out
+    for record, reason in ((1, "zero length"), (8, "half of a character"), (9, "no number")):
+        assert re.search(rf"bad record \({reason}\): 1, the first: \S*talk.json record {record}", out), out
+    assert len(read_manifest(tmp_path / "out.jsonl")) == 297
+    before = (tmp_path / "out.jsonl").read_bytes()
+    write(tmp_path / "talk.json", records[:299])
+    with pytest.raises(SystemExit, match="talk.json record 1.* zero length"):
+        build("conversations", tmp_path, "--file", "talk.json")
+    assert (tmp_path / "out.jsonl").read_bytes() == before and not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("column", ("clip_start", "clip_end"))
+@pytest.mark.parametrize("value", ("nan", "inf", "-inf", ""))
+def test_egoclip_has_no_time_that_is_no_number(tmp_path, capsys, column, value):
+    lines = (egoclip(tmp_path) / "egoclip.csv").read_text().split("\n")
+    rows = [lines[1].split("\t") for _ in range(200)]
+    rows[5][CLIPS.split("\t").index(column)] = value
+    write(tmp_path / "egoclip.csv", "\n".join([lines[0], *map("\t".join, rows)]))
+    made = build("egoclip", tmp_path)
+    assert len(made) == 199 and "egoclip/5" not in made and "egoclip.csv record 6: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rows, words", (
+    (lambda k: f'a{k},"You cut, and wash,{k}.0,ego,{k}.5,train,kitchen,vid,x,y', "a quotation mark is not closed"),
+    (lambda k: f'a{k},You cut "it,{k}.0,ego,{k}.5,train,kitchen,vid,x,"', "a quotation mark is not closed"),
+    (lambda k: f'a{k},"You cut" it,{k}.0,ego,{k}.5,train,kitchen,vid,x,y', "a quotation mark is not closed")))
+@pytest.mark.parametrize("quoted", (True, False))
+def test_an_open_quotation_mark_swallows_no_rows(tmp_path, rows, words, quoted):
+    """Row 100 of 300."""
+    header = "annotation_id,narration_en,start_sec,view,end_sec,subset,scene,video_uid,narration_en_hand_prompt,narration_en_no_hand_prompt\n"
+    text = '"You open it, and wait"' if quoted else "You open it"
+    lines = [rows(k) if k == 100 else f"a{k},{text},{k}.0,ego,{k}.5,train,kitchen,vid,x,y" for k in range(300)]
+    write(tmp_path / "annotations/fine_annotation_trainval_en.csv", header + "\n".join(lines) + "\n")
+    with pytest.raises(SystemExit, match=words):
+        build("egoexolearn", tmp_path)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_mark_that_a_later_row_closes_costs_these_rows(tmp_path, capsys):
+    header = "annotation_id,narration_en,start_sec,view,end_sec,subset,scene,video_uid,narration_en_hand_prompt,narration_en_no_hand_prompt\n"
+    lines = [f"a{k},You open it,{k}.0,ego,{k}.5,train,kitchen,vid,x,y" for k in range(300)]
+    lines[100] = lines[100].replace("You", '"You')
+    lines[103] = lines[103].replace("it", 'it"')
+    write(tmp_path / "annotations/fine_annotation_trainval_en.csv", header + "\n".join(lines) + "\n")
+    assert len(build("egoexolearn", tmp_path)) == 296 and "malformed line: 1" in capsys.readouterr().out
+
+
+def test_a_conversation_is_taken_as_far_as_its_keys_are_known(tmp_path, capsys):
+    talk = [{"from": "human", "value": "<video>\nWhat does <video> mean?"}, {"from": "gpt", "value": "A <video> or an <image>."}]
+    records = [{"id": "a", "videos": ["v.mp4"], "conversations": talk}, {"id": "b", "video_path": "v.mp4", "conversations": talk},
+               {"id": "c", "video": {"video": "v.mp4", "begin": 3}, "conversations": talk}, {"id": "d", "video": "v.mp4", "start_time": 3, "end_time": 4, "conversations": talk},
+               {"id": "e", "images": ["a.jpg"], "conversations": talk}, {"id": "f", "image": None, "conversations": talk}]
+    write(tmp_path / "talk.json", records)
+    rows = build("conversations", tmp_path, "--file", "talk.json")
+    out = capsys.readouterr().out
+    assert list(rows) == list("abcd") and all(row["ego"] == {"video": "v.mp4"} for row in rows.values())
+    for words in ("key 'start_time', which nothing reads: 1", "key 'end_time', which nothing reads: 1", "key 'begin', which nothing reads: 1",
+                  "no video, but images: 1", "text only: 1"):
+        assert words in out, out
+    # Words of an answer, and within a question, are words; a row has no narration unless it was narrated.
+    assert rows["a"]["turns"] == [{"user": "What does <video> mean?", "assistant": "A <video> or an <image>."}] and "text" not in rows["a"]
+    write(tmp_path / "talk.json", [records[0] | {"videos": ["a.mp4", "b.mp4"]}])
+    with pytest.raises(SystemExit, match="2 videos: a row shows one"):
+        build("conversations", tmp_path, "--file", "talk.json")
+
+
+def test_ids_differ_whatever_they_were(tmp_path):
+    talk = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cup."}]
+    write(tmp_path / "talk.json", [{"id": i, "video": "v.mp4", "conversations": talk} for i in ("1", "1#2", "1", 1, "1#2", "1#3")])
+    rows = build("conversations", tmp_path, "--file", "talk.json")
+    assert list(rows) == ["1", "1#2", "1#3", "1#4", "1#2#2", "1#3#2"]
+    assert len(read_manifest(tmp_path / "out.jsonl")) == 6
+
+
+def test_frame_numbers_of_a_variable_rate_are_looked_up(tmp_path):
+    """30 per second for 2 s, then 10: the mean would place frame 50 at 2.86 s."""
+    from test_video import encode
+    times = [*np.arange(30) / 30, *(1 + np.arange(30) / 10)]
+    encode(tmp_path / "v.mp4", times=times, options={"bf": "2"})
+    talk = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cup."}]
+    write(tmp_path / "talk.json", [{"id": i, "video": "v.mp4", "start_frame": a, "end_frame": b, "conversations": talk}
+                                   for i, (a, b) in enumerate(((15, 21), (30, 50), (15.5, 60)))])
+    rows = build("conversations", tmp_path, "--file", "talk.json")
+    for key, start, end in (("0", 0.5, 0.7), ("1", 1.0, 3.0), ("2", 0.517, 3.9 + 60 / 4 ** 2 / 60)):
+        assert rows[key]["ego"]["start"] == pytest.approx(start, abs=2e-3) and rows[key]["ego"]["end"] == pytest.approx(end, abs=0.02)
+
+
+def test_a_skip_list_of_something_else_is_named(tmp_path):
+    write_jsonl(tmp_path / "m.jsonl", [{"id": "a", "text": "x"}])
+    for line in ("{", "[]", '{"id": "a"}', '{"id": "a", "videos": 3}', '{"id": "a", "videos": [3]}', "null"):
+        (tmp_path / "m.bad.jsonl").write_text('{"id": "b", "videos": []}\n' + line + "\n")
+        with pytest.raises(DataError, match="m.bad.jsonl line 2 is none of data.py check's: run it again, or remove"):
+            read_manifest(tmp_path / "m.jsonl")
