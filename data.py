@@ -1508,9 +1508,9 @@ def checked_rows(path, base, allow_outside) -> Iterator:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{where} is not JSON ({error}): one object per line") from None
-        paths = check_row(row, where, base, allow_outside)
-        for clip, path in zip(clips_of(row), paths):
-            clip["video"] = path
+        videos = check_row(row, where, base, allow_outside)
+        for clip, video in zip(clips_of(row), videos):
+            clip["video"] = video
         row["where"] = where
         hashes.append(hash(row["id"]))
         yield row

@@ -404,3 +404,167 @@ def test_far_moments_are_sought_and_near_ones_decoded_on(tmp_path, monkeypatch):
     assert [number(f) for f in read_clip(path, 0, 6, 3, SIDE)] == [10, 30, 50] and len(seeks) == 3
     seeks.clear()
     assert [number(f) for f in read_clip(path, 0.3, 1.0, 7, SIDE)] == [3, 4, 5, 6, 7, 8, 9] and len(seeks) == 1
+
+
+# ------------------------------------------------------------------------ a file that says less than it promises
+def jpeg(i, size=64):
+    """Frame i as a JPEG."""
+    codec = av.CodecContext.create("mjpeg", "w")
+    codec.width, codec.height, codec.pix_fmt, codec.time_base = size // 6 * 6, size, "yuvj420p", 1
+    frame = av.VideoFrame.from_ndarray(picture(i, size, size), format="rgb24").reformat(format="yuvj420p")
+    return b"".join(map(bytes, codec.encode(frame) + codec.encode()))
+
+
+@pytest.mark.parametrize("kind", (".png", ".jpg"))
+@pytest.mark.parametrize("damage", ("empty", "html", "cut at 60 %", "last bytes", "zeros", "html behind"))
+def test_a_picture_that_holds_none_or_half_of_one_is_refused_by_name(tmp_path, kind, damage):
+    """All later pictures would come earlier, or a part of it be green."""
+    for i in range(12):
+        whole = jpeg(i) if kind == ".jpg" else encode_png(picture(i, 64, 64))
+        (tmp_path / f"{i}{kind}").write_bytes(whole)
+    assert [number(f) for f in read_clip(tmp_path, None, None, 12, SIDE, fps=1)] == list(range(12))
+    whole = (tmp_path / f"5{kind}").read_bytes()
+    half = len(whole) * 6 // 10
+    broken = {"empty": b"", "html": b"<html>404</html>", "cut at 60 %": whole[:half], "last bytes": whole[:-8],
+              "zeros": whole[:half] + bytes(len(whole) - half), "html behind": whole[:half] + b"<html>" * 200}[damage]
+    (tmp_path / f"5{kind}").write_bytes(broken)
+    (tmp_path / f"99{kind}").touch()                            # the folder changes
+    (tmp_path / f"99{kind}").unlink()
+    with pytest.raises(DataError, match=rf"/5\{kind} (holds no picture|is damaged or cut off): download it again, or remove it"):
+        read_clip(tmp_path, None, None, 12, SIDE, fps=1)
+
+
+def folder(root, names):
+    """Picture i under the i-th name."""
+    root.mkdir(exist_ok=True)
+    for i, name in enumerate(names):
+        (root / name).write_bytes(encode_png(picture(i)))
+    return root
+
+
+@pytest.mark.parametrize("names", (
+    ["0.0.jpg", "0.25.jpg", "0.5.jpg", "0.75.jpg", "1.0.jpg", "1.25.jpg", "10.5.jpg"], ["0.jpg", "0.033.jpg", "0.1.jpg", "0.4.jpg", "2.jpg"],
+    ["t_1.5s.png", "t_2.05s.png", "t_2.5s.png", "t_11.25s.png"], [f"1.{i}.png" for i in range(1, 13)],
+    [f"cam0_{i}.png" for i in range(1, 13)], ["0012.png", "0013.png", "0014.png"], [f"2024010112345678901{i}.png" for i in range(8)]))
+def test_pictures_are_in_the_order_of_the_numbers_in_their_names(tmp_path, names):
+    shown = [number(f) for f in read_clip(folder(tmp_path / "f", names), None, None, len(names), SIDE, fps=1)]
+    assert shown == list(range(len(names)))
+
+
+@pytest.mark.parametrize("name", ("{}.png", "frame_{:05d}.png", "{:03d}-rgb.png", "cam0_{:02d}.png"))
+@pytest.mark.parametrize("step", (1, 5))
+def test_a_missing_number_leaves_later_pictures_at_their_times(tmp_path, name, step):
+    for i in set(range(40)) - {13, 14, 30}:
+        (tmp_path / name.format(step * (i + 1))).write_bytes(encode_png(picture(i)))
+    with open_video(tmp_path, 10) as opened:
+        assert opened.seconds == 4.0 and opened.missing == 3
+    assert [number(f) for f in read_clip(tmp_path, 1.2, 1.7, 5, SIDE, fps=10)] == [12, 12, 12, 15, 16]
+    assert [number(f) for f in read_clip(tmp_path, 2.9, 3.2, 3, SIDE, fps=10)] == [29, 29, 31]
+
+
+def test_names_that_do_not_count_give_the_order_alone(tmp_path):
+    """Milliseconds, chosen frames: no step is that of most."""
+    for k, names in enumerate(([f"{t}.png" for t in (0, 33, 67, 100, 133, 167)], ["3.png", "20.png", "31.png", "400.png"], ["a1.png", "b1.png", "b2.png"])):
+        assert [number(f) for f in read_clip(folder(tmp_path / str(k), names), None, None, len(names), SIDE, fps=1)] == list(range(len(names)))
+    few = folder(tmp_path / "few", [f"{i}.png" for i in (*range(8), 1000)])
+    with pytest.raises(DataError, match=r"few: 992 pictures are missing among 0.png ... 1000.png: number them"):
+        read_clip(few, None, None, 4, SIDE)
+
+
+@pytest.mark.parametrize("suffix", (".webp", ".BMP", ".gif", ".tiff", ".heic"))
+def test_pictures_that_are_not_counted_are_named(tmp_path, suffix):
+    folder(tmp_path, ["cover.png"])
+    (tmp_path / f"1{suffix}").write_bytes(b"RIFF")
+    with pytest.raises(DataError, match=rf"1\{suffix} is a picture that is not read: convert it to .png or .jpg, or move it away"):
+        read_clip(tmp_path, None, None, 8, SIDE)
+
+
+@pytest.mark.parametrize("name", ("v.mp4", "v.mov", "v.mkv"))
+@pytest.mark.parametrize("bframes", (0, 2, 3))
+def test_slides_last_until_the_next_one(tmp_path, name, bframes):
+    """With B-frames an mp4's header says 3 s."""
+    times = [0, 1, 2, 32]
+    path = encode(tmp_path / name, times=times, options={"bf": str(bframes)})
+    with open_video(path) as opened:
+        assert opened.seconds >= 32
+    assert [number(f) for f in read_clip(path, 0.5, 32.01, 7, SIDE)] == [2] * 7
+    assert [number(f) for f in read_clip(path, 31.9, 32.02, 6, SIDE)] == [2, 2, 2, 2, 2, 3]
+    assert number(read_clip(path, 1.5, 1.6, 1, SIDE)[0]) == 1
+
+
+@pytest.mark.parametrize("codec", ("mpeg4", "libx264", "mjpeg"))
+def test_an_avi_that_was_cut_is_no_shorter_film(tmp_path, codec):
+    path = encode(tmp_path / "v.avi", codec, options={"bf": "0"} if codec == "libx264" else {}, pix_fmt="yuvj420p" if codec == "mjpeg" else "yuv420p")
+    assert number(read_clip(path, 5.5, 5.6, 1, SIDE)[0]) in (54, 55)
+    content = path.read_bytes()
+    for share in (0.9, 0.6, 0.3):
+        path.write_bytes(content[:int(len(content) * share)])
+        with pytest.raises(DataError, match=r"v.avi ends at .* s, its header says 6.0. s: truncated\?") as error:
+            read_clip(path, 0, 0.5, 2, SIDE)
+        assert error.value.reason == "truncated"
+
+
+def fragmented(path, source, copies):
+    """The packets of a film (no B-frames), again and again, as an mp4 with a segment index, which is read piece by piece."""
+    with av.open(str(source)) as film:
+        packets = [(float(p.pts * p.time_base), bytes(p), p.is_keyframe) for p in film.demux(video=0) if p.pts is not None]
+        with av.open(str(path), "w", format="mp4", options={"movflags": "frag_keyframe+empty_moov+global_sidx+default_base_moof"}) as out:
+            stream = out.add_stream_from_template(film.streams.video[0])
+            for copy in range(copies):
+                for t, content, key in packets:
+                    packet = av.Packet(content)
+                    packet.pts = packet.dts = round(1000 * t) + 6000 * copy
+                    packet.duration, packet.is_keyframe, packet.stream, packet.time_base = 100, key, stream, Fraction(1, 1000)
+                    out.mux(packet)
+    return path
+
+
+def test_a_fragmented_film_is_sought_as_a_plain_one(tmp_path, monkeypatch):
+    """Twenty minutes in pieces of 1.2 s: three seeks, not 12,000 frames."""
+    piece = encode(tmp_path / "piece.mp4", options={"bf": "0"})
+    path = fragmented(tmp_path / "v.mp4", piece, 200)
+    decoded, plain = [], data._decoded
+    monkeypatch.setattr(data, "_decoded", lambda *words: (decoded.append(frame) or frame for frame in plain(*words)))
+    moments = np.array([50.05, 400.35, 1100.85])
+    with open_video(path) as opened:
+        assert opened.seconds == pytest.approx(1200, abs=0.2)
+        shown = [frame for frame, _ in opened.frames_at(moments)]
+    assert [number(data._pixels(frame, SIDE)) for frame in shown] == [20, 43, 28] and len(decoded) < 60
+
+
+def test_a_seek_that_does_not_help_is_made_once(tmp_path, monkeypatch):
+    """One key frame, and an index that seems to end early: what was decoded is not decoded for every moment."""
+    times = np.arange(60) / 2
+    path = encode(tmp_path / "v.mkv", options={"bf": "0", "x264-params": "scenecut=0"}, gop=600, times=times)
+    seeks, sought = [], data._seek
+    monkeypatch.setattr(data, "_seek", lambda *words: seeks.append(words) or sought(*words))
+    shown(path, times, ((0.1, 29.3),))                          # two clips
+    assert len(seeks) <= 4
+
+
+def test_time_counts_from_the_first_picture(tmp_path):
+    """As loaders that count frames have it; check says where ego and exo differ in it."""
+    def late(path, seconds):
+        with av.open(str(path), "w") as out:
+            video, sound = out.add_stream("libx264", rate=10), out.add_stream("aac", rate=48000)
+            video.width, video.height, video.pix_fmt, sound.layout = 48, 48, "yuv420p", "mono"
+            video.codec_context.time_base = Fraction(1, 1000)
+            for i in range(400):
+                samples = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+                samples.sample_rate, samples.pts, samples.time_base = 48000, 1024 * i, Fraction(1, 48000)
+                out.mux(sound.encode(samples))
+            for i in range(60):
+                frame = av.VideoFrame.from_ndarray(picture(i), format="rgb24")
+                frame.pts, frame.time_base = 100 * i + 1000 * seconds, Fraction(1, 1000)
+                out.mux(video.encode(frame))
+            out.mux(video.encode())
+            out.mux(sound.encode())
+        return path
+    ego, exo = late(tmp_path / "ego.mp4", 2), late(tmp_path / "exo.mp4", 0)
+    for path, seconds in ((ego, 2), (exo, 0)):
+        assert [number(f) for f in read_clip(path, 1, 2, 5, SIDE)] == [11, 13, 15, 17, 19]
+        with open_video(path) as opened:
+            assert opened.begins == pytest.approx(seconds, abs=0.03)
+    row = {"id": "a", "ego": {"video": str(ego), "start": 1, "end": 2}, "exo": [{"video": str(exo), "start": 1, "end": 2}], "text": "x"}
+    (_, (found, remarks)), (_, (_, none)) = (data._check_videos(r, 60) for r in (row, row | {"exo": [row["ego"]]}))
+    assert not found and [kind for kind, _ in remarks] == ["pictures begin apart"] and "2.00, 0.00 s" in remarks[0][1] and not none
