@@ -1,4 +1,4 @@
-"""What only a GPU can say about this repository, as one command of a few minutes.
+"""What only a GPU can say about this repository, as one command of a quarter of an hour.
 
     python tests/gpu.py --out DIR                       # all parts, one JSON line a finding in DIR/gpu.jsonl
     python tests/gpu.py --out DIR --parts correct,speed # some of them
@@ -24,14 +24,17 @@ from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from unittest import mock
 
 DRY = "--dry" in sys.argv
 if DRY:
     os.environ["TRITON_INTERPRET"] = "1"                        # read when the kernels are made
     os.environ["OMP_NUM_THREADS"] = "1"
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE / "kernels")]
 
+import av
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -40,6 +43,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import bench
 import cases
+import data
 import eval
 import model as network
 import train
@@ -47,10 +51,11 @@ from model import PRESETS, Segments, attention, launch
 
 DEVICE = "cpu" if DRY else "cuda"
 PRESET = "toy" if DRY else "7b"
-SECONDS = {"correct": 90, "speed": 60, "tiles": 120, "step": 150, "compile": 200, "run": 170, "answer": 90}     # limit of each part
+SECONDS = {"correct": 90, "speed": 60, "tiles": 150, "step": 170, "compile": 200, "stages": 200, "data": 120, "run": 200,
+           "answer": 90}                                        # limit of each part
 if DRY:
     SECONDS = dict.fromkeys(SECONDS, 300)
-H100 = 989e12                                                   # FLOP/s in bfloat16, dense, of an H100 SXM
+H100 = 989e12                   # FLOP/s in bfloat16, dense, of an H100 SXM and of an H200, which has more memory only
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1.5e-3, torch.float32: 1e-5}      # of the largest true value
 
 
@@ -234,12 +239,19 @@ CANDIDATES = {
                    (64, 64, 4, 2), (64, 64, 8, 2), (32, 64, 4, 2), (32, 128, 4, 3), (64, 64, 8, 3), (128, 128, 8, 2)),
     ("dkdv", 128): ((32, 64, 8, 2), (32, 64, 8, 3), (32, 128, 8, 2), (32, 128, 8, 3), (64, 128, 8, 2), (16, 128, 8, 2),
                     (16, 128, 8, 3), (64, 64, 8, 2), (32, 64, 4, 2), (16, 64, 4, 3), (16, 64, 8, 3), (64, 64, 4, 2))}
+# The second form (tests/kernels/descriptors.py): what shipped, and what its fewer registers may allow. At head_dim 64 the
+# compiler gains nothing from it in dkdv, which keeps its pointers.
+SQUARE = ((64, 64, 4, 3), (64, 64, 4, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3))
+SECOND_FORM = {("forward", 64): SQUARE, ("forward", 128): SQUARE, ("dq", 64): SQUARE, ("dq", 128): SQUARE,
+               ("dkdv", 128): ((32, 64, 4, 2), (32, 64, 4, 3), (32, 64, 8, 2), (32, 128, 8, 2), (64, 64, 8, 2))}
 if DRY:
     CANDIDATES = {("forward", 32): ((32, 32, 4, 1), (16, 32, 4, 1)), ("dkdv", 32): ((32, 32, 4, 1),)}
+    SECOND_FORM = {("forward", 32): ((32, 32, 4, 1),), ("dq", 32): ((32, 32, 4, 1),), ("dkdv", 32): ((32, 32, 4, 1),)}
+FORMS = {"pointers": CANDIDATES, "descriptors": SECOND_FORM}
 
 
 class Launch:
-    """One kernel, ready to be launched with any tile on one shape's tensors."""
+    """One kernel, ready to be launched in both forms with any tile on one shape's tensors."""
     def __init__(self, kernel, lens, heads, kv_heads, head_dim, causal):
         dtype = torch.float16 if DRY else torch.bfloat16
         torch.manual_seed(0)
@@ -255,18 +267,17 @@ class Launch:
         self.inputs, self.results = {"forward": ((q, k, v), (o, lse)), "dq": ((q, k, v, o, do, lse), (dq, delta)),
                                      "dkdv": ((q, k, v, do, lse, delta), (torch.empty_like(k), torch.empty_like(v)))}[kernel]
 
-    def __call__(self, tile=None):
+    def __call__(self, form="pointers", tile=None):
+        import descriptors
+        kernels = descriptors.triton_kernels if form == "descriptors" else network.triton_kernels
         tiles = self.table[self.before[0].shape[-1]]
-        shipped = tiles[self.kernel]
-        tiles[self.kernel] = tile or shipped
-        try:
+        with mock.patch.dict(tiles, {self.kernel: tile or tiles[self.kernel]}), mock.patch.object(network, "triton_kernels", kernels):
             launch(self.kernel, *self.before, *self.inputs, *self.results)
-        finally:
-            tiles[self.kernel] = shipped
 
 
-def try_tile(kernel, head_dim, tile):
-    """Compile one candidate and compare it with the shipped tile on a ragged batch, both masks: None, or what is wrong."""
+def try_tile(form, kernel, head_dim, tile):
+    """Compile one candidate and compare it with the shipped tile and form on a ragged batch, both masks: None, or what is
+    wrong."""
     try:
         for causal in (False, True):
             launch = Launch(kernel, (150, 5, 64) if DRY else (577, 5, 300, 1000), 4, 2, head_dim, causal)
@@ -274,7 +285,7 @@ def try_tile(kernel, head_dim, tile):
             truth = [t.clone().float() for t in launch.results]
             for t in launch.results:
                 t.fill_(float("nan"))
-            launch(tile)
+            launch(form, tile)
             for ours, true in zip(launch.results, truth):
                 if not (ours.float() - true).abs().max() <= 2e-2 * true.abs().max():
                     return f"other results than the shipped tile (causal {causal})"
@@ -283,32 +294,36 @@ def try_tile(kernel, head_dim, tile):
 
 
 def part_tiles(out):
-    """Every candidate tile: is it right, and how fast; then the fastest as a table to paste."""
-    jobs = [(kernel, head_dim, tile) for (kernel, head_dim), tiles in CANDIDATES.items() for tile in tiles]
+    """Every candidate tile of both forms: is it right, and how fast; then the fastest of each form as a table to paste."""
+    jobs = [(form, kernel, head_dim, tile) for form, candidates in FORMS.items()
+            for (kernel, head_dim), tiles in candidates.items() for tile in tiles]
     with ProcessPoolExecutor(1 if DRY else 14, mp_context=get_context("spawn")) as pool:    # compiled code lands in a cache on disk
         wrong = dict(zip(jobs, pool.map(try_tile, *zip(*jobs))))
-    best = {}
-    for (kernel, head_dim), tiles in CANDIDATES.items():
-        shapes = [(name, shape) for name, shape in SHAPES.items() if shape[3] == head_dim]
-        launches = [Launch(kernel, *shape) for _, shape in shapes]
-        for tile in tiles:
-            problem, times = wrong[kernel, head_dim, tile], []
-            try:
-                if problem is None:
-                    times = [seconds_of(partial(launch, tile)) for launch in launches]
-            except Exception as error:
-                problem = f"{type(error).__name__}: {str(error)[:120]}"
+    best, launches = {}, {}
+    for job in jobs:
+        form, kernel, head_dim, tile = job
+        shapes = {name: shape for name, shape in SHAPES.items() if shape[3] == head_dim}
+        if (kernel, head_dim) not in launches:
+            launches = {(kernel, head_dim): [Launch(kernel, *shape) for shape in shapes.values()]}      # one kernel's at a time
+        problem, times = wrong[job], []
+        try:
             if problem is None:
-                best.setdefault((kernel, head_dim), []).append((sum(times), tile))
-            say(out, "tiles", kernel=kernel, head_dim=head_dim, tile=tile, ok=problem is None, wrong=problem,
-                us={name: round(t * 1e6, 1) for (name, _), t in zip(shapes, times)})
-    say(out, "tiles", ok=True, best={f"{kernel} {head_dim}": min(found)[1] for (kernel, head_dim), found in best.items()})
+                times = [seconds_of(partial(launch, form, tile)) for launch in launches[kernel, head_dim]]
+        except Exception as error:
+            problem = f"{type(error).__name__}: {str(error)[:120]}"
+        if problem is None:
+            best.setdefault(f"{form} {kernel} {head_dim}", []).append((sum(times), tile))
+        say(out, "tiles", form=form, kernel=kernel, head_dim=head_dim, tile=tile, ok=problem is None, wrong=problem,
+            us={name: round(t * 1e6, 1) for name, t in zip(shapes, times)})
+    fastest = {name: min(found) for name, found in best.items()}
+    say(out, "tiles", ok=True, best={name: tile for name, (_, tile) in fastest.items()},
+        us={name: round(seconds * 1e6, 1) for name, (seconds, _) in fastest.items()})
 
 
-# --------------------------------------------------------------------------------------------------------- 4 step, 5 compile
-def planned_bytes(stage, preset, micro, checkpointed):
+# --------------------------------------------------------------------------------------------------------- 4 step, 5 compile, 6 stages
+def planned_bytes(stage, preset, micro, recompute):
     """The plan's peak of a step."""
-    need = bench.planned(stage, preset, micro, checkpointed, "--optimizer", "adamw")
+    need = bench.planned(stage, preset, micro, recompute, "--optimizer", "adamw")
     return need["weights"] + need["gradients"] + need["optimiser"] + need["activations"]
 
 
@@ -341,59 +356,124 @@ def float_is_finite(x):
     return abs(x) < float("inf")
 
 
-def ours_and_theirs(out, stage, preset, clips, dtype, configurations):
-    """Steps of one stage: ours in several configurations (checkpointed, compiled), then the composition."""
-    batches = {n: bench.make_batch(stage, PRESETS[preset], n, text=(64, 65)).to(DEVICE) for n in clips}
-    cfg = train.parse(["--stage", str(stage), "--preset", preset, "--optimizer", "adamw", "--micro-batch", "1"])
+def ours_and_theirs(out, stage, preset, clips, dtype, configurations, beside=()):
+    """Steps of one stage: ours in several configurations (what is computed again, compiled or not), then the composition
+    of transformers' modules, for each of `beside` with its activations checkpointed or kept."""
+    batches = {n: bench.make_batch(stage, PRESETS[preset], n, views=min(n, 2), text=(64, 65)) for n in clips}
+    cfg = train.parse(["--stage", str(stage), "--preset", preset, "--optimizer", "adamw", "--micro-batch", "1", "--no-compile",
+                       "--recompute", "none"])
     meta_run, phase = train.Run(cfg, 0, 1, torch.device("cpu"), False), train.stages_of(cfg)[0]
-    first = clips[0]
-    flops_a_clip = bench.step_flops(meta_run, phase, stage, bench.make_batch(stage, PRESETS[preset], first, text=(64, 65)), preset) / first
+    work = {n: bench.step_flops(meta_run, phase, stage, batch, preset) for n, batch in batches.items()}
+    batches = {n: batch.to(DEVICE) for n, batch in batches.items()}
     network.choose_attention(torch.device(DEVICE), dtype, PRESETS[preset])
     objective, trained, run = bench.our_objective(stage, preset, "--dtype", str(dtype)[6:], "--optimizer", "adamw", device=DEVICE)
-    for checkpointed, compiled in configurations:
+    for recompute, compiled in configurations:
         for n in clips:
-            set_up = replace(run, cfg=replace(run.cfg, checkpoint_activations=checkpointed, compile=compiled))
+            set_up = replace(run, cfg=replace(run.cfg, recompute=recompute, compile=compiled, no_compile=not compiled))
             train.wrap(set_up, objective)
             step = bench.make_step(objective, trained, set_up, batches[n])
-            plan = None if compiled else partial(planned_bytes, stage, preset, n, checkpointed)
-            measure(out, step, n * flops_a_clip, plan, stage=stage, preset=preset, clips=n, side="ours", checkpointed=checkpointed, compiled=compiled)
+            measure(out, step, work[n], partial(planned_bytes, stage, preset, n, recompute), stage=stage, preset=preset, clips=n,
+                    side="ours", recompute=recompute, compiled=compiled)
             objective.zero_grad(set_to_none=True)
     del objective, trained, step, set_up, run
-    for checkpointed in sorted({c for c, compiled in configurations if not compiled}, reverse=True):
+    for checkpointed in beside:
         free()
-        step = bench.composed_step(stage, batches[first], dtype, preset, DEVICE, checkpointed)[1]
+        step = bench.composed_step(stage, batches[clips[0]], dtype, preset, DEVICE, checkpointed)[1]
         for n in clips:
-            measure(out, partial(step, batches[n]), n * flops_a_clip, stage=stage, preset=preset, clips=n, side="composition of transformers",
-                    checkpointed=checkpointed, compiled=False)
+            measure(out, partial(step, batches[n]), work[n], stage=stage, preset=preset, clips=n,
+                    side="composition of transformers", recompute="blocks" if checkpointed else "none", compiled=False)
         del step
 
 
 def part_step(out):
-    """Training steps of stages 1 to 3, ours beside the composition of transformers' modules."""
-    dtype = torch.float32 if DRY else torch.bfloat16
-    kept, saved = (False, False), (True, False)
+    """Training steps of stages 1 to 3 at preset small, of stage 1 at 7b, ours beside the composition."""
     if DRY:
-        ours_and_theirs(out, 1, "toy", (2,), dtype, (kept, saved))
+        ours_and_theirs(out, 1, "toy", (2,), torch.float32, [("none", False), ("cheap", False), ("blocks", False)], beside=(True, False))
         return
-    ours_and_theirs(out, 1, "7b", (4, 2, 1), dtype, (saved, kept))
     for stage in (1, 2, 3):
-        ours_and_theirs(out, stage, "small", (32,), dtype, (kept, saved))
+        ours_and_theirs(out, stage, "small", (32,), torch.bfloat16, [("none", False), ("cheap", False)], beside=(True, False))
+    ours_and_theirs(out, 1, "7b", (4, 2, 1), torch.bfloat16, [("cheap", False), ("blocks", False)], beside=(True,))
 
 
 def part_compile(out):
-    """The same steps under --compile."""
-    dtype = torch.float32 if DRY else torch.bfloat16
-    saved, kept = (True, True), (False, True)
+    """The same steps under --compile, 7b's default here."""
     if DRY:
-        ours_and_theirs(out, 1, "toy", (2,), dtype, (kept,))
+        ours_and_theirs(out, 1, "toy", (2,), torch.float32, [("none", True)])
         return
-    ours_and_theirs(out, 1, "7b", (3, 2), dtype, (kept,))       # 4 do not fit
+    ours_and_theirs(out, 1, "7b", (4, 3, 2), torch.bfloat16, [("none", True)])
     for stage in (2, 1, 3):
-        ours_and_theirs(out, stage, "small", (32,), dtype, (kept,))
-    ours_and_theirs(out, 1, "7b", (4,), dtype, (saved,))
+        ours_and_theirs(out, stage, "small", (32,), torch.bfloat16, [("none", True)])
 
 
-# ---------------------------------------------------------------------------------------------------------- 6 run
+def part_stages(out):
+    """Steps of stages 2 and 3 at 7b; a pair is two clips."""
+    if DRY:
+        for stage in (2, 3):
+            ours_and_theirs(out, stage, "toy", (1,), torch.float32, [("cheap", False)])
+        return
+    for stage, clips in ((3, (2, 1)), (2, (2, 1))):
+        ours_and_theirs(out, stage, "7b", clips, torch.bfloat16, [("none", True), ("cheap", False), ("blocks", False)])
+
+
+# --------------------------------------------------------------------------------------------------------- 7 data
+def write_take(path, seconds, width, height):
+    """An H.264 take with a key frame every 250 frames: a textured scene that a camera pans over."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 235, (height // 20 + 30, width // 20 + 30, 3), np.uint8).repeat(20, 0).repeat(20, 1)
+    scene = coarse + rng.integers(0, 20, coarse.shape, np.uint8)
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=30, options={"preset": "veryfast", "g": "250", "bf": "2"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for i in range(int(seconds * 30)):
+            x, y = 300 + int(250 * np.sin(i / 97)), 300 + int(250 * np.cos(i / 97))
+            picture = np.ascontiguousarray(scene[y:y + height, x:x + width])
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        file.mux(stream.encode())
+
+
+def part_data(out):
+    """How long a 7b step of stage 1 waits for clips of 0.7 s from 1080p takes, with a loader worker per core but one."""
+    steps, batch_size, workers = (3, 2, 1) if DRY else (12, 4, max(1, len(os.sched_getaffinity(0)) - 1))
+    seconds, width, height = (3, 320, 180) if DRY else (15, 1920, 1080)
+    objective, _, run = bench.our_objective(1, PRESET, "--dtype", "float32" if DRY else "bfloat16", "--optimizer", "adamw", device=DEVICE)
+    network.choose_attention(torch.device(DEVICE), torch.float32 if DRY else torch.bfloat16, PRESETS[PRESET])
+    with tempfile.TemporaryDirectory() as folder:
+        write_take(Path(folder) / "take.mp4", seconds, width, height)
+        starts = np.random.default_rng(0).uniform(0, seconds - 1, 64).round(2)
+        rows = [dict(id=str(i), exo=[dict(video="take.mp4", start=float(at), end=float(at) + 0.7)], text="I cut the red block.")
+                for i, at in enumerate(starts)]
+        (Path(folder) / "takes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        loader = data.Loader(data.read_manifests([Path(folder) / "takes.jsonl"]), PRESETS[PRESET], bench.toy_words(folder), view="exo",
+                             batch=batch_size)
+        alone = time_of_batches(loader, steps, workers, lambda batch: None)[0]
+        each, waited = time_of_batches(loader, steps, workers, partial(forward_and_backward, objective, run))
+    say(out, "data", what=f"clips of 0.7 s, {height}p, {workers} workers", ok=True, clips=batch_size, seconds=round(each, 4),
+        waited=round(waited, 4), share_waited=round(waited / each, 3), clips_a_second_read=round(batch_size / alone, 1))
+
+
+def time_of_batches(loader, steps, workers, use):
+    """Seconds per batch, and of these seconds of waiting for it; the first two batches do not count."""
+    batches, waited = loader.stream(0, steps + 2, workers), []
+    for step in range(steps + 2):
+        if step == 2:
+            began = time.perf_counter()
+        asked = time.perf_counter()
+        batch = next(batches)
+        waited.append(time.perf_counter() - asked)
+        use(batch[0])
+    return (time.perf_counter() - began) / steps, sum(waited[2:]) / steps
+
+
+def forward_and_backward(objective, run, batch):
+    batch = batch.to(DEVICE)
+    with network.autocast(run.device, run.bf16):
+        loss = objective(batch, float(batch.weights.sum()), batch.samples)["loss"]
+    loss.backward()
+    objective.zero_grad(set_to_none=True)
+    return float(loss.detach())
+
+
+# ---------------------------------------------------------------------------------------------------------- 8 run
 def command(*words, **options):
     """Start train.py (or data.py) as a user does, in its own group of processes."""
     env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS" or DRY}   # bench.py has set it for itself
@@ -440,6 +520,7 @@ def part_run(out):
         say(out, "run", what="torchrun train.py --stage 1, world and stage 0 included", ok=first.returncode == 0, seconds=round(time.time() - began, 1),
             exo_em=figures.get("exo_em"), wrong=said[-300:] if first.returncode else None)
         resume_after_kill(out, folder, toy, base)
+        twenty_steps(out, folder, toy)
     fsdp_on_one_rank(out)
     self_check(out)
 
@@ -466,6 +547,25 @@ def resume_after_kill(out, folder, toy, base):
         say(out, "run", what=f"{what}, equal to the bit", ok=not names, differing=len(names), first=names[:3])
 
 
+def twenty_steps(out, folder, toy):
+    """A run of preset small, as log.jsonl tells it: seconds of a step and of waiting for its data."""
+    preset, steps = ("toy", 4) if DRY else ("small", 20)
+    common = ["train.py", "--preset", preset, "--data", toy, "--no-eval"]
+    base = [*common, "--stage", "0", "--out", folder / "twenty0", "--steps", "2", "--batch", "8"]
+    stage1 = [*common, "--stage", "1", "--out", folder / "twenty1", "--steps", steps, "--batch", "32", "--base", folder / "twenty0",
+              "--init", folder / "twenty0"]
+    for words in (base, stage1):
+        process = command(*words)
+        said, _ = process.communicate()
+        if process.returncode:
+            say(out, "run", what=f"{steps} steps of preset {preset}", ok=False, wrong=said[-300:])
+            return
+    rows = [json.loads(line) for line in (folder / "twenty1/log.jsonl").read_text().splitlines() if '"seconds"' in line][steps // 4:]
+    say(out, "run", what=f"{steps} steps of preset {preset}, batch 32", ok=True, seconds=round(statistics.median(row["seconds"] for row in rows), 4),
+        waited=round(statistics.median(row["waited"] for row in rows), 4),
+        clips_a_second=round(statistics.median(row["clips_per_second"] for row in rows), 1))
+
+
 def fsdp_on_one_rank(out):
     """FSDP2 on a group of one: loss and gradients beside the plain objective's."""
     store = dist.HashStore()
@@ -483,7 +583,7 @@ def fsdp_on_one_rank(out):
     say(out, "run", what="FSDP2 on one rank beside plain", ok=apart < 1e-5 and abs(plain - sharded) < 1e-5, loss_apart=abs(plain - sharded), gradients_apart=apart)
 
 
-# ------------------------------------------------------------------------------------------------------- 7 answer
+# ------------------------------------------------------------------------------------------------------- 9 answer
 @torch.no_grad()
 def part_answer(out):
     """Generating with our cache beside transformers' generate; options scored with the video's prefix shared or not."""
@@ -541,7 +641,8 @@ def part_answer(out):
 
 
 # ------------------------------------------------------------------------------------------------------- the rest
-PARTS = {"correct": part_correct, "speed": part_speed, "tiles": part_tiles, "step": part_step, "compile": part_compile, "run": part_run, "answer": part_answer}
+PARTS = {"correct": part_correct, "speed": part_speed, "tiles": part_tiles, "step": part_step, "compile": part_compile,
+         "stages": part_stages, "data": part_data, "run": part_run, "answer": part_answer}
 
 
 def run_part(part, out):
@@ -564,16 +665,17 @@ def run_part(part, out):
 def table(path):
     """The findings as the tables of tests/README.md."""
     rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
-    last = rows[-1]
-    print(f"{last['card']}, torch {last['torch']}, triton {last['triton']}; revisions {', '.join(sorted({str(r['revision']) for r in rows}))}.\n")
+    machines = sorted({f"{row['card']}, torch {row['torch']}, triton {row['triton']}" for row in rows})
+    print(f"{'; '.join(machines)}; revisions {', '.join(sorted({str(r['revision']) for r in rows}))}.\n")
     correct = [r for r in rows if r["part"] == "correct" and "case" in r]
     shares = [share for r in correct for share in r.get("share_of_torchs", {}).values()]
     if shares:
         print(f"Correct: {sum(r['ok'] for r in correct)} of {len(correct)} cases (output and three gradients, equal reruns). "
               f"Error beside that of torch's own kernel in the same dtype: median {statistics.median(shares):.2f}, largest {max(shares):.2f}.\n")
     groups = [("speed", ("shape", "side", "forward_tflops", "both_tflops", "wrong")),
-              ("step", ("stage", "preset", "clips", "side", "checkpointed", "compiled", "seconds", "tflops", "share_of_989", "peak_gb", "planned_gb", "wrong")),
-              ("run", ("what", "ok", "seconds", "exo_em", "differing", "gradients_apart", "wrong")),
+              ("step", ("stage", "preset", "clips", "side", "checkpointed", "recompute", "compiled", "seconds", "tflops", "share_of_989", "peak_gb", "planned_gb", "wrong")),
+              ("data", ("what", "clips", "seconds", "waited", "share_waited", "clips_a_second_read", "wrong")),
+              ("run", ("what", "ok", "seconds", "waited", "clips_a_second", "exo_em", "differing", "gradients_apart", "wrong")),
               ("answer", ("what", "ours_tokens_a_second", "transformers_tokens_a_second", "alone_seconds", "cached_seconds", "ratio"))]
     for part, columns in groups:
         body = [r for r in rows if r["part"] == part and r.get("what") != "the whole part" and any(c in r for c in columns[1:])]
