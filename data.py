@@ -1683,6 +1683,8 @@ def usable_rows(rows, loader):
         for key in loader.clips:
             if not row.get(key):
                 raise DataError(_lacks(row, key))
+        if not loader.train:
+            _require_videos(row, loader.clips)
         if loader.train and not all("assistant" in turns[-1] for turns in chats):
             raise DataError(f"{_name_of(row)} ends with a question: training needs its answer")
         if any(_is_too_long(turns, loader.tokenizer, loader.video_tokens, loader.cfg) for turns in chats):
@@ -1700,6 +1702,13 @@ def usable_rows(rows, loader):
             raise DataError(f"{first}, with {loader.video_tokens} of its video: shorten its text")
         print(f"{len(long)} of {len(rows) - len(textless)} rows are too long and left out: {first}")
     return rows.pick(kept), np.array(samples)
+
+
+def _require_videos(row, views):
+    """DataError for a video that is not there: an evaluation needs every clip, and says so before it begins."""
+    for clip in clips_of({view: row[view] for view in views}):
+        if not os.path.exists(clip["video"]):
+            raise DataError(f"{_name_of(row)}: {clip['video']} is not there: an evaluation needs every clip", "missing")
 
 
 def _lacks(row, key):

@@ -768,12 +768,13 @@ class Exo2Ego(nn.Module):
         """
         # All positions pass the decoder's blocks. Only those that predict a supervised token pass its head.
         hidden = self.hidden_states(self.insert_visual_tokens(visual, ids), lens, cache)
-        labels = labels.to(hidden.device)
         supervised = (labels != IGNORE).nonzero().squeeze(1)
+        targets = labels[supervised].to(hidden.device)
+        supervised = supervised.to(hidden.device)
         # Token t is predicted at position t - 1. That is in the same sequence, since no sequence's first token is
         # supervised.
         logits = self.decoder.logits(hidden[supervised - 1]).float()        # (supervised, 32000)
-        losses = nnf.cross_entropy(logits, labels[supervised], reduction="none")
+        losses = nnf.cross_entropy(logits, targets, reduction="none")
         return losses.new_zeros(len(labels)).index_copy(0, supervised, losses)
 
     @torch.no_grad()

@@ -227,7 +227,7 @@ class StepCounts(NamedTuple):
                 samples=batch.samples,
                 tokens=len(batch.ids),
                 skipped=len(batch.skipped)))
-        total = torch.tensor(own).sum(0)
+        total = torch.tensor(own, dtype=torch.float32).sum(0)
         return cls(*run.sum(total.to(run.device)))
 
 

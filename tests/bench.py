@@ -119,7 +119,7 @@ class Meter(TorchDispatchMode):
 
 def blank_batch(run, phase, model, device, text: int = 64) -> data.Batch:
     """A micro batch of a stage's shapes, for measuring; `text` tokens, half of them the answer (assumed)."""
-    cfg, micro = model.cfg, run.cfg.micro_batch or max(1, phase.batch // run.world)
+    cfg, micro = model.cfg, train.samples_per_forward(phase, run.cfg, run.world)
     visual = cfg.visual_tokens * (1 + (phase.view != "exo" and model.F is not None))
     ids = torch.cat([torch.full((micro, visual), VIDEO), torch.ones(micro, text, dtype=torch.long)], 1)
     labels = torch.where(torch.arange(visual + text) < visual + text // 2, IGNORE, ids)
@@ -131,24 +131,32 @@ def blank_batch(run, phase, model, device, text: int = 64) -> data.Batch:
                  [visual + text] * micro, each, micro, names, names, [])
 
 
+def leave_out_idle(model, preset, stage):
+    """At 7b the encoders that a stage never looks through, as train.initial_model leaves them out."""
+    if preset == "7b" and stage == 0:
+        model.exo_vit = model.exo_connector = None
+    if preset == "7b" and stage == 1:
+        model.ego_vit = model.ego_connector = None
+
+
 def meta_objective(stage, preset, *flags):
     """-> (run, phase, objective) of a stage on the meta device: nothing is allocated. bfloat16, as on a GPU."""
-    cfg = train.parse(["--stage", str(stage), "--preset", preset, "--dtype", "bfloat16", *flags])
+    base = ["--base", "published"] if stage == 0 and preset == "7b" else []
+    cfg = train.parse(["--stage", str(stage), "--preset", preset, "--dtype", "bfloat16", *base, *flags])
     run, phase = train.Run(cfg, 0, 1, torch.device("cpu"), True), train.stages_of(cfg)[0]
     mapping = cfg.mapping if stage > 1 and not cfg.no_mapping else "none"
     with torch.device("meta"):
         model = Exo2Ego(replace(PRESETS[preset], mapping=mapping, lora=stage == 3 and not cfg.no_lora))
         objective = train.Objective(model, None, phase, cfg, 1)
-    if preset == "7b" and stage == 1:                           # as train.initial_model: stage 1 never looks through them
-        model.ego_vit = model.ego_connector = None
-    train.freeze(objective, phase, True)
+    leave_out_idle(model, preset, stage)
+    train.freeze(objective, True)
     return run, phase, objective
 
 
-def planned(stage, preset, micro, checkpointed, *flags):
+def planned(stage, preset, micro, recompute, *flags):
     """What a step of `micro` clips needs on one rank, in bytes by kind, and its FLOPs a sample."""
     run, phase, objective = meta_objective(stage, preset, "--micro-batch", str(micro), *flags)
-    most, flops = measure_step(run, phase, objective, checkpointed)
+    most, flops = measure_step(run, phase, objective, recompute)
     size = {p: p.numel() * p.element_size() for p in objective.parameters()}
     gradients = sum(size[p] for p in size if p.requires_grad)
     return dict(weights=sum(size.values()), gradients=gradients, optimiser=gradients * (1 if run.cfg.optimizer == "muon" else 2),
@@ -156,38 +164,53 @@ def planned(stage, preset, micro, checkpointed, *flags):
                 block=max(sum(map(size.get, m.parameters())) for m in objective.modules() if isinstance(m, model_file.BLOCKS)))
 
 
+# What the paper's data sets hold, in samples: EgoClip's clips, Ego-ExoClip's pairs, EgoIT's questions.
+SAMPLES = {0: 3.8e6, 1: 1.12e6, 2: 1.12e6, 3: 0.6e6}
+
+
 def bench_plan(args):
-    """What a stage needs on each rank, in every way to run it, beside --memory (GB of a card): nothing is allocated."""
-    run, phase, objective = meta_objective(args.stage, args.preset, "--micro-batch", str(args.micro_batch))
-    print(f"stage {args.stage} ({phase.name}), preset {args.preset}, {args.ranks} ranks, bfloat16, {args.micro_batch} clips a forward")
+    """What a stage needs on each rank, in every way to run it, beside --memory (GB of a card), and how long the paper's
+    stage takes: computed on the meta device, where nothing is allocated."""
+    given = ["--micro-batch", str(args.micro_batch)] if args.micro_batch else []
+    run, phase, objective = meta_objective(args.stage, args.preset, *given)
+    micro = train.samples_per_forward(phase, run.cfg, args.ranks)
+    print(f"stage {args.stage} ({phase.name}), preset {args.preset}, {args.ranks} ranks, bfloat16, {micro} clips per forward")
     for name, module in [*objective.model.named_children(), ("all", objective.model)]:
         on, off = (sum(p.numel() for p in module.parameters() if p.requires_grad == kind) for kind in (True, False))
         print(f"   {name:14} {on:>13,} trained {off:>14,} frozen")
     rows = []
-    for checkpointed in (True, False):
-        need = planned(args.stage, args.preset, args.micro_batch, checkpointed)
+    for recompute in ("none", "cheap", "blocks"):
+        need = planned(args.stage, args.preset, micro, recompute)
         gb = {kind: size / 1e9 for kind, size in need.items()}
-        print(f"   activations {'of whole blocks computed again' if checkpointed else 'kept by the policy'}: {gb['activations']:.2f} GB; "
-              f"{need['flops'] / 1e12:.1f} TFLOP a sample, forward and backward")
+        # What a compiler keeps is not known: at most what is kept where nothing is computed again.
+        compiled = " (and the most that a compiled step, the default on CUDA, may need)" if recompute == "none" else ""
+        print(f"   --recompute {recompute}{compiled}: activations {gb['activations']:.2f} GB")
         for kind, shards in (("DDP", 1), ("FSDP", args.ranks)):
             held = (gb["weights"] + gb["gradients"] + gb["optimiser"]) / shards + 2 * gb["block"] * (shards > 1)
             # Each rank loads the whole model before it keeps its share.
             rank = max(held + gb["activations"], gb["weights"])
             loading = f" ({gb['weights']:.2f} while it is loaded)" if shards > 1 else ""
-            print(f"      {kind:4} weights, gradients, optimiser {held:.2f} + activations {gb['activations']:.2f}: {rank:.2f} GB a rank{loading}"
+            print(f"      {kind:4} weights, gradients, optimiser {held:.2f} + activations {gb['activations']:.2f}: {rank:.2f} GB per rank{loading}"
                   + (f", {'fits' if rank < args.memory else 'does not fit'} in {args.memory:g}" if args.memory else ""))
-            rows.append(dict(bench="plan", stage=args.stage, preset=args.preset, ranks=args.ranks, micro=args.micro_batch, kind=kind,
-                             checkpointed=checkpointed, gb=rank, tflop=need["flops"] / 1e12))
+            rows.append(dict(bench="plan", stage=args.stage, preset=args.preset, ranks=args.ranks, micro=micro, kind=kind,
+                             recompute=recompute, gb=rank, tflop=need["flops"] / 1e12))
+    tflop = rows[0]["tflop"]                                    # what is computed again does not count
     print(f"   a sample: {blank_batch(run, phase, objective.model, 'meta').lens[0]} tokens, 64 of them text, of at most "
-          f"{objective.model.cfg.max_length}")
+          f"{objective.model.cfg.max_length}; {tflop:.1f} TFLOP, forward and backward")
+    if args.preset == "7b":
+        samples = SAMPLES[args.stage] * phase.epochs
+        hours = samples * tflop / args.tflops / 3600 / args.ranks
+        print(f"   the paper's stage {args.stage}: {samples / 1e6:.2f}M samples, {samples * tflop / 1e6:.0f} EFLOP, {hours:.0f} hours of {args.ranks} "
+              f"cards at {args.tflops:g} TFLOP/s each (computed, not run)")
+        rows[-1] |= dict(samples=samples, eflop=samples * tflop / 1e6, hours=hours)
     return rows
 
 
-def measure_step(run, phase, objective, checkpointed: bool) -> tuple[int, float]:
+def measure_step(run, phase, objective, recompute: str) -> tuple[int, float]:
     """The most bytes beyond weights that a step, run on the meta device, would hold; FLOPs a sample."""
     batch = blank_batch(run, phase, objective.model, "meta")
     maths = Arithmetic(torch.bfloat16 if run.bf16 else torch.float32)
-    cfg = replace(run.cfg, fsdp=False, checkpoint_activations=checkpointed)
+    cfg = replace(run.cfg, fsdp=False, recompute=recompute)
     train.wrap(replace(run, world=1, cfg=cfg), objective)
     clips = [clip for clip in (batch.ego, batch.exo) if clip is not None]
     with Meter([*objective.parameters(), *objective.buffers(), *clips]) as meter, maths:
@@ -312,7 +335,7 @@ def bench_full(args):
     """One forward and backward of a stage of the 7b preset with random weights, in this machine's memory: frozen
     weights in bfloat16, activations checkpointed, a clip of 16 frames; seconds, peak, and what the plan had said."""
     ctypes.CDLL("libc.so.6").mallopt(-3, 4 << 20)               # glibc's own mmap threshold rises to 32 MB: holes in the heap
-    run, phase, objective = meta_objective(args.stage, "7b", "--micro-batch", "1", "--checkpoint-activations")
+    run, phase, objective = meta_objective(args.stage, "7b", "--micro-batch", "1", "--recompute", "blocks")
     most, flops = measure_step(run, phase, objective, True)
     stored = sum(p.numel() * p.element_size() for p in objective.parameters())
     print(f"plan: weights {stored / 1e9:.2f} + step {most / 1e9:.2f} = {(stored + most) / 1e9:.2f} GB, "
@@ -575,9 +598,8 @@ def our_objective(stage, preset, *more, device="cpu"):
     with torch.device(device):
         model = Exo2Ego(replace(PRESETS[preset], mapping="resnet" if stage > 1 else "none", lora=stage == 3, lora_dropout=0.0))
         objective = train.Objective(model, None, phase, cfg, 1)
-    if preset == "7b" and stage == 1:                           # as train.initial_model: stage 1 never looks through them
-        model.ego_vit = model.ego_connector = None
-    trained = train.freeze(objective, phase, run.bf16)
+    leave_out_idle(model, preset, stage)
+    trained = train.freeze(objective, run.bf16)
     return train.wrap(run, objective), trained, run
 
 
@@ -589,7 +611,7 @@ def our_step(stage, batch, dtype=torch.float32, compile=False, preset="small", d
 
 def make_step(objective, trained, run, batch):
     """Forward, backward, clipping and AdamW of one micro batch, as train.py's loop: returns the loss."""
-    optimizers = train.make_optimizers(trained, {n: 1e-4 for n in trained}, "adamw")
+    optimizers = train.make_optimizers(trained, {n: 1e-4 for n in trained}, replace(run.cfg, optimizer="adamw"))
 
     def step():
         with model_file.autocast(run.device, run.bf16):
@@ -623,7 +645,7 @@ def composed_step(stage, batch, dtype, preset="small", device="cpu", checkpointe
     model, cfg = objective.model, objective.model.cfg
 
     def clip(vit):
-        theirs = CLIPVisionModel(CLIPVisionConfig(hidden_size=cfg.vit_width, intermediate_size=4 * cfg.vit_width, num_hidden_layers=cfg.vit_layers,
+        theirs = CLIPVisionModel(CLIPVisionConfig(hidden_size=cfg.vit_width, intermediate_size=4 * cfg.vit_width, num_hidden_layers=cfg.vit_layers + 1,
                                                   num_attention_heads=cfg.vit_heads, image_size=cfg.image_size, patch_size=cfg.patch))
         known = theirs.state_dict()
         prefix = "vision_model." if any(n.startswith("vision_model.") for n in known) else ""
@@ -783,7 +805,7 @@ def step_flops(run, phase, stage, batch, preset):
     with torch.device("meta"):
         model = Exo2Ego(replace(PRESETS[preset], mapping="resnet" if stage > 1 else "none", lora=stage == 3, lora_dropout=0.0))
         objective = train.Objective(model, None, phase, run.cfg, 1)
-    train.freeze(objective, phase, False)
+    train.freeze(objective, False)
     meta = replace(batch, ego=None if batch.ego is None else batch.ego.to("meta"), exo=None if batch.exo is None else batch.exo.to("meta"))
     maths = Arithmetic(torch.float32)
     train.wrap(run, objective)
@@ -822,7 +844,7 @@ def bench_parts(args):
         loss.backward()
         spent["backward"] = time.process_time() - began
         trained = {n: p for n, p in objective.named_parameters() if p.requires_grad}
-        optimizers = train.make_optimizers(trained, {n: 1e-4 for n in trained}, "adamw")
+        optimizers = train.make_optimizers(trained, {n: 1e-4 for n in trained}, replace(run.cfg, optimizer="adamw"))
         began = time.process_time()
         torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
         for optimizer in optimizers:
@@ -830,13 +852,13 @@ def bench_parts(args):
         spent["clipping and optimiser"] = time.process_time() - began
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             log = train.Log(Path(folder) / "log.jsonl", 0)
-            log.start(0)
+            next(log.timed(iter([batch]), 0))
             began = time.process_time()
-            log.step(10, 10, 8, len(batch.ids), {"loss": float(loss.detach())}, {"step": 10, "lr": 1e-4, "grad_norm": 1.0, "skipped": 0})
+            log.step(10, 10, train.StepCounts(samples=8, tokens=len(batch.ids)), {"loss": float(loss.detach())}, {"step": 10, "lr": 1e-4, "grad_norm": 1.0, "skipped": 0})
             spent["logging"] = time.process_time() - began
             phase = train.stages_of(train.parse(["--stage", str(stage)]))[0]
             manifest = data.toy_split(folder, phase.split, data.World(**{phase.split: 8, "exo_cams": 2 if stage == 2 else 1}))
-            loader = data.Loader(data.read_manifest(manifest), PRESETS["small"], toy_words(folder), view=phase.view, text=phase.text, batch=8)
+            loader = data.Loader(data.read_manifest(manifest), PRESETS["small"], toy_words(folder), view=phase.view, supervise=phase.supervise, batch=8)
             began = time.process_time()
             loader.batch(0)
             read = time.process_time() - began
@@ -934,11 +956,12 @@ def main():
     benches = {"attention": bench_attention, "plan": bench_plan, "full": bench_full, "data": bench_data, "score": bench_score, "generate": bench_generate,
                "decode": bench_decode, "step": bench_step, "parts": bench_parts, "scaling": bench_scaling, "run": bench_run, "all": bench_all}
     parser.add_argument("bench", choices=benches)
-    parser.add_argument("--stage", type=int, default=1, choices=(1, 2, 3), help="of `plan` and `full`")
+    parser.add_argument("--stage", type=int, default=1, choices=(0, 1, 2, 3), help="of `plan` and `full`")
     parser.add_argument("--preset", default="7b", choices=PRESETS, help="of `plan`")
     parser.add_argument("--ranks", type=int, default=1, help="of `plan`: processes, a card each")
     parser.add_argument("--memory", type=float, help="of `plan`: GB of a card")
-    parser.add_argument("--micro-batch", type=int, default=1, help="of `plan`: clips a forward")
+    parser.add_argument("--micro-batch", type=int, help="of `plan`: clips per forward (as train.py's)")
+    parser.add_argument("--tflops", type=float, default=400, help="of `plan`: what a card does per second (400)")
     parser.add_argument("--stages", type=int, nargs="*", default=(1, 2, 3), help="of `step` and `parts`")
     parser.add_argument("--clips", type=int, default=8, help="of `step`")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of `step`")
