@@ -1918,15 +1918,13 @@ def film_strip(clip):
 
 # ----------------------------------------------------------------------------------------- D answers for one's own data
 def own_questions(rows, stage):
-    """What a stage is trained to answer about rows: (item, chat) for each answer, the chat as it was trained.
+    """What a stage is trained to answer about rows, which have its clip: (item, chat) for each answer, as trained.
 
     Stage 1 sees a row's first exo clip, all others its ego clip. Stage 3 answers a row's turns, if it has some; else
     the row is narrated. The turns before a question stand in its chat with their true answers. The truth is the item's
     `answer`; a last turn without one, and a row without any text, are questions whose truth nobody knows.
     """
     for row in rows:
-        if not row.get("exo" if stage == 1 else "ego"):
-            continue
         clip = row["exo"][0] if stage == 1 else row["ego"]
         chats = chats_of(row, "turns" if stage == 3 else "narration")
         turns = chats[0] if chats else [{"user": NARRATE}]
@@ -1968,18 +1966,24 @@ def answer_manifest(ckpt, rows, out, name):
     """Answer every row of a manifest as it was trained. OUT/NAME.jsonl has the answers, NAME.json the scores against
     what the rows say, NAME.png five of them."""
     stage = ckpt.state["stage"]
-    questions = {item.id: (item, chat) for item, chat in own_questions(rows, stage)}
-    items = [item for item, _ in questions.values()]
-    if not items:
-        raise DataError(f"no row has a clip that stage {stage} reads: stage 1 reads exo clips, the others ego clips")
-    protocol = protocol_of(ckpt, [[asdict(item), chat] for item, chat in questions.values()], data=name)
+    view = "exo" if stage == 1 else "ego"
+    shown = [row for row in rows if row.get(view)]
+    asked = list(own_questions(shown, stage))
+    questions = {item.id: (item, chat) for item, chat in asked}
+    if len(questions) < len(asked) or not asked:
+        raise DataError(f"no row has an {view} clip, which stage {stage} reads, or ids repeat")
+    items = [item for item, _ in asked]
+    protocol = protocol_of(ckpt, [[asdict(item), chat] for item, chat in asked], data=name)
 
     def answer(todo):
         return answer_own(ckpt.model, ckpt.tokenizer, [questions[item.id] for item in todo], stage)
     predictions = share_items(out, name, protocol, items, answer)
     if predictions is None:
         return
-    figures = {"answers": len(predictions), "unreadable": sum("error" in one for one in predictions)}
+    figures = {
+        f"rows without an {view} clip": len(rows) - len(shown),
+        "answers": len(predictions),
+        "unreadable": sum("error" in one for one in predictions)}
     # Exact match and ROUGE-L of those whose truth is known.
     known = [one for one in predictions if one["truth"] is not None]
     if known:
@@ -2009,9 +2013,12 @@ def show_own(path, predictions):
 
 def show_own_samples(model, tokenizer, rows, stage, out):
     """Five rows of what a run was trained on: what the model says of them beside what they say."""
-    questions = spread([one for one in own_questions(rows, stage) if one[0].answer is not None], 5)
+    view = "exo" if stage == 1 else "ego"
+    some = spread(rows, 1000)
+    asked = own_questions([row for row in some if row.get(view)], stage)
+    questions = spread([(item, chat) for item, chat in asked if item.answer is not None], 5)
     if not questions:
-        print(f"no row has a clip that stage {stage} reads and a text: there is no sample to show")
+        print(f"none of {len(some)} rows has an {view} clip and a text: there is no sample to show")
         return
     show_own(Path(out) / "samples.png", answer_own(model, tokenizer, questions, stage))
     print(f"pictures: {out}/samples.png\nnext: {next_command(stage, out)}", flush=True)

@@ -125,7 +125,8 @@ def own_rows(toy):
             {"id": "told", "ego": ego, "text": "\u5207\u3063\u3066"},
             {"id": "gone", "ego": {"video": "test/ego/gone.mp4"}, "text": "Camera-wearer cuts."},
             {"id": "long", "ego": ego, "turns": [{"user": "word " * 300, "assistant": "Yes."}]},
-            {"id": "open", "ego": ego, "turns": [{"user": "Why?"}]}]
+            {"id": "open", "ego": ego, "turns": [{"user": "Why?"}]},
+            {"id": "exo alone", "exo": [ego], "text": "Camera-wearer cuts."}]
 
 
 def test_every_row_of_a_file_is_answered_as_it_was_trained(toy):
@@ -153,7 +154,7 @@ def test_every_row_of_a_file_is_answered_as_it_was_trained(toy):
         reply, = model.generate(visual, [torch.tensor(ids)], eos=tokenizer.eos, max_new=model.cfg.max_length - len(ids))
         assert one["answer"] == tokenizer.decode(reply).strip() and one["right"] is (one["answer"] == one["truth"])
     figures = json.loads((toy / "stage3/answers-held_out.json").read_text())
-    assert figures["answers"] == 6 and figures["exact_n"] == figures["rouge_l_n"] == 5 and figures["unreadable"] == 2
+    assert figures["rows without an ego clip"] == 1 and figures["answers"] == 6 and figures["exact_n"] == figures["rouge_l_n"] == 5 and figures["unreadable"] == 2
     assert figures["exact"] == np.mean([one["right"] for one in found[:5]]) and found[5]["right"] is None
     assert "answers exact: " in out and "ROUGE-L of the answers: " in out and "not shown: " in out and "\\u5207" in out
     assert (toy / "stage3/answers-held_out.png").stat().st_size > 5000
@@ -174,13 +175,13 @@ def test_a_question_without_a_truth_is_answered_and_counted_apart(toy):
     ego = read_manifest(toy / "toy/test.jsonl")[0]["ego"]
     rows = [{"id": "a", "ego": ego, "turns": [{"user": "Is it red?", "assistant": "Yes."}, {"user": "Why?"}]}, {"id": "b", "ego": ego},
             {"id": "c", "exo": [ego], "text": "x"}]
-    found = list(evaluation.answer_own(model, tokenizer, evaluation.own_questions(rows, stage=3), stage=3))
+    found = list(evaluation.answer_own(model, tokenizer, evaluation.own_questions(rows[:2], stage=3), stage=3))
     assert [(one["id"], one["question"], one["truth"]) for one in found] == [
         ("a", "Is it red?", "Yes."), ("a turn 2", "Why?", None), ("b", NARRATE, None)]
     assert [one["right"] is None for one in found] == [False, True, True]
     # Stages before the third narrate; the first of them sees exo clips.
     asked = [item.question for item, _ in evaluation.own_questions([rows[0] | {"text": "y"}], stage=2)]
-    assert asked == [NARRATE] and [item.id for item, _ in evaluation.own_questions(rows, stage=1)] == ["c"]
+    assert asked == [NARRATE] and [item.id for item, _ in evaluation.own_questions(rows[2:], stage=1)] == ["c"]
 
 
 def test_chance_is_a_draw_from_the_answers_to_the_same_question():
@@ -370,7 +371,7 @@ def test_own_samples_do_not_stumble_over_a_text_that_training_never_read(toy, tm
     for row in rows:
         row["text"], row["turns"] = None, []
     evaluation.show_own_samples(model, tokenizer, rows, 2, tmp_path)
-    assert capsys.readouterr().out == "no row has a clip that stage 2 reads and a text: there is no sample to show\n"
+    assert capsys.readouterr().out == "none of 5 rows has an ego clip and a text: there is no sample to show\n"
 
 
 def test_stage_2_tells_what_F_is_good_for(toy):
