@@ -941,14 +941,19 @@ class Item:
     def __post_init__(self):
         """ValueError: what should be a text, or the number of an option or clip, is not."""
         texts = [self.id, self.question, self.kind, self.goal, *self.options]
-        are_texts = isinstance(self.options, list) and all(isinstance(text, str) for text in texts)
-        if not are_texts or not all(map(str.strip, self.options)):
+        if not all(isinstance(text, str) for text in texts) or isinstance(self.options, str):
             raise ValueError(f"these should be texts: {texts}")
-        # A number in JSON may be true, or 2.0.
+        if not all(map(str.strip, self.options)):
+            raise ValueError(f"an option is empty: {self.options}")
+        if self.answer is None or isinstance(self.answer, list):
+            return
+        # JSON's true and 2.0 are no numbers of an option.
         places = range(len(self.options) or len(self.clips))
-        kind = str if places == range(1) and not self.options else (int, list)
-        fits = isinstance(self.answer, kind) and not isinstance(self.answer, bool)
-        if self.answer is not None and (not fits or isinstance(self.answer, int) and self.answer not in places):
+        if self.options or len(places) > 1:
+            fits = type(self.answer) is int and self.answer in places
+        else:
+            fits = isinstance(self.answer, str)
+        if not fits:
             raise ValueError(f"the answer is {self.answer!r}: a text, or for a choice one of {places}, is needed")
 
     def video_order(self):
@@ -1138,10 +1143,8 @@ def egoexomem(files, args):
         folder = f"takes/{q['take_name']}/frame_aligned_videos"
         names = {path.name for path in root.glob(f"{folder}/**/aria*_214-1.mp4")} or {"aria01_214-1.mp4"}
         if len(names) > 1:
-            names &= coloured.get(q["take_name"], set())
-        if len(names) != 1:
-            raise ValueError(f"{root}/takes.json does not tell which ego camera is this take's")
-        name, = names
+            names &= coloured[q["take_name"]]
+        name, = names                                           # or ValueError: takes.json does not tell
         small = f"{folder}/downscaled/448/{name}"
         # `verification` tells when the answer is seen: the model must not.
         yield Item(
@@ -1728,8 +1731,7 @@ def write_submission(path, items, predictions):
     """The file that EgoSchema's server takes; an item without a choice gets the first option."""
     choices = {}
     for item, prediction in zip(items, predictions):
-        best = int(np.argmax(prediction.get("scores", [0])))
-        choices[item.id] = prediction.get("choice") or best
+        choices[item.id] = prediction.get("choice") or int(np.argmax(prediction.get("scores", [0])))
     write_text_atomic(path, json.dumps(choices))
 
 

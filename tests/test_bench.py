@@ -676,7 +676,7 @@ def test_egoexomem_by_hand(tmp_path):
     (tmp_path / "takes.json").write_text(json.dumps([{"take_name": "t2", "frame_aligned_videos": streams | {"aria04": streams["aria03"]}}]))
     assert read_items(tmp_path, "egoexomem")[2].clips                                       # the same file twice is one
     (tmp_path / "takes.json").write_text("[]")
-    with pytest.raises(DataError, match="record 3 is not as expected .*takes.json does not tell which ego camera"):
+    with pytest.raises(DataError, match="record 3 is not as expected .*see the docstring of egoexomem"):
         read_items(tmp_path, "egoexomem")
 
 
