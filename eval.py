@@ -1399,16 +1399,15 @@ def settle_answering(bench, items, args):
     else:
         mode = "likelihood"
     # What does not apply to this benchmark is said, and then as if it had not been given.
-    idle = {}
-    if args.answer != mode:
-        idle["answer"] = mode
-    if args.template and mode == "likelihood":
-        idle["template"] = None
-    if args.prompt != "base" and bench.task in ("clips", "retrieval"):
-        idle["prompt"] = "base"
-    for flag, value in idle.items():
-        print(f"{args.bench}: answered by {mode}, --{flag} {getattr(args, flag)} does not apply")
-        setattr(args, flag, value)
+    allowed = {"answer": mode}
+    if mode == "likelihood":
+        allowed["template"] = None
+    if bench.task in ("clips", "retrieval"):
+        allowed["prompt"] = "base"
+    for flag, value in allowed.items():
+        if getattr(args, flag) != value:
+            print(f"{args.bench}: answered by {mode}, --{flag} {getattr(args, flag)} does not apply")
+            setattr(args, flag, value)
     args.words = args.template and read_template(args.template, items[0], mode)
 
 
