@@ -500,10 +500,10 @@ def chat(model, tokenizer, clip, question):
         print("Ask about the video. An empty line ends the chat.")
     with contextlib.suppress(EOFError):
         while asked := question or input("? ").strip():
-            if context.unread and context.room(len(context.next_turn(asked))) < 1:
-                print(f"(more than the {model.cfg.max_length} tokens that the model reads: the chat begins again)")
-                context = prefill(model, tokenizer, clip)
             try:
+                if context.unread and context.room(len(context.next_turn(asked))) < 1:
+                    print(f"(more than the {model.cfg.max_length} tokens that the model reads: the chat begins again)")
+                    context = prefill(model, tokenizer, clip)
                 for piece in context.stream(asked):
                     print(piece, end="", flush=True)
             except DataError as error:

@@ -233,11 +233,11 @@ def test_a_first_question_that_is_too_long_is_one_sentence(toy, capsys, monkeypa
     args = ["--ckpt", str(toy / "stage3"), "--video", str(toy / "toy/val/ego/0.mp4")]
     with pytest.raises(SystemExit, match=r"^eval.py: \d+ tokens are as many as the 256 that this model reads, or more: a shorter question is needed$"):
         evaluation.main([*args, "--ask", "word " * 300])
-    asked = iter(["word " * 300, "What am I doing?", ""])
+    asked = iter(["word " * 300, "What am I doing?", "half \ud800 of a character", ""])
     monkeypatch.setattr("builtins.input", lambda _: next(asked))
     evaluation.main(args)
     out = capsys.readouterr().out
-    assert out.count("a shorter question is needed\n") == 1 and len(out.split("is needed\n")[1].strip()) > 0
+    assert out.count("a shorter question is needed\n") == 1 and len(out.split("is needed\n")[1].strip()) > 0 and "UTF-8" in out
     model, tokenizer = load(toy / "stage3")
     context = evaluation.prefill(model, tokenizer, {"video": toy / "toy/val/ego/0.mp4"})
     question = next("word " * n for n in range(300, 0, -1) if len(tokenizer.chat([{"user": "word " * n}], context.video_tokens)[0]) < 255)
