@@ -790,22 +790,21 @@ def _end_of_picture(container, stream):
 
 @lru_cache(64)
 def frame_times(video: AnyPath) -> np.ndarray:
-    """When each frame of a file is shown, in ascending seconds from the first one (frames,), by their time stamps: at
-    a variable rate the mean says little. Nothing is decoded."""
+    """When each frame of a file is shown, by its time stamp, and when the last one ends: ascending seconds from the
+    first one, (frames + 1,). At a variable rate the mean says little. Nothing is decoded."""
     with _errors_name(video), _open_container(video) as container:
         stream = _video_stream(container, video)
+        end = _seconds(container, stream, video)
+        container.seek(0)
         packets = [packet for packet in container.demux(stream) if packet.pts is not None and not packet.is_discard]
-        times = np.sort([float(packet.pts * stream.time_base) for packet in packets])
-        return times - _begin_of_picture(stream)
+        times = np.sort([float(packet.pts * stream.time_base) for packet in packets]) - _begin_of_picture(stream)
+        return np.append(times, max(end, times[-1]))
 
 
 def time_of_frame(video: AnyPath, number) -> float:
-    """Seconds from the start of a video to its frame `number`, from 0; behind the last frame the mean rate goes on."""
+    """Seconds from the start of a video to its frame `number`, from 0; the end of the video behind its last frame."""
     times = frame_times(video)
-    last = len(times) - 1
-    if finite(number, video, "frame") <= last:
-        return float(np.interp(number, range(len(times)), times))
-    return float(times[-1] + (number - last) / frame_rate(video))
+    return float(np.interp(finite(number, video, "frame"), range(len(times)), times))
 
 
 def _frames_at(container, stream, video, moments):
@@ -1485,13 +1484,11 @@ def read_manifests(paths: Sequence, root=None, allow_outside=False) -> Rows:
         return manifests[0]
 
     def rows():
-        taken = set()
+        taken = {}                                              # the manifest that has an id, by its hash
         for path, manifest in zip(paths, manifests):
-            earlier = frozenset(taken)
             for row in manifest:
                 # Two data sets may number their rows alike. A message about a row must still name one.
-                taken.add(hash(row["id"]))
-                if hash(row["id"]) in earlier:
+                if taken.setdefault(hash(row["id"]), path) != path:
                     row["id"] = f"{path}: {row['id']}"
                 yield row
     return Rows(rows())
@@ -1712,7 +1709,8 @@ def _require_videos(row, views):
 
 
 def _lacks(row, key):
-    return f'{_name_of(row)} lacks "{key}", which this stage needs{_strange_keys(row)}'
+    strange = _strange_keys(row)
+    return f'{_name_of(row)} lacks "{key}", which this stage needs{strange and f"; it {strange}"}'
 
 
 def is_too_long(row, supervise, tokenizer, video_tokens, cfg):
@@ -1740,23 +1738,13 @@ def _name_of(row):
 def _strange_keys(row):
     """For a message, the keys of a row that nothing reads: one may be a slip of the pen."""
     strange = sorted(set(row) - ROW_KEYS)
-    return f"; it has {', '.join(map(repr, strange))}, which nothing reads" if strange else ""
+    return f"has {', '.join(map(repr, strange))}, which nothing reads" if strange else ""
 
 
 # ----------------------------------------------------------------------------------------------- D processes and files
-def read_text(path: AnyPath) -> str:
-    """A text file, which is UTF-8 whatever the machine's language; a byte order mark is no part of it."""
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise DataError(f"{path} is not there", "missing") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
-
-
 @contextmanager
 def open_text(path: AnyPath, newline="\n"):
-    """read_text for a file that is read line by line."""
+    """A text file to read, which is UTF-8 whatever the machine's language; a byte order mark is no part of it."""
     try:
         with open(path, encoding="utf-8-sig", newline=newline) as file:
             yield file
@@ -1764,6 +1752,12 @@ def open_text(path: AnyPath, newline="\n"):
         raise DataError(f"{path} is not there", "missing") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
+
+
+def read_text(path: AnyPath) -> str:
+    """The content of a text file."""
+    with open_text(path, newline=None) as file:
+        return file.read()
 
 
 @contextmanager
@@ -2788,8 +2782,7 @@ def conversations(files, options):
         files.known(record, (*VIDEO_KEYS, *CLIP_KEYS, "id", "conversations", "start_frame", "end_frame"))
         video = _one_path(files, record)
         if video is None:
-            others = sorted(key for key in record if record[key] and re.search("video|image|clip|path|media", key))
-            files.count[f"no video, but {', '.join(others)}" if others else "text only"] += 1
+            files.count["without a video"] += 1
             return
         if Path(video).suffix.lower() in still_images:
             files.count["still image"] += 1
@@ -2912,9 +2905,9 @@ def command_check(args):
 def _remarks_on(row):
     """(kind, sentence) of what a row is allowed to be, but may not be meant to."""
     remarks = []
-    strange = sorted(set(row) - ROW_KEYS)
+    strange = _strange_keys(row)
     if strange:
-        remarks.append(("keys that nothing reads", f"has {', '.join(strange)}"))
+        remarks.append(("keys that nothing reads", strange))
     if not chats_of(row, "mix"):
         remarks.append(("no text", "can be used by stage 2 alone"))
     if row.get("turns") and "assistant" not in row["turns"][-1]:

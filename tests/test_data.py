@@ -484,7 +484,7 @@ def test_check_says_what_nothing_reads(tmp_path):
     write_jsonl(tmp_path / "m.jsonl", [{"id": "a", "ego": {"video": "v.mp4"}, "turn": []}, {"id": "b", "ego": {"video": "v.mp4"}, "text": "x"},
                                         {"id": "c", "ego": {"video": "v.mp4"}}])
     said = run("data.py", "check", tmp_path / "m.jsonl")[1]
-    assert "keys that nothing reads, in 1 rows: " in said and "m.jsonl line 1 ('a') has turn\n" in said
+    assert "keys that nothing reads, in 1 rows: " in said and "m.jsonl line 1 ('a') has 'turn', which nothing reads\n" in said
     assert "no text, in 2 rows: " in said and "3 of 3 rows are good; no text: 2, keys that nothing reads: 1" in said
     write_jsonl(tmp_path / "m.jsonl", [{"id": "b", "ego": {"video": "v.mp4"}, "text": "x"}])
     assert "1 of 1 rows are good; nothing is wrong" in run("data.py", "check", tmp_path / "m.jsonl")[1]
