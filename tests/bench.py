@@ -336,7 +336,7 @@ def bench_full(args):
     weights in bfloat16, activations checkpointed, a clip of 16 frames; seconds, peak, and what the plan had said."""
     ctypes.CDLL("libc.so.6").mallopt(-3, 4 << 20)               # glibc's own mmap threshold rises to 32 MB: holes in the heap
     run, phase, objective = meta_objective(args.stage, "7b", "--micro-batch", "1", "--recompute", "blocks")
-    most, flops = measure_step(run, phase, objective, True)
+    most, flops = measure_step(run, phase, objective, "blocks")
     stored = sum(p.numel() * p.element_size() for p in objective.parameters())
     print(f"plan: weights {stored / 1e9:.2f} + step {most / 1e9:.2f} = {(stored + most) / 1e9:.2f} GB, "
           f"{flops / 1e12:.1f} TFLOP", flush=True)
