@@ -7,17 +7,18 @@
 
 One row of a manifest (JSON lines) is one narrated moment; training reads nothing else:
 
-    {"id": "s7/2", "ego": {"video": "ego/7.mp4", "start": 2.0, "end": 3.0}, "exo": [{"video": "cam0/7.mp4"}],
-     "text": "Camera-wearer cuts ...", "turns": [{"user": "Which hand do I use?", "assistant": "The left."}]}
+    {"id": "s7/2", "ego": {"video": "ego/7.mp4", "start": 2.0, "end": 3.0},
+     "exo": [{"video": "cam0/7.mp4", "start": 2.0, "end": 3.0}], "text": "Camera-wearer cuts ...",
+     "turns": [{"user": "Which hand do I use?", "assistant": "The left."}]}
 
-Nine words, each with one meaning:
+Nine words:
 
     row       one line of a manifest: a moment with its clips and its words
     moment    what happens in a row's few seconds, whichever camera sees it
     sample    what a step counts: a row, or a row and one of its exo cameras
     clip      a piece of one video, from its start to its end
-    camera    one of a row's exo clips, by its number from 0
-    text      the words that go with a moment, or their tokens
+    camera    what films a moment: one on the head (ego), and fixed ones (exo), which have numbers from 0
+    text      the words that go with a moment
     turn      a question of the user and the answer of the assistant
     chat      the turns of one text, in the order in which the model reads them
     segment   one sequence among those that are packed behind each other (model.py's `Segments`)
@@ -81,8 +82,8 @@ class DataError(ValueError):
 
 
 def read_manifest(path: AnyPath, root=None, allow_outside=False, skip=True) -> Rows:
-    """The rows of a JSON-lines manifest, checked, with an absolute path for every video, and "where" each
-    row stands: a sequence, which holds them as bytes and decodes the one that is asked for.
+    """The rows of a JSON-lines manifest, checked: a sequence, which holds them as bytes and decodes the row that is
+    asked for. Every video has an absolute path, and every row has a key "where": its file and line.
 
     Paths start at `root` (default: the folder of the manifest). They must stay inside it after links are
     resolved, unless `allow_outside`. With `skip`, the rows on the skip list that `data.py check` left
@@ -118,20 +119,20 @@ def read_clip(
         fps=None):                              # of a folder of images
     """`num_frames` RGB frames of [start, end) seconds -> uint8 (T, 3, S, S).
 
-    The clip is cut into T equal spans; a frame is what a viewer would see at one moment of each span: its
-    centre, or with `rng` (training) a random moment. Frames are found by their timestamps, never by index
+    The clip is cut into T equal spans; a frame is what a viewer would see at one time in each span: at its
+    centre, or with `rng` (training) at a random time. Frames are found by their timestamps, never by index
     times fps, and time zero is the first picture; a clip with fewer frames repeats real ones. Pictures are
     padded to a square with CLIP's mean colour, as in VideoLLaMA2. DataError if the clip cannot be read.
     """
     with open_video(video, fps) as opened:
-        # One moment in each of T equal spans.
+        # One time in each of T equal spans.
         begin, stop = clip_span(video, start, end, opened.seconds)
         offsets = 0.5 if rng is None else rng.random(num_frames)
-        moments = begin + (stop - begin) * ((np.arange(num_frames) + offsets) / num_frames)
-        # A frame that is on display at two moments is converted once.
+        times = begin + (stop - begin) * ((np.arange(num_frames) + offsets) / num_frames)
+        # A frame that is on display at two of these times is converted once.
         out = np.empty((num_frames, 3, size, size), np.uint8)
         last = None
-        for i, (frame, orientation) in enumerate(opened.frames_at(moments)):
+        for i, (frame, orientation) in enumerate(opened.frames_at(times)):
             if frame is last:
                 out[i] = out[i - 1]
             else:
@@ -187,8 +188,14 @@ WEARER = "Camera-wearer"        # who acts in a narration
 
 
 class Tokenizer:
-    """A sentencepiece vocabulary and Mistral-Instruct's chat template; every checkpoint holds its own:
-    <s>[INST] <video> question [/INST] answer</s>[INST] question [/INST] answer</s>, with a new line after <video>."""
+    """A sentencepiece vocabulary, and Mistral-Instruct's template for a chat. A first turn about a video and a second
+    turn become
+
+        <s>[INST] <video>
+        question [/INST] answer</s>[INST] question [/INST] answer</s>
+
+    Every checkpoint holds its own tokenizer.
+    """
 
     def __init__(self, path: AnyPath):
         """`path`: a sentencepiece tokenizer.model, or a folder that holds one (of a run its newest checkpoint)."""
@@ -230,7 +237,7 @@ class Tokenizer:
             user = turn["user"]
             if number == 0 and marks == 0 and video_tokens:
                 user = "<video>\n" + user
-            # Mistral has no system role: such a text leads the user's, and stands before a video that was put first.
+            # Mistral has no role for a system text: it stands at the head of the user's turn, before the video.
             if "system" in turn:
                 user = f"{turn['system']}\n\n{user}"
             # The model reads the prompt; nothing of it is supervised.
@@ -264,19 +271,19 @@ def chats_of(row, supervise):
 # ----------------------------------------------------------------------------------------------------------- 4 a batch
 @dataclass
 class Batch:
-    """One micro batch: M moments, their clips, and N texts, packed one behind another. A moment has one sample per
-    exo camera that shows it; its ego clip and its text are read once."""
-    ego: Tensor                         # (M, T, 3, S, S) uint8, or None
-    exo: Tensor                         # (samples, T, 3, S, S) uint8, or None
-    ego_of: Tensor                      # (samples,) the moment of each sample: exo clip i goes with ego clip ego_of[i]
+    """One micro batch: E moments, X samples, and N texts, packed one behind another. In pairs a moment has one sample
+    per exo camera; its ego clip and its text are read once. Where one view is shown, each sample is a moment."""
+    ego: Tensor                         # (E, T, 3, S, S) uint8, or None
+    exo: Tensor                         # (X, T, 3, S, S) uint8, or None
+    ego_of: Tensor                      # (X,) the moment of each sample: exo clip i goes with ego clip ego_of[i]
     ids: Tensor                         # (tokens,) of all texts
     labels: Tensor                      # (tokens,) IGNORE where a token is not supervised
     weights: Tensor                     # (tokens,) a supervised token counts once per sample of its moment; others 0
     lens: list                          # N, the tokens of each text
     text_of: Tensor                     # (N,) the moment of each text; a moment may have none
     samples: int
-    names: list                         # M, the ids of the rows
-    texts: list                         # M, their narrations
+    names: list                         # E ids of rows
+    texts: list                         # E narrations of rows; only those of `text_of` are among the N texts
     skipped: list                       # samples that could not be read, with the reason
 
     def tensors(self) -> dict:
@@ -319,8 +326,8 @@ class Moment:
 
 
 class Loader:
-    """Samples in an order that is a pure function of (seed, step, rank): resuming needs no state, and the
-    global batch is the same for any number of ranks and micro batches.
+    """Samples in an order that is a pure function of the seed: the batch of a step is the same for any number of
+    ranks and micro batches, and resuming needs no state.
 
     A sample is (row, camera) for view="exo" and "pair", else a row; the cameras of a row are adjacent.
     `supervise` picks what is supervised: "narration", "turns" (a row without turns narrates), or "mix", which
@@ -363,21 +370,22 @@ class Loader:
         self._epoch = None              # the epoch whose order is kept
 
     def sample(self, index):
-        """Global sample number -> (row, camera). An epoch has every sample once: rows in random order for training, and
-        the cameras of a row one after another."""
-        # The order of an epoch is made once, and kept until another epoch is asked for.
-        epoch, place = divmod(index, self.samples)
+        """Global sample number -> (row, camera). An epoch has every sample once: rows in random order for training,
+        and the cameras of a row one after another."""
+        # The order of an epoch's rows is made once, and kept until another epoch is asked for.
+        epoch, in_epoch = divmod(index, self.samples)
         if epoch != self._epoch:
             self._order = np.arange(len(self.rows))
             if self.train:
                 self._order = np.random.default_rng([self.seed, epoch]).permutation(self._order)
-            self._ends = np.cumsum(self.cameras[self._order])       # the samples up to the end of each row
+            # How many samples the epoch has had when each row of the order is done.
+            self._done = np.cumsum(self.cameras[self._order])
             self._epoch = epoch
-        # The first row that ends behind this sample has it.
-        at = np.searchsorted(self._ends, place, side="right")
+        # The sample is of the first row after which more samples are done than came before it.
+        at = np.searchsorted(self._done, in_epoch, side="right")
         row = int(self._order[at])
-        first = int(self._ends[at] - self.cameras[row])
-        return row, place - first
+        first = int(self._done[at] - self.cameras[row])
+        return row, in_epoch - first
 
     def batch(self, step) -> list:
         """The micro batches of this rank at this step. In evaluation the last batch may be short."""
@@ -390,7 +398,8 @@ class Loader:
         return [self.micro_batch(range(start, min(start + self.micro, end))) for start in starts]
 
     def micro_batch(self, indices: range) -> Batch:
-        """Read the clips of these samples. In training one that cannot be read is named and replaced by a real one."""
+        """Read the clips of these samples. In training one that cannot be read is named and replaced by a real
+        one."""
         # Samples may share a moment: its ego clip and its text are read once.
         moments = {}
         ego, exo, ego_of, skipped = [], [], [], []
@@ -432,59 +441,62 @@ class Loader:
         In training a sample that cannot be read is noted in `skipped`, and another one takes its place: which one is
         a pure function of the seed, the sample and the attempt. An evaluation needs every clip.
         """
-        candidate = index
+        tried = index
         for attempt in range(1, 11):
             try:
-                return self._read_sample(candidate, index, moments)
+                return self._read_sample(tried, index, moments)
             except DataError as error:
-                row, _ = self.sample(candidate)
+                row, _ = self.sample(tried)
                 sentence = f"{self.rows[row]['id']}: {error}"
                 if not self.train:
                     raise DataError(f"an evaluation needs every clip: {sentence}", error.reason) from None
                 skipped.append(sentence)
             # Another sample of this epoch, whichever.
+            epoch_begins = index - index % self.samples
             other = np.random.default_rng([self.seed, index, attempt]).integers(self.samples)
-            candidate = index - index % self.samples + int(other)
+            tried = epoch_begins + int(other)
         raise DataError(f"ten samples in a row cannot be read, the last: {skipped[-1]}")
 
-    def _read_sample(self, number, index, moments):
-        """Sample `number`, read in the place of sample `index` -> its moment, and the frames of its clips."""
-        place, camera = self.sample(number)
-        row = self.rows[place]
-        epoch = number // self.samples
-        # All cameras of a row share these: they draw the same random times, because they are synchronized.
-        draw = (self.seed, epoch, place)
-        # The samples of a pair's moment share its ego clip and its text. Where exo clips are read alone, each has
-        # visual tokens of its own: it is a moment by itself, with a text of its own.
-        key = (*draw, index) if self.view == "exo" else draw
+    def _read_sample(self, tried, wanted, moments):
+        """-> the moment of sample `tried`, and its clips' frames. It is read as, or instead of, sample `wanted`."""
+        row_number, camera = self.sample(tried)
+        row = self.rows[row_number]
+        epoch = tried // self.samples
+        # The seed of the random times: all cameras of a moment have the same, so that their frames are synchronized.
+        times = (self.seed, epoch, row_number)
+        # A pair's moment is read once for all its samples. Where exo clips are shown alone, each is a moment by
+        # itself, since each needs a text of its own behind its visual tokens.
+        moment = (*times, wanted) if self.view == "exo" else times
         clips = {}
-        if "ego" in self.clips and key not in moments:
-            clips["ego"] = self._frames(row["ego"], draw)
+        if "ego" in self.clips and moment not in moments:
+            clips["ego"] = self._frames(row["ego"], times)
         if "exo" in self.clips:
-            clips["exo"] = self._frames(row["exo"][camera], draw)
+            clips["exo"] = self._frames(row["exo"][camera], times)
         # With "mix" a row is read as its narration in one epoch and as its turns in the next.
-        if key not in moments:
-            moments[key] = Moment(len(moments), row, *self.prompt(row, epoch + place))
-        return moments[key], clips
+        if moment not in moments:
+            ids, labels = self.prompt(row, epoch + row_number)
+            moments[moment] = Moment(len(moments), row, ids, labels)
+        return moments[moment], clips
 
-    def _frames(self, clip, draw):
-        """A clip's frames (T, 3, S, S); in training at random times, which `draw` decides."""
-        rng = np.random.default_rng(draw) if self.train else None
+    def _frames(self, clip, times):
+        """A clip's frames (T, 3, S, S); in training at random times, of which `times` is the seed."""
+        rng = np.random.default_rng(times) if self.train else None
         return read_row_clip(clip, self.cfg.frames, self.cfg.image_size, rng)
 
-    def prompt(self, row, turn):
-        """ids and labels of a row, of its chats the one whose turn it is; empty for a row without text."""
+    def prompt(self, row, number):
+        """ids and labels of one of a row's chats: of the first, for an odd `number` of the second if there is one.
+        Empty for a row without text."""
         chats = chats_of(row, self.supervise)
         if not chats:
             return [], []
-        return self.tokenizer.chat(chats[turn % len(chats)], self.video_tokens)
+        return self.tokenizer.chat(chats[number % len(chats)], self.video_tokens)
 
     def stream(self, start, stop, workers=1, repeat=False, timeout=600.0) -> Iterator:
         """batch(start) ... batch(stop - 1), read ahead by workers, which have `timeout` seconds for each;
         `repeat`: batch(0) every time.
 
-        In training a DataError is an item of the stream, in the place of its batches: ranks have to agree about what to
-        do then. In evaluation it is raised.
+        If a step cannot be read, training gets the DataError as an item, since ranks have to agree about what to do
+        then; an evaluation gets it raised.
         """
         steps = [0] * (stop - start) if repeat else range(start, stop)
         return read_ahead(self, steps, workers, timeout)
@@ -587,7 +599,7 @@ def questions(verb, colour, pattern, hand, rng):
 
 
 def make_scene(world, split, scene, out):
-    """Render one scene's videos and return its rows. A pure function of (seed, split, scene)."""
+    """Render one scene's videos and return its rows. A pure function of (world, split, scene)."""
     # All draws come from one generator: their order is part of the seed.
     rng = np.random.default_rng([world.seed, list(SPLITS).index(split), scene])
     plan = plan_scene(rng)
@@ -600,12 +612,13 @@ def make_scene(world, split, scene, out):
         number = scene * CLIPS + i
         facts = (verb, *plan["blocks"][target], hand)
         turns = questions(*facts, rng)
-        # The first question asks for the narration: only these two splits have it.
+        # The first of the questions asks for the narration. The other splits have that as their text.
         if split not in ("corpus", "instruct"):
             turns = turns[1:]
         row = {"id": f"{split}/{scene}/{i}"}
-        # With --narrated 0.1 one pair in ten has a text.
-        if split != "pairs" or int((number + 1) * world.narrated) > int(number * world.narrated):
+        # Of the pairs only a share has a text, evenly spread: a pair whose number lifts the count of them by one.
+        told_until_here = int(number * world.narrated)
+        if split != "pairs" or int((number + 1) * world.narrated) > told_until_here:
             row["text"] = narration(*facts)
             row["turns"] = [turns[number % len(turns)]]
         span = {"start": float(i), "end": i + 1.0}
@@ -1091,7 +1104,8 @@ def exo_camera(azimuth, zoom):
 def ego_camera(hand, world, rng) -> Camera:
     """Rides on the head: the gaze follows the acting hand late, and the head walks, rolls and zooms."""
     noise = world.noise
-    # One draw a clip: where the head is, how it is rolled, how near it is. (Of the last two the first number is used.)
+    # One draw a clip: where the head is, how it is rolled, how near it is. (Of the last two the first number is
+    # used.)
     steady = [rng.normal(0, spread * noise, (CLIPS, 2)).repeat(CLIP_FRAMES, 0)
               for spread in (0.08, 0.12, 0.08)]
     aim, roll, zoom = steady
@@ -1126,8 +1140,8 @@ class Canvas:
 
         colour: RGB, or a function (x, y) -> (..., 3).
         """
-        # Only the pixels of a box around the shape are looked at, w of a row and h of a column: those that the shape's
-        # own box reaches, with its soft edge and one pixel more.
+        # Only the pixels of a box around the shape are looked at, w of a row and h of a column: those that the
+        # shape's own box reaches, with its soft edge and one pixel more.
         camera = self.camera
         scale = camera.scale[which, None]                                               # (f, 1)
         at = camera.pixels(points, height)[which]                                       # (f, 2)
@@ -1664,10 +1678,11 @@ def _check_clip(clip, where):
 
 
 def usable_rows(rows, loader):
-    """-> the rows that a loader can read, and how many samples each one has: where exo clips are read, one per camera.
+    """-> the rows that a loader can read, and how many samples each one has: where exo clips are read, one per
+    camera.
 
-    Training leaves out, and counts, rows without a text (unless none has one: that is a wrong manifest) and rows whose
-    text the model has no room for; a benchmark must not leave out any. DataError names the first row at fault.
+    Training leaves out, and counts, rows without a text (unless none has one: that is a wrong manifest) and rows
+    whose text the model has no room for; a benchmark must not leave out any. DataError names the first row at fault.
     """
     rows = rows if isinstance(rows, Rows) else Rows(rows)
     kept, samples, textless, long = array("q"), array("q"), [], []
@@ -2768,9 +2783,9 @@ def conversations(files, options):
     """LLaVA's and VideoLLaMA2's JSON array or lines (`--file`, below --root), with our optional "start" and "end" in
     seconds, or EgoGPT's `start_frame` and `end_frame`, which are looked up among the time stamps of the file.
 
-    `image` wins over `video`, as in their loader; marks of the video at the head or the end of a question are put back
-    by ours. Still images are left out, and counted: this model reads videos. Rows have turns alone: stages 1 and 2,
-    which learn narrations, need other data. Keys that nothing reads are counted.
+    `image` wins over `video`, as in their loader; marks of the video at the head or the end of a question are put
+    back by ours. Still images are left out, and counted: this model reads videos. Rows have turns alone: stages 1 and
+    2, which learn narrations, need other data. Keys that nothing reads are counted.
     """
     still_images = {*IMAGE_SUFFIXES, *OTHER_IMAGES} - {".gif"}
     roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -2932,8 +2947,8 @@ def _until_silence(replies, seconds):
 
 
 def _check_videos(row, limit):
-    """Read a row's clips once -> its id, and (kind, sentence, video) of everything that is wrong, with (kind, sentence)
-    of what is worth a remark."""
+    """Read a row's clips once -> its id, and (kind, sentence, video) of everything that is wrong, with (kind,
+    sentence) of what is worth a remark."""
     # The kernel ends a decoder that hangs. Python could not: its signal handlers wait for the decoder.
     signal.setitimer(signal.ITIMER_REAL, limit)
     found, remarks, lengths, begins, spans = [], [], [], [], set()
