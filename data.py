@@ -1375,9 +1375,11 @@ def film_scene(plan, motion, world, split, rng):
     return films
 
 
-def toy_split(out: AnyPath, split, world=World()) -> Path:
-    """The manifest of one split of the micro-world, rendered when first needed (under a lock)."""
+def toy_split(out: AnyPath, split, world=None) -> Path:
+    """The manifest of one split of the micro-world, rendered when first needed (under a lock); `world`: its knobs, if they
+    are not those that the folder has."""
     out = Path(out)
+    world = world or toy_world(out)
     manifest = out / f"{split}.jsonl"
     with file_lock(out / ".lock", wait=True):
         _claim_world(out, world)
@@ -1425,7 +1427,7 @@ def toy_world(out: AnyPath) -> World:
     return World()
 
 
-def toy_tokenizer(out, world):
+def toy_tokenizer(out, world=None):
     """A sentencepiece BPE model with byte fallback (as Mistral's), trained on the text of the exo corpus."""
     path = Path(out) / "tokenizer.model"
     with file_lock(path.with_name(".tokenizer.lock"), wait=True):
@@ -1949,6 +1951,29 @@ def worker_pool():
 def _start_pool_worker():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent()
+
+
+class Screen:
+    """stdout, where what is only shown ends nothing: not a lost reader (`| head`), a full disk or a narrow encoding."""
+    def __init__(self, stream):
+        stream.reconfigure(errors="backslashreplace")
+        self.stream = stream
+
+    def write(self, text):
+        self.show(self.stream.write, text)
+
+    def flush(self):
+        self.show(self.stream.flush)
+
+    def show(self, action, *text):
+        try:
+            action(*text)
+        except OSError:
+            # From here on everything goes nowhere, also what Python flushes at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
 
 def progress(items, total, what):

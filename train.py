@@ -48,8 +48,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from data import (DataError, Loader, Tokenizer, add_flags, chats_of, die_with_parent, file_lock, read_manifests,
-                  toy_split, toy_tokenizer, toy_world, usable_cores)
+from data import (DataError, Loader, Screen, Tokenizer, add_flags, chats_of, die_with_parent, file_lock,
+                  read_manifests, toy_split, toy_tokenizer, usable_cores)
 from eval import show_own_samples, toy_benchmark
 from model import (BLOCKS, PRESETS, Exo2Ego, autocast, checkpoints, choose_attention, feature_kl, file_hash,
                    fingerprint, git_revision, load_checkpoint, load_delta, newest_checkpoint, pick_device, read_state,
@@ -634,7 +634,7 @@ def initial_model(run, change=None):
     seed_torch(cfg.seed, cfg.stage)
     if cfg.from_nothing:
         model = Exo2Ego(PRESETS[cfg.preset])
-        tokenizer = Tokenizer(toy_tokenizer(cfg.toy_folder, toy_world(cfg.toy_folder)))
+        tokenizer = Tokenizer(toy_tokenizer(cfg.toy_folder))
     else:
         run.start = starting_point(cfg)
         source, base, added = run.start
@@ -659,7 +659,7 @@ def training_loader(run, stage, model, tokenizer) -> Loader:
     cfg = run.cfg
     manifests = cfg.data
     if cfg.toy_folder:
-        manifests = [toy_split(cfg.toy_folder, stage.split, toy_world(cfg.toy_folder))]
+        manifests = [toy_split(cfg.toy_folder, stage.split)]
     rows = read_manifests(manifests, cfg.root, cfg.allow_outside)
     if cfg.shuffle_pairs and stage.view == "pair":
         rows = shuffle_pairs(rows, cfg.seed)
@@ -1754,7 +1754,7 @@ def validation_loader(run, objective) -> Loader | None:
     cfg, stage = run.cfg, objective.stage
     if not (cfg.val_every or cfg.val_data):
         return None
-    manifest = cfg.val_data or toy_split(cfg.toy_folder, "val", toy_world(cfg.toy_folder))
+    manifest = cfg.val_data or toy_split(cfg.toy_folder, "val")
     rows = read_manifests([manifest], cfg.root, cfg.allow_outside)
     rows = [row for row in rows if chats_of(row, stage.supervise)]
     rows = rows[:8 * stage.batch]
@@ -1862,7 +1862,10 @@ def main(argv=None, **experiment):
             if world > 1:
                 join_ranks("nccl" if torch.cuda.is_available() else "gloo", cfg.timeout)
             # One process has nobody to share with.
-            train(cfg if world > 1 else replace(cfg, fsdp=False), rank, world, **experiment)
+            cfg = cfg if world > 1 else replace(cfg, fsdp=False)
+            # A lost reader of what is printed ends no training.
+            with contextlib.redirect_stdout(Screen(sys.stdout)):
+                train(cfg, rank, world, **experiment)
     except (ValueError, OSError, RuntimeError, MemoryError, SafetensorError, KeyboardInterrupt) as error:
         sentence = f"train.py: {explain(error, cfg, world)}"
         print(sentence, file=sys.stderr, flush=True)

@@ -1007,3 +1007,15 @@ def test_x_alone_reads_no_exo_clip_and_no_row_without_text(toy, tmp_path):
     cfg, run_, phase, model, tokenizer = stage_2(toy, "--no-mapping", "--data", str(tmp_path / "half.jsonl"), "--root", str(toy / "toy"))
     loader = train.training_loader(run_, phase, model, tokenizer)
     assert loader.samples == len(rows) // 2 and loader.batch(0)[0].exo is None
+
+
+def test_a_reader_who_leaves_and_a_narrow_terminal_end_no_training(toy, tmp_path):
+    """`| head -1`, and texts in Chinese on a terminal that knows latin-1."""
+    rows = [json.loads(line) for line in (toy / "toy/pairs.jsonl").read_text().splitlines()]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row | {"text": "切红色的方块"}) + "\n" for row in rows))
+    args = [*flags(toy, 1), "--data", tmp_path / "m.jsonl", "--root", toy / "toy", "--steps", 12, "--batch", 4, "--out", tmp_path / "o"]
+    one = subprocess.Popen([sys.executable, REPO / "train.py", *map(str, args)], stdout=subprocess.PIPE, text=True,
+                           env=os.environ | {"PYTHONIOENCODING": "latin-1", "PYTHONUNBUFFERED": "1"})
+    one.stdout.readline()
+    one.stdout.close()
+    assert one.wait(timeout=120) == 0 and len(log(tmp_path / "o")) == 12
