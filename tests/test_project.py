@@ -86,16 +86,15 @@ def test_a_first_reader_knows_where_to_stop():
 @pytest.mark.upstream
 def test_readme_names_the_rooms_of_the_stories():
     """In "Read it in this order" each file's rooms are its banners, and the lines are counted, not typed."""
-    table = README.split("## Read it in this order")[1].split("\n## ")[0]
+    text = " ".join(README.split("## Read it in this order")[1].split("\n## ")[0].split())
     total = 0
     for name in FILES:
         lines = (REPO / name).read_text().splitlines()
         stop = lines.index(STOP)
         total += stop + 1
         rooms = [found[1] for line in lines[:stop] if (found := re.match(r"# -{10,} \d+ (.*)", line))]
-        row, = [line for line in table.splitlines() if line.startswith(f"| `{name}`")]
-        assert row.split("|")[3].strip() == ", ".join(rooms), f"README's row of {name} should name: {', '.join(rooms)}"
-    said, = re.findall(r"([\d,]+) lines", table)
+        assert re.search(rf"- `{name}`, [^?]+\? {re.escape(', '.join(rooms))}( -|$)", text), f"README's rooms of {name}: {', '.join(rooms)}"
+    said, = re.findall(r"([\d,]+) lines", text)
     assert abs(int(said.replace(",", "")) - total) <= 10, total
 
 
@@ -158,7 +157,7 @@ def test_top_level_is_the_card():
 def test_the_pages_point_at_code_that_exists():
     """README and the ledger, which has a row for every point of the paper."""
     rows = [(page, *row) for page in PAGES for row in re.findall(r"`(\w+\.py): ([\w.]+)`", (REPO / page).read_text())]
-    assert sum(page == "README.md" for page, *_ in rows) >= 20 and sum(page == "tests/LEDGER.md" for page, *_ in rows) >= 40
+    assert sum(page == "README.md" for page, *_ in rows) >= 12 and sum(page == "tests/LEDGER.md" for page, *_ in rows) >= 55
     for page, file, symbol in rows:
         scope = ast.parse((REPO / file).read_text()).body
         for part in symbol.split("."):
