@@ -525,7 +525,7 @@ class World:
     narrated: float = 1.0       # share of the pairs that have a text: synchronized video is the cheaper part
 
 
-SPLITS = {                      # the views of each split; their order is part of the seed
+SPLITS = {                      # who films each split; their order is part of the seed
     "corpus": "exo",
     "ego": "ego",
     "pairs": "ego, exo",
@@ -604,8 +604,8 @@ def make_scene(world, split, scene, out):
     rng = np.random.default_rng([world.seed, list(SPLITS).index(split), scene])
     plan = plan_scene(rng)
     films = film_scene(plan, act(plan, rng), world, split, rng)
-    for view, frames in films.items():
-        write_video(out / split / view / f"{scene}.mp4", frames, FPS, gop=CLIP_FRAMES)
+    for camera, frames in films.items():
+        write_video(out / split / camera / f"{scene}.mp4", frames, FPS, gop=CLIP_FRAMES)
     # Each moment is a row: a second of every film, a sentence, a question with its answer.
     rows = []
     for i, (verb, target, hand) in enumerate(plan["moments"]):
@@ -616,13 +616,14 @@ def make_scene(world, split, scene, out):
         if split not in ("corpus", "instruct"):
             turns = turns[1:]
         row = {"id": f"{split}/{scene}/{i}"}
-        # Of the pairs only a share has a text, evenly spread: a pair whose number lifts the count of them by one.
-        told_until_here = int(number * world.narrated)
-        if split != "pairs" or int((number + 1) * world.narrated) > told_until_here:
+        # With --narrated 0.1 every tenth pair has a text: the one that completes one more tenth.
+        texts_before = int(number * world.narrated)
+        texts_with_it = int((number + 1) * world.narrated)
+        if split != "pairs" or texts_with_it > texts_before:
             row["text"] = narration(*facts)
             row["turns"] = [turns[number % len(turns)]]
         span = {"start": float(i), "end": i + 1.0}
-        clips = {view: {"video": f"{split}/{view}/{scene}.mp4", **span} for view in films}
+        clips = {camera: {"video": f"{split}/{camera}/{scene}.mp4", **span} for camera in films}
         if "ego" in clips:
             row["ego"] = clips.pop("ego")
         if clips:
@@ -1082,7 +1083,7 @@ class Camera:
         # Turn the table under the camera; `tilt` flattens what lies further away.
         cos, sin = np.cos(angle), np.sin(angle)
         turn = np.moveaxis(np.array([[cos, -sin], [-sin * tilt, -cos * tilt]]), -1, 0)
-        self.scale = zoom * SIDE / 2                            # (F,) pixels a table unit
+        self.scale = zoom * SIDE / 2                            # (F,) pixels per table unit
         self.m = (turn * self.scale[:, None, None]).astype(np.float32)      # (F, 2, 2)
         self.inverse = np.linalg.inv(self.m)
         self.origin = SIDE / 2 - np.einsum("fij,fj->fi", self.m, centre)
@@ -1104,12 +1105,11 @@ def exo_camera(azimuth, zoom):
 def ego_camera(hand, world, rng) -> Camera:
     """Rides on the head: the gaze follows the acting hand late, and the head walks, rolls and zooms."""
     noise = world.noise
-    # One draw a clip: where the head is, how it is rolled, how near it is. (Of the last two the first number is
-    # used.)
-    steady = [rng.normal(0, spread * noise, (CLIPS, 2)).repeat(CLIP_FRAMES, 0)
-              for spread in (0.08, 0.12, 0.08)]
-    aim, roll, zoom = steady
-    # One draw a frame: the head walks on, and trembles.
+    # Two numbers per clip say where the head is, two how it is rolled, two how near it is. (Rolling and zooming need
+    # one: the second is drawn and not used.)
+    drawn = [rng.normal(0, spread * noise, (CLIPS, 2)) for spread in (0.08, 0.12, 0.08)]
+    aim, roll, zoom = np.repeat(drawn, CLIP_FRAMES, axis=1)                         # (3, F, 2)
+    # Numbers per frame: the head walks on, and trembles.
     walk = aim + 0.4 * rng.normal(0, 0.03 * noise, (SCENE_FRAMES, 2)).cumsum(0)
     roll = roll[:, 0] + rng.normal(0, 0.02 * noise, SCENE_FRAMES)
     zoom = (1.25 + zoom[:, 0]) / world.fov
@@ -1368,7 +1368,7 @@ def film_scene(plan, motion, world, split, rng):
     if "ego" in SPLITS[split]:
         # The head follows the hand that acts in each clip.
         acting = np.concatenate([motion.hands[side][f] for _, _, side, f, _ in motion.actions])
-        gain = 1 + rng.normal(0, 0.1 * world.noise, CLIPS).astype(np.float32)       # light, one draw a clip
+        gain = 1 + rng.normal(0, 0.1 * world.noise, CLIPS).astype(np.float32)       # light, drawn per clip
         gain = gain.repeat(CLIP_FRAMES)[:, None, None, None]
         camera = ego_camera(acting, world, rng)
         films["ego"] = render(plan, motion, camera, ego=True, wall=wall, gain=gain)
@@ -2009,7 +2009,7 @@ FONT = np.unpackbits(np.frombuffer(bytes.fromhex(      # 5 x 8 dots per letter, 
     "2745454539" "3c4a494931" "4121110907" "3649494936" "464949291e" "0000606000" "0080703000" "0000140000"
     "0201590906" "00005f0000" "0008070300" "0808080808" "001c224100" "0041221c00" "2010080402" "0000000000"),
     np.uint8).reshape(-1, 5, 1), axis=2, bitorder="little").astype(bool)
-LETTER = 12                     # pixels a letter is wide; its dots are two pixels each
+LETTER = 12                     # width of a letter in pixels; a dot is two pixels wide
 
 
 def written(text, width, colour):
@@ -2129,8 +2129,9 @@ def command_build(args):
 
 def add_flags(parser, config: type, names: Sequence = ()):
     """One flag for each field of a dataclass (or for `names`): a bool is a switch, a Literal has choices, a
-    field without a default is required; the comment on the field's line is its help."""
-    # The comments on the lines of the fields, and their types. Two empty lines end a class.
+    field without a default is required; the comment on the field's line is its help, so that each flag is described in
+    one place."""
+    # Python keeps no comments: they are looked up in the source. Two empty lines end a class.
     source = read_text(inspect.getfile(config))
     body = source.split(f"class {config.__name__}:")[1].split("\n\n\n")[0]
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", body, re.M))
@@ -2495,7 +2496,7 @@ def _why_dropped(annotation, narrated, cameras, length, options):
     if not _is_true(narrated["ego_visible"]) and not options.keep_hidden:
         return "not seen by the ego camera"
     if not cameras:
-        return "no best exo view"
+        return "no best exo camera"
     if not isinstance(narrated["text"], str) or not narrated["text"].strip():
         return "without a text"
     t = _seconds_of(narrated)
@@ -2516,7 +2517,7 @@ def _is_true(flag):
 
 
 def _clip_of(t, half, length):
-    """t +- half seconds, at least two frames at 30 a second, inside the take."""
+    """t +- half seconds, at least two frames at 30 per second, inside the take."""
     half = max(half, 1 / 30)
     start = max(0.0, min(t - half, length - 2 / 30))
     end = min(length, max(t + half, 2 / 30))
