@@ -11,6 +11,9 @@ One row of a manifest (JSON lines) is one narrated moment; training reads nothin
      "exo": [{"video": "cam0/7.mp4", "start": 2.0, "end": 3.0}], "text": "Camera-wearer cuts ...",
      "turns": [{"user": "Which hand do I use?", "assistant": "The left."}]}
 
+Times are seconds from the first picture of a video, even where its sound starts earlier; without them the clip is the
+whole video. A video is a file (.mp4, .mov, .mkv, .webm, .avi) or a folder of numbered .png or .jpg, "fps" per second.
+
 Nine words:
 
     row       one line of a manifest: a moment with its clips and its words
@@ -2067,7 +2070,8 @@ def encode_png(image) -> bytes:
 
 def command_show(args):
     """Contact sheet of a manifest: ego above exo, text below."""
-    rows = list(filter(clips_of, read_manifest(args.manifest, args.root, args.allow_outside)))
+    rows = read_manifest(args.manifest, args.root, args.allow_outside)
+    rows = rows.pick([place for place, row in enumerate(rows) if clips_of(row)])
     if not rows:
         raise DataError(f"{args.manifest} has no row with a video: there is nothing to show")
     if args.n < 1:

@@ -544,7 +544,7 @@ def test_a_small_shared_memory_is_said_before_the_first_batch(toy, monkeypatch):
 
 
 def test_a_temporary_folder_with_a_long_name_is_said_before_the_first_batch(toy, tmp_path, monkeypatch):
-    """A socket's name has 107 bytes at most: today's error is silence until --timeout."""
+    """A socket's name has 107 bytes at most: a worker would wait in silence until --timeout."""
     one = loader(toy, view="ego", split="ego")
     for length, fits in ((75, True), (76, False), (130, False)):
         folder = "/tmp/" + "x" * (length - 5)
