@@ -1821,11 +1821,10 @@ def explain(error, cfg, world):
     if isinstance(error, (OSError, SafetensorError)) and not isinstance(error, FileNotFoundError):
         return f"{getattr(error, 'filename', None) or cfg.out} cannot be written or read: {text}"
     if not isinstance(error, RuntimeError):
-        # Perhaps it is a bug, and then its place helps; but for what a loader's worker had to say, which has no place
-        # here.
+        # Perhaps it is a bug, and then its place helps.
         at = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(at.filename).name}:{at.lineno}"
-        return str(error) if at.name == "_raise_if_error" else f"{error} ({place})"
+        return f"{error} ({place})"
     # What torch says of workers, of other ranks and of compilers.
     if "DataLoader" in text:
         return f"a loader worker died or hangs; the same command goes on from the last checkpoint ({text})"

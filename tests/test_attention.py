@@ -193,17 +193,17 @@ def test_auto_is_what_passes_its_self_check(found, capability, backend, words, m
             raise found[name]
         return found[name]
     monkeypatch.setattr(model, "attention_error", error)
-    monkeypatch.setattr(model, "HALF_GPU_BACKEND", "sdpa")
+    monkeypatch.setattr(model, "half_gpu_backend", "sdpa")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     line = choose_attention(torch.device("cuda"), torch.bfloat16, PRESETS["7b"])
-    assert model.HALF_GPU_BACKEND == backend and line.startswith(f"attention: {backend}") and words in line and "\n" not in line
+    assert model.half_gpu_backend == backend and line.startswith(f"attention: {backend}") and words in line and "\n" not in line
 
 
 def test_auto_without_a_choice_is_sdpa(monkeypatch):
-    monkeypatch.setattr(model, "HALF_GPU_BACKEND", "triton")
+    monkeypatch.setattr(model, "half_gpu_backend", "triton")
     assert "float32 on cuda" in choose_attention(torch.device("cuda"), torch.float32, PRESETS["7b"])
-    assert model.HALF_GPU_BACKEND == "sdpa"
+    assert model.half_gpu_backend == "sdpa"
     assert "bfloat16 on cpu" in choose_attention(torch.device("cpu"), torch.bfloat16, PRESETS["7b"])
     monkeypatch.setenv("EXO2EGO_ATTENTION", "tiled")
     assert "tiled, by EXO2EGO_ATTENTION" in choose_attention(torch.device("cpu"), torch.bfloat16, PRESETS["7b"])
@@ -238,7 +238,7 @@ line = model.choose_attention(torch.device("cuda"), torch.bfloat16, model.PRESET
 starts = [None, None]
 dist.all_gather_object(starts, calls[0][1])
 assert starts[1] >= starts[0] + 0.3, "local rank 0 goes first"
-print(f"rank {rank}: {model.HALF_GPU_BACKEND}: {line}", flush=True)
+print(f"rank {rank}: {model.half_gpu_backend}: {line}", flush=True)
 dist.barrier()
 dist.destroy_process_group()
 """
