@@ -98,7 +98,6 @@ PAPER = {
     3: (Stage(
         name="learner self-practice",
         trains=dict(ego_vit=2e-5, F=2e-5, lora=2e-5),           # not ego_connector: it lost stage 2's gain (a trial)
-# not ego_connector: it lost stage 2's gain (a trial)
         split="instruct", view="ego", losses=dict(vtg=1), supervise="turns",
         batch=64, micro=1, epochs=1, floor=0),),
 }
