@@ -160,3 +160,27 @@ def test_plan_of_the_7b_counts_what_is_published():
     assert "3106 tokens, 64 of them text, of at most 4096" in out
     needs = {kind: float(gb) for kind, gb in re.findall(r"(DDP|FSDP) .*: ([\d.]+) GB a rank", out)}
     assert 25 < needs["DDP"] < 120
+
+
+def test_readmes_7b_commands_fit_the_cards_they_name():
+    """With the defaults that train.py uses (on a card: compiled, which the step that keeps all bounds), in 80 GB per rank; and README's
+    table has the plan's figures."""
+    readme = (REPO / "README.md").read_text()
+    commands = re.findall(r"^(?:torchrun --nproc_per_node (\d+)|python) train.py --stage (\d) --preset 7b(.*)$", readme, re.M)
+    assert sorted(stage for _, stage, _ in commands) == ["0", "1", "1", "2", "3"]
+    found = {}
+    for ranks, stage, more in commands:
+        ranks, stage, sharded = int(ranks or 1), int(stage), "--fsdp" in more
+        if stage not in found:
+            run_, phase, _ = bench.meta_objective(stage, "7b")
+            found[stage] = bench.train.samples_per_forward(phase, run_.cfg, 8), {
+                kept: bench.planned(stage, "7b", bench.train.samples_per_forward(phase, run_.cfg, 8), kept) for kept in ("none", "blocks")}
+        micro, needs = found[stage]
+
+        def gb(kept, shards):
+            need = {kind: size / 1e9 for kind, size in needs[kept].items()}
+            held = (need["weights"] + need["gradients"] + need["optimiser"]) / shards + 2 * need["block"] * (shards > 1)
+            return max(held + need["activations"], need["weights"])
+        assert gb("none", ranks if sharded else 1) < 80, (stage, ranks, more)
+        row = f"| {stage} | {micro} | {gb('none', 8):.1f} GB | {gb('none', 1):.1f} GB | {gb('blocks', 8):.1f} GB |"
+        assert row in readme, row
