@@ -158,7 +158,7 @@ def test_plan_of_the_7b_counts_what_is_published():
     assert parts["decoder"] == (335_544_320, 7_241_732_096) and parts["exo_connector"] == (0, 489_188_608)
     assert parts["ego_vit"] == (290_909_184, 0) and sum(parts["all"]) == sum(map(sum, parts.values())) - sum(parts["all"])
     assert "3106 tokens, 64 of them text, of at most 4096" in out
-    needs = {kind: float(gb) for kind, gb in re.findall(r"(DDP|FSDP) .*: ([\d.]+) GB a rank", out)}
+    needs = {kind: float(gb) for kind, gb in re.findall(r"(DDP|FSDP) .*: ([\d.]+) GB per rank", out)}
     assert 25 < needs["DDP"] < 120
 
 
