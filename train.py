@@ -706,7 +706,7 @@ def train(cfg, rank=0, world=1, objective=Objective, change=None):
                for stage, loader in zip(stages, loaders)]
     run.steps = sum(lengths)
     # Where an earlier call of this command has come.
-    folder = resume_checkpoint(run)
+    folder = resume_checkpoint(run, model)
     state = read_state(folder) if folder else dict(step=0, skipped=0)
     done = state["step"]
     log = Log(Path(cfg.out) / "log.jsonl" if rank == 0 else None, done, state["skipped"])
@@ -1423,7 +1423,7 @@ def refuse_misfits(cfg, model, tokenizer, start):
                         f"a run's")
 
 
-def resume_checkpoint(run):
+def resume_checkpoint(run, model):
     """The newest finished checkpoint of this very run, or None. All ranks must find the same, and be the same run."""
     cfg = run.cfg
     folder = newest_checkpoint(cfg.out)
@@ -1433,7 +1433,7 @@ def resume_checkpoint(run):
     if folder is not None:
         refuse_another_run(run, folder)
     if run.rank == 0:
-        refuse_a_poor_folder(run)
+        refuse_a_poor_folder(run, model)
     return folder
 
 
@@ -1499,10 +1499,24 @@ def refuse_another_run(run, folder):
         print("; with ".join([said, *changes]), flush=True)
 
 
-def refuse_a_poor_folder(run):
+def refuse_a_poor_folder(run, model):
     """A run folder that cannot hold a checkpoint is found before the first step: a folder is written, synced and
     renamed in it, and there must be room."""
     out = Path(run.cfg.out)
+    # What trains has weights and at most two moments in float32; what is only kept has weights.
+    trains = {part for stage in stages_of(run.cfg) for part in stage.trains}
+    needed = 0
+    for name, p in model.named_parameters():
+        if part_of(name) in trains:
+            needed += 12 * p.numel()
+        elif run.cfg.from_nothing or name in run.inherited:
+            needed += 4 * p.numel()
+    out.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(out).free
+    if free < needed:
+        raise DataError(f"{out} has room for {free / 1e9:.1f} GB, and a checkpoint takes {needed / 1e9:.1f} GB: choose "
+                        f"another --out, or make room")
+
     trial, renamed = out / "part_trial", out / "part_trial_renamed"
     for folder in (trial, renamed):
         shutil.rmtree(folder, ignore_errors=True)

@@ -918,6 +918,17 @@ def test_a_folder_that_renames_nothing_is_found_before_the_first_step(toy, tmp_p
     assert not log(tmp_path / "o") if (tmp_path / "o/log.jsonl").is_file() else True
 
 
+def test_a_disk_without_room_for_one_checkpoint_is_found_before_the_first_step(toy, tmp_path, monkeypatch, capsys):
+    usage = type("Usage", (), {"free": 10 ** 6})
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(SystemExit):
+        go(*flags(toy, 1), "--out", tmp_path / "o", "--steps", 3, "--no-eval")
+    assert "has room for 0.0 GB, and a checkpoint takes 0.0 GB: choose another --out" in capsys.readouterr().err
+    # What it asks for is enough, and not much more than is needed: a third of it is the moments that Muon does not keep.
+    saved = sum(file.stat().st_size for file in newest_checkpoint(toy / "stage1").glob("*.safetensors"))
+    assert saved < 12 * (267_072 + 141_648) < 2 * saved
+
+
 def test_checkpoints_are_as_readable_as_other_files(toy, tmp_path):
     former = os.umask(0o027)
     try:
