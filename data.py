@@ -3,7 +3,7 @@
     python data.py toy --out out/toy            # render the micro-world: mp4 files, JSON lines, a tokenizer
     python data.py show out/toy/val.jsonl       # contact sheet: ego above exo, text below
     python data.py check out/toy/val.jsonl      # read every clip once, list the bad ones
-    python data.py ego-exo4d --root DIR --out x.jsonl   # convert a data set; seven more in the appendix
+    python data.py ego-exo4d --root DIR --out x.jsonl   # convert a data set; --help names seven more
 
 One row of a manifest (JSON lines) is one narrated moment; training reads nothing else:
 
@@ -18,7 +18,7 @@ Nine words:
 
     row       one line of a manifest: a moment with its clips and its words
     moment    what happens in a row's few seconds, whichever camera sees it
-    sample    what a step counts: a row, or a row and one of its exo cameras
+    sample    one item of a batch: a row, or, where exo clips are read, a row and one of its exo cameras
     clip      a piece of one video, from its start to its end
     camera    what films a moment: one on the head (ego), and fixed ones (exo), which have numbers from 0
     text      the words that go with a moment
@@ -145,7 +145,7 @@ def read_clip(
 
 
 def clip_span(video: AnyPath, start, end, length):
-    """Start and end of the clip in seconds, cut at the ends of the video; one without length is refused."""
+    """Start and end of the clip in seconds, cut at the ends of the video; a clip without length is refused."""
     begin = max(start or 0.0, 0.0)
     stop = length if end is None else min(end, length)
     if begin >= length:
@@ -275,7 +275,8 @@ def chats_of(row, supervise):
 @dataclass
 class Batch:
     """One micro batch: E moments, X samples, and N texts, packed one behind another. In pairs a moment has one sample
-    per exo camera; its ego clip and its text are read once. Where one view is shown, each sample is a moment."""
+    per exo camera; its ego clip and its text are read once. Where exo clips are shown alone, each sample counts as a
+    moment."""
     ego: Tensor                         # (E, T, 3, S, S) uint8, or None
     exo: Tensor                         # (X, T, 3, S, S) uint8, or None
     ego_of: Tensor                      # (X,) the moment of each sample: exo clip i goes with ego clip ego_of[i]
@@ -350,7 +351,7 @@ class Loader:
             seed=0,
             rank=0,
             world=1,                            # number of ranks
-            train=True,                         # random order and random moments, without end
+            train=True,                         # random order and random frame times, epoch after epoch
             video_tokens=None):                 # None: as many as the model's connector gives
         self.cfg = cfg
         self.tokenizer = tokenizer
@@ -367,7 +368,7 @@ class Loader:
             raise DataError(f"--batch {batch} is no multiple of {self.micro} (--micro-batch) x {world} ranks")
 
         # Rows that this stage cannot use are left out and counted, or refused by name.
-        self.clips = {"exo": ["exo"], "ego": ["ego"], "pair": ["ego", "exo"], "none": []}[view]
+        self.views = {"exo": ["exo"], "ego": ["ego"], "pair": ["ego", "exo"], "none": []}[view]
         self.rows, self.cameras = usable_rows(rows, self)
         self.samples = int(self.cameras.sum())
         self._epoch = None              # the epoch whose order is kept
@@ -381,10 +382,10 @@ class Loader:
             self._order = np.arange(len(self.rows))
             if self.train:
                 self._order = np.random.default_rng([self.seed, epoch]).permutation(self._order)
-            # How many samples the epoch has had when each row of the order is done.
+            # _done[i] is how many samples the first i + 1 rows of the order have.
             self._done = np.cumsum(self.cameras[self._order])
             self._epoch = epoch
-        # The sample is of the first row after which more samples are done than came before it.
+        # The sample is of the first row for which _done[i] > in_epoch.
         at = np.searchsorted(self._done, in_epoch, side="right")
         row = int(self._order[at])
         first = int(self._done[at] - self.cameras[row])
@@ -401,8 +402,8 @@ class Loader:
         return [self.micro_batch(range(start, min(start + self.micro, end))) for start in starts]
 
     def micro_batch(self, indices: range) -> Batch:
-        """Read the clips of these samples. In training one that cannot be read is named and replaced by a real
-        one."""
+        """Read the clips of these samples. In training a sample that cannot be read is named, and another one is read
+        instead."""
         # Samples may share a moment: its ego clip and its text are read once.
         moments = {}
         ego, exo, ego_of, skipped = [], [], [], []
@@ -465,28 +466,28 @@ class Loader:
         row_number, camera = self.sample(tried)
         row = self.rows[row_number]
         epoch = tried // self.samples
-        # The seed of the random times: all cameras of a moment have the same, so that their frames are synchronized.
-        times = (self.seed, epoch, row_number)
-        # A pair's moment is read once for all its samples. Where exo clips are shown alone, each is a moment by
-        # itself, since each needs a text of its own behind its visual tokens.
-        moment = (*times, wanted) if self.view == "exo" else times
+        # All cameras of a moment have the same seed of random frame times, so that their frames are synchronized.
+        time_seed = (self.seed, epoch, row_number)
+        # The samples of a pair's moment share one entry of `moments`. Where exo clips are shown alone, each sample
+        # has an entry of its own, since each needs its own text behind its visual tokens.
+        key = (*time_seed, wanted) if self.view == "exo" else time_seed
         clips = {}
-        if "ego" in self.clips and moment not in moments:
-            clips["ego"] = self._frames(row["ego"], times)
-        if "exo" in self.clips:
-            clips["exo"] = self._frames(row["exo"][camera], times)
+        if "ego" in self.views and key not in moments:
+            clips["ego"] = self._frames(row["ego"], time_seed)
+        if "exo" in self.views:
+            clips["exo"] = self._frames(row["exo"][camera], time_seed)
         # With "mix" a row is read as its narration in one epoch and as its turns in the next.
-        if moment not in moments:
-            ids, labels = self.prompt(row, epoch + row_number)
-            moments[moment] = Moment(len(moments), row, ids, labels)
-        return moments[moment], clips
+        if key not in moments:
+            ids, labels = self.chat_of(row, epoch + row_number)
+            moments[key] = Moment(len(moments), row, ids, labels)
+        return moments[key], clips
 
-    def _frames(self, clip, times):
-        """A clip's frames (T, 3, S, S); in training at random times, of which `times` is the seed."""
-        rng = np.random.default_rng(times) if self.train else None
+    def _frames(self, clip, time_seed):
+        """A clip's frames (T, 3, S, S), in training at random times."""
+        rng = np.random.default_rng(time_seed) if self.train else None
         return read_row_clip(clip, self.cfg.frames, self.cfg.image_size, rng)
 
-    def prompt(self, row, number):
+    def chat_of(self, row, number):
         """ids and labels of one of a row's chats: of the first, for an odd `number` of the second if there is one.
         Empty for a row without text."""
         chats = chats_of(row, self.supervise)
@@ -615,7 +616,8 @@ def make_scene(world, split, scene, out):
         number = scene * CLIPS + i
         facts = (verb, *plan["blocks"][target], hand)
         turns = questions(*facts, rng)
-        # The first of the questions asks for the narration. The other splits have that as their text.
+        # The first question asks for the narration. Two splits keep it as a question, the others have it as text
+        # alone.
         if split not in ("corpus", "instruct"):
             turns = turns[1:]
         row = {"id": f"{split}/{scene}/{i}"}
@@ -1379,8 +1381,8 @@ def film_scene(plan, motion, world, split, rng):
 
 
 def toy_split(out: AnyPath, split, world=None) -> Path:
-    """The manifest of one split of the micro-world, rendered when first needed (under a lock); `world`: its knobs, if they
-    are not those that the folder has."""
+    """The manifest of one split of the micro-world, rendered when first needed (under a lock); `world`: its knobs, if
+    they are not those that the folder has."""
     out = Path(out)
     world = world or toy_world(out)
     manifest = out / f"{split}.jsonl"
@@ -1697,18 +1699,18 @@ def usable_rows(rows, loader):
         if not chats and loader.view != "pair":
             textless.append(place)
             continue
-        for key in loader.clips:
+        for key in loader.views:
             if not row.get(key):
                 raise DataError(_lacks(row, key))
         if not loader.train:
-            _require_videos(row, loader.clips)
+            _require_videos(row, loader.views)
         if loader.train and not all("assistant" in turns[-1] for turns in chats):
             raise DataError(f"{_name_of(row)} ends with a question: training needs its answer")
         if any(_is_too_long(turns, loader.tokenizer, loader.video_tokens, loader.cfg) for turns in chats):
             long.append(place)
             continue
         kept.append(place)
-        samples.append(len(row["exo"]) if "exo" in loader.clips else 1)
+        samples.append(len(row["exo"]) if "exo" in loader.views else 1)
     if textless:
         if not loader.train or len(textless) == len(rows):
             raise DataError(_lacks(rows[textless[0]], "text"))
@@ -1877,7 +1879,7 @@ def check_room_for_workers(loader, workers):
         return
     if os.path.isdir("/dev/shm"):
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        clips = len(loader.clips) * loader.batch_size // loader.world
+        clips = len(loader.views) * loader.batch_size // loader.world
         step = clips * loader.cfg.frames * 3 * loader.cfg.image_size ** 2
         needed = ranks * (2 * workers + 1) * step
         disk = os.statvfs("/dev/shm")
@@ -1957,7 +1959,8 @@ def _start_pool_worker():
 
 
 class Screen:
-    """stdout, where what is only shown ends nothing: not a lost reader (`| head`), a full disk or a narrow encoding."""
+    """stdout, where what is only shown ends nothing: not a lost reader (`| head`), a full disk or a narrow
+    encoding."""
     def __init__(self, stream):
         stream.reconfigure(errors="backslashreplace")
         self.stream = stream
@@ -2132,9 +2135,9 @@ def command_build(args):
 
 
 def add_flags(parser, config: type, names: Sequence = ()):
-    """One flag for each field of a dataclass (or for `names`): a bool is a switch, a Literal has choices, a
-    field without a default is required; the comment on the field's line is its help, so that each flag is described in
-    one place."""
+    """One flag for each field of a dataclass (or for `names`): a bool is a switch, a Literal has choices, a field
+    without a default is required; the comment on the field's line is its help, so that each flag is described in one
+    place."""
     # Python keeps no comments: they are looked up in the source. Two empty lines end a class.
     source = read_text(inspect.getfile(config))
     body = source.split(f"class {config.__name__}:")[1].split("\n\n\n")[0]

@@ -66,7 +66,7 @@ class ModelConfig:
     patch: int                      # pixels per side of a ViT patch
     # the ViT (CLIP)
     vit_width: int                  # D
-    vit_layers: int                 # layers that run: one less than CLIP has, whose last one nobody reads
+    vit_layers: int                 # layers that run: one less than CLIP has, since its last one is not read
     vit_heads: int
     vit_mlp_dim: int
     # the connector (STC)
@@ -459,9 +459,9 @@ class FCBlock(nn.Module):
 class Mapping(nn.Module):
     """F: ego -> exo or G: exo -> ego on the ViT's patches, frame by frame: (B, T, h, w, D) -> the same shape.
 
-    CycleGAN's generator: 1x1 convolution, stride-2 convolutions, ResNet blocks (nine in the paper), up-convolutions, 1x1
-    convolution; a LayerNorm ends it. Widths and norms are our choice. Kind "mlp" has FC blocks in the place of the
-    ResNet blocks. There is no skip connection around it all: with one, F starts as a copy of x and stays near it
+    CycleGAN's generator: 1x1 convolution, stride-2 convolutions, ResNet blocks (nine in the paper), up-convolutions,
+    1x1 convolution; a LayerNorm ends it. Widths and norms are our choice. Kind "mlp" has FC blocks in the place of
+    the ResNet blocks. There is no skip connection around it all: with one, F starts as a copy of x and stays near it
     (measured).
     """
     def __init__(self, cfg: ModelConfig, kind="resnet"):
@@ -533,7 +533,7 @@ class LoRALinear(nn.Linear):
 
 
 def rope(x, cos, sin) -> Tensor:
-    """Channels i and i + D/2 turn by the angle position * theta^(-2i/D). x (tokens, H, D), in its dtype."""
+    """Channels i and i + d/2 turn by the angle position * theta^(-2i/d). x (tokens, H, d), in its dtype."""
     a, b = x.chunk(2, dim=-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     turned = a * cos - b * sin, b * cos + a * sin
@@ -608,8 +608,8 @@ class Decoder(nn.Module):
         angle = positions[:, None].float() * self.cfg.rope_theta ** (-channel / half)
         cos = angle.cos()[:, None]                                          # (tokens, 1, 64)
         sin = angle.sin()[:, None]
-        # Each block appends its keys and values to the cache, if there is one. Its lengths change after the last
-        # block.
+        # Each block appends its keys and values to the cache, if there is one. Every block must find the old lengths
+        # there, so they change after the last one.
         x = embeddings
         for block in self.blocks:
             x = block(x, seg, cos, sin, cache)
@@ -648,7 +648,7 @@ class Decoder(nn.Module):
 # ---------------------------------------------------------------------------------------------------------- 7 Exo2Ego
 class Views(NamedTuple):
     """What E ego clips and X exo clips give. (A moment has one ego clip and may have several exo clips.)"""
-    visual: Tensor                      # what the decoder reads: (E, 2 n, W) with F, (E, n, W) or (X, n, W) without
+    visual: Tensor                      # for the decoder: (E, 2 n, W) of ego clips with F; else (E, n, W) or (X, n, W)
     x: Tensor | None = None             # (E, T, h, w, D) ego features
     y: Tensor | None = None             # (X, T, h, w, D) exo features
     fx: Tensor | None = None            # (E, T, h, w, D) F(x): the exo features that F predicts
@@ -679,8 +679,8 @@ class Exo2Ego(nn.Module):
         self.add(cfg.mapping, cfg.lora)
 
     def add(self, mapping: str = "none", lora: bool = False):
-        """What a model has beyond the base's parts: F and G ("resnet" or "mlp"), and the decoder's low-rank updates.
-        They start fresh. Call it once, with all that the model is to have."""
+        """Give the model F and G ("resnet" or "mlp") and the decoder's low-rank updates, which start fresh. The
+        constructor does so; a model without them can get them later, all in one call."""
         cfg = self.cfg = replace(self.cfg, mapping=mapping, lora=lora)
         if mapping != "none":
             self.F = Mapping(cfg, mapping)
@@ -710,7 +710,7 @@ class Exo2Ego(nn.Module):
         return torch.cat([self.ego_connector(x), estimate], dim=1)          # (E, 3042, 4096)
 
     def encode_ego(self, frames: Tensor) -> Tensor:
-        """uint8 ego frames (B, T, 3, S, S) -> visual tokens (B, 3042, W); (B, 1521, W) before stage 2."""
+        """uint8 ego frames (B, T, 3, S, S) -> visual tokens (B, 3042, W); without F (B, 1521, W)."""
         return self(ego=frames).visual
 
     def encode_exo(self, frames: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
 """Train Exo2Ego, stage by stage. The stage table is the paper's method; one loop runs every row of it.
 
     torchrun train.py --stage 1                        # makes the micro-world and stage 0 if they are missing
-    torchrun --nproc_per_node 2 train.py --stage 2     # any number of processes: the same batches
+    torchrun --nproc_per_node 2 train.py --stage 2     # any number of processes that divides a batch: the same batches
 
-A run saves itself ten times, or every ten minutes. After a kill -9 the same command goes on from the last save, bit
-for bit; Ctrl-C, SIGTERM and other polite signals save first. Every step is one object in out/stageN/log.jsonl, every
-validation another.
+A run saves itself after every tenth of its steps, and whenever ten minutes have passed. After a kill -9 the same
+command goes on from the last save, bit for bit; Ctrl-C, SIGTERM and other polite signals save first. Every step is
+one object in out/stageN/log.jsonl, every validation another.
 """
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ PAPER = {
         batch=256, micro=1, epochs=2, floor=0),),
     3: (Stage(
         name="learner self-practice",
-        trains=dict(ego_vit=2e-5, F=2e-5, lora=2e-5),           # not ego_connector: it lost stage 2's gain (a trial)
+        trains=dict(ego_vit=2e-5, F=2e-5, lora=2e-5),           # a trained ego_connector forgot stage 2 (a trial)
         split="instruct", view="ego", losses=dict(vtg=1), supervise="turns",
         batch=64, micro=1, epochs=1, floor=0),),
 }
@@ -145,7 +145,8 @@ TOY = {
 
 # --------------------------------------------------------------------------------------------------------- 2 the loop
 def run_stage(run, stage, loader, objective, earlier, steps, folder, log):
-    """Take the `steps` steps of one row of the stage table, or those that the checkpoint `folder` has left of them.
+    """Take the `steps` steps of one row of the stage table. Where there is a checkpoint `folder`, take those that it
+    lacks.
 
     A run has one row, or in the toy's stage 0 four. `step` counts within the row, from 0. `run_step` counts through
     the run, from 1; `earlier` steps came before this row.
@@ -156,6 +157,7 @@ def run_stage(run, stage, loader, objective, earlier, steps, folder, log):
     wrapped, trained, optimizers = prepare_training(run, objective, trained)
     validation = validation_loader(run, objective)
     batches = loader.stream(first, steps, run.cfg.workers, run.cfg.overfit, run.cfg.timeout)
+    # Moments, and the random state of this rank, as they were after the checkpoint's step.
     if first > 0:
         load_optimizers(folder, optimizers, run.rank, run.device)
     keeper = Keeper(run, objective, optimizers, trained, log, earlier + first)
@@ -168,7 +170,8 @@ def run_stage(run, stage, loader, objective, earlier, steps, folder, log):
             set_rates(optimizers, lr_scale)
 
             # 2) count what the whole step holds, over micro batches and ranks: every loss is divided by that. If a
-            # rank got a signal or found nothing to read, all ranks save and leave here, between two steps
+            # rank got a signal, or has an error instead of micro batches, all ranks save and leave here, between two
+            # steps
             counts = StepCounts.of(micro_batches, run, save=keeper.is_due(run_step))
             keeper.leave_if(keeper.reason_to_leave(counts, micro_batches, seen=(step + 1) * stage.batch))
 
@@ -191,8 +194,8 @@ def run_stage(run, stage, loader, objective, earlier, steps, folder, log):
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
 
-            # 5) one line of log.jsonl. Only now the step is done: a failure between begin_update and here saves
-            # nothing of it
+            # 5) one line of log.jsonl. A failure between begin_update and end_update saves nothing: the step is half
+            # done
             rate = lr_scale * max(stage.trains.values())
             row = dict(step=run_step, steps=run.steps, lr=rate, grad_norm=norm)
             log.step(step + 1, steps, counts, losses, row)
@@ -212,7 +215,7 @@ class StepCounts(NamedTuple):
     samples: float = 0
     tokens: float = 0
     skipped: float = 0                  # tries to read a sample that failed; another sample took its place
-    broken: float = 0                   # ranks that found nothing to read
+    broken: float = 0                   # ranks that have an error instead of micro batches
     stop: float = 0                     # ranks that a signal asked to stop
     save: float = 0                     # 1 if rank 0 finds that it is time to save after this step
 
@@ -234,7 +237,7 @@ def prepare_objective(run, objective, earlier, folder):
     """Put the objective on its device, with the weights of the checkpoint `folder` if there is one -> what trains, by
     name; how many steps of the stage are done."""
     stage, model = objective.stage, objective.model
-    # A checkpoint of the row before has fewer steps than `earlier`, or as many: then this row is still to begin.
+    # The checkpoint may be of an earlier row: then none of this row's steps are done.
     done = 0
     if folder:
         done = max(0, read_state(folder)["step"] - earlier)
@@ -257,8 +260,8 @@ def prepare_training(run, objective, trained):
 @torch.no_grad()
 def validate(run, objective, loader, step, log):
     """Text loss per token on the validation clips, the same for any number of ranks. Ranks share the clips in turns.
-    A rank for which no clip is left must all the same run the model, for which the others wait: it reads the first
-    clip again, with a weight of zero."""
+    All ranks must run the model equally often, because with FSDP they wait for one another: one without a clip reads
+    the first clip again, with a weight of zero."""
     sums = torch.zeros(2, device=run.device)                                # nats, tokens
     objective.eval()
     for i in range(math.ceil(loader.samples / loader.batch_size)):
@@ -276,10 +279,11 @@ def validate(run, objective, loader, step, log):
 class Objective(nn.Module):
     """The losses of a stage. Text is averaged over the supervised tokens of a step, all else over its samples: each
     term is a sum, divided by what the whole step holds. So micro batches and ranks add up to the plain mean; DDP
-    averages over ranks, hence the factor `world`. (InfoNCE alone depends on what else is in a micro batch.)
+    averages over ranks, hence the factor `world`. (Two depend on what else is in a micro batch: InfoNCE, by its
+    negatives, and stage 0's `language`, by its noise.)
 
-    To add a loss: give it a weight in the stage table and return its term from `views`, a vector (X,) with one number
-    per sample; or give `train` a class of your own.
+    To add a loss: give it a weight in a row of the stage table, and where that row has it (`in self.stage.losses`)
+    return its term from `views`, a vector (X,) with one number per sample. Or give `train` a class of your own.
     """
     def __init__(self, model, tokenizer, stage, cfg, world):
         super().__init__()
@@ -362,8 +366,8 @@ class Objective(nn.Module):
     def cycle(self, x, y, pair) -> Tensor:
         """CCL(F, G) of each pair (X,): |G(F(x)) - x| + |F(G(y)) - y|, between LayerNorm-ed features.
 
-        Only F and G learn from it, as in CycleGAN: x (of E moments) and y come without a gradient. So F runs again on
-        x.
+        Only F and G learn from it, as in CycleGAN: x (of E moments) comes without its gradient, y has none, since the
+        exo ViT is frozen. So F runs again on x.
         """
         F, G = self.model.F, self.model.G
         forward = self.distance(G(F(x)), x)[pair]
@@ -372,9 +376,8 @@ class Objective(nn.Module):
         return forward + self.distance(F(G(y)), y)
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
-        """Mean absolute difference of each sample, after LayerNorm over channels. F and G end in a LayerNorm and
-        features do not: as they are, a mapping could not reach them (measured: it never came near what a constant
-        gives)."""
+        """Mean absolute difference of each sample, after LayerNorm over channels. F and G end in a LayerNorm, and the
+        features of a ViT do not: compared as they are, F and G stayed worse than the best constant (measured)."""
         channels = a.shape[-1:]
         apart = nnf.layer_norm(a.float(), channels) - nnf.layer_norm(b.float(), channels)
         return apart.abs().flatten(1).mean(1)
@@ -424,9 +427,9 @@ class Objective(nn.Module):
 
 
 def scatter_words(texts, slots, vocab) -> Tensor:
-    """What a connector might give of clips that these texts (their ids) describe: the weight of each word at each of
-    a clip's visual tokens (B, slots, vocab). The toy's decoder learns to read this, so that it can read a connector
-    later.
+    """The toy has no decoder that can read yet, and no connector. So this imitates a connector: each visual token of
+    a clip is a random mixture of the words (ids) of the text that describes it. -> the weight of each word in each of
+    the clip's visual tokens, the slots (B, slots, vocab).
 
     A word's weight is spread over the slots by a draw from a Dirichlet distribution. Its parameter, 0.03 to 10,
     differs from word to word: a small one puts the word into one slot, a large one into all of them. Fainter words of
@@ -565,7 +568,7 @@ class Run:
     # What its checkpoints record of where it began.
     provenance: dict = field(default_factory=lambda: dict(base=None, base_hash=None, init=None))
     start: Start | None = None
-    inherited: set = field(default_factory=set)                 # tensors that its checkpoints hold in any case
+    inherited: set = field(default_factory=set)                 # tensors of earlier stages, which its checkpoints keep
     tokenizer: bytes = b""                                      # the file, as it was when the run began
     stop: float = 0.0                                           # when a signal asked it to stop
 
@@ -584,7 +587,7 @@ class Run:
 class Start(NamedTuple):
     """Which weights a stage starts from."""
     source: Path                        # the checkpoint that it goes on from
-    base: Path                          # the one with all weights: of those no stage from 1 on trains some
+    base: Path                          # the one with all weights; later ones hold what training has changed
     added: dict                         # parts that the stage adds, which start fresh
 
 
@@ -627,12 +630,14 @@ def starting_point(cfg) -> Start:
 
 
 def initial_model(run, change=None):
-    """The model at the start of the stage: the previous stage's, or published weights, plus the parts it adds; and as
-    `change` changes it."""
+    """The model at the start of the stage: the previous stage's or published weights, and the parts that the stage
+    adds. If there is a function `change`, it has changed this model."""
     cfg = run.cfg
     seed_torch(cfg.seed, cfg.stage)
     if cfg.from_nothing:
         model = Exo2Ego(PRESETS[cfg.preset])
+        if change:
+            change(model)
         tokenizer = Tokenizer(toy_tokenizer(cfg.toy_folder))
     else:
         run.start = starting_point(cfg)
