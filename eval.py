@@ -19,7 +19,6 @@ if __name__ == "__main__":
 
 import argparse
 import ast
-import base64
 import contextlib
 import hashlib
 import json
@@ -677,7 +676,6 @@ def parse(argv):
     add("--out", help="where predictions and scores go (results for --bench and --report, else --ckpt)")
     add("--answer", choices=("likelihood", "letter", "generate"), default="likelihood",
         help="how options are chosen; open questions are always generated")
-    add("--length", choices=("mean", "sum"), default="mean", help="of token log-likelihoods")
     add("--template", help="a text file with {question}, {options}, {goal}: the words of --answer letter and generate")
     add("--prompt", choices=("base", "task", "cue"), default="base",
         help="what leads a question, as in data.py: nothing, task details, or the first-person cue and those")
@@ -688,7 +686,7 @@ def parse(argv):
     args = parser.parse_args(argv)
     # These flags do nothing without another one.
     needs = dict.fromkeys(("ask", "start", "end"), "video") | {"bench": "data"}
-    needs |= dict.fromkeys(("videos", "answer", "length", "template", "prompt", "blind", "limit"), "bench")
+    needs |= dict.fromkeys(("videos", "answer", "template", "prompt", "blind", "limit"), "bench")
     for flag, other in needs.items():
         if getattr(args, flag) != parser.get_default(flag) and not getattr(args, other):
             parser.error(f"--{flag} needs --{other}")
@@ -1338,7 +1336,7 @@ def egobench(ckpt, args):
     if args.limit:
         items = spread(items, args.limit)
     words = hashlib.sha256(args.words.encode()).hexdigest()[:16] if args.words else None
-    how = {"length": args.length, "blind": args.blind, "prompt": args.prompt, "template": words}
+    how = {"blind": args.blind, "prompt": args.prompt, "template": words}
     protocol = protocol_of(ckpt, [asdict(item) for item in items], bench=args.bench, answer=args.answer, **how)
     place_clips(items, Path(args.videos or args.root), args.allow_outside, args.blind)
 
@@ -1604,7 +1602,7 @@ def run_items(ckpt, items, texts, bench, args):
 def score_item(context: VideoContext, item: Item, bench, args, sides):
     """What a model says of one item.
 
-    likelihood: log p(option | video, question), as a sum or a mean over tokens. letter: a generated letter,
+    likelihood: log p(option | video, question), as a mean over tokens. letter: a generated letter,
     strictly parsed. generate: an open answer.
     """
     if bench.task == "retrieval":
@@ -1617,8 +1615,7 @@ def score_item(context: VideoContext, item: Item, bench, args, sides):
         return {"reply": reply, "choice": parse_letter(reply, len(item.options))}
     # The model does not see the options beside each other, so their order cannot matter.
     scores = context.score([(words, option) for option in item.options])
-    column = 1 if args.length == "mean" else 0
-    return {"scores": scores[:, column].tolist()}
+    return {"scores": scores[:, 1].tolist()}
 
 
 @torch.no_grad()
@@ -1792,9 +1789,8 @@ body {font: 15px/1.45 system-ui, sans-serif; margin: auto; max-width: 70rem; pad
 table {border-collapse: collapse; width: 100%} .wide {overflow-x: auto} small {color: #666}
 td, th {padding: .3rem .5rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top}
 .bar {position: relative; height: 1.1rem; background: #eee; min-width: 9rem}
-.bar i {position: absolute; top: 0; bottom: 0} .right {color: #14823c} .wrong {color: #b92828}
-.item {border: 1px solid #ddd; border-radius: 6px; padding: .7rem; margin: .8rem 0}
-.item img {max-width: 100%} td small {display: block; min-width: 13rem} td {min-width: 4.5rem}</style>
+.bar i {position: absolute; top: 0; bottom: 0}
+td small {display: block; min-width: 13rem} td {min-width: 4.5rem}</style>
 <h1>EgoBench</h1><p>Per cent; intervals are 95 %. In the bars: the interval (blue), the score (black), chance
 (red). The last columns follow protocols of their own. Ours by likelihood: options are not shown, each is scored by
 itself. By letter: all are listed, and the letter that the reply begins with counts. Words around a question are ours,
@@ -1807,17 +1803,15 @@ ROW = ('<tr><td>{name}<td>{percent[score]:.1f} [{percent[score_lo]:.1f}, {percen
        '<i style="left:{percent[score]:.1f}%;width:2px;background:#000"></i>'
        '<i style="left:{percent[score_chance]:.1f}%;width:2px;background:#c33"></i></div>'
        '<td>{result[score_n]}<td>{percent[score_chance]:.1f}<td>{floor}<td>{bench.paper}<td>{bench.best}'
-       '<td><small>{result[answer]}, {result[length]}<br>{note}</small></tr>')
+       '<td><small>{result[answer]}<br>{note}</small></tr>')
 UNSCORED = ("<tr><td>{name}<td colspan=7>no score: {result[items]} items, {result[unreadable]} unreadable"
             "<td><small>{note}</small></tr>")
-ITEM = "<div class=item>{frames}<p>{question}</p><ol>{options}</ol>{said}<p>true: {truth}</p></div>"
 
 
 def write_report(out):
     """results/ -> one page, without scripts, that loads nothing from elsewhere; foreign text is escaped.
 
-    It shows every score with its interval, its chance level and its blind floor beside the paper's, and a
-    few items.
+    It shows every score with its interval, its chance level and its blind floor beside the paper's.
     """
     results = {name: figures for name in BENCHES if (figures := read_figures(out, name))}
     if not results:
@@ -1832,12 +1826,6 @@ def write_report(out):
     text = escape("; ".join(sorted(made_by)))
     parts.append(f"</table></div><p><small>{text}</small></p>")
 
-    # Four items of each benchmark whose predictions hold their options or answer.
-    for name in results:
-        parts.append(f"<h2>{name}</h2>")
-        predictions = PredictionFiles(out, name, protocol={}).read()
-        rows = [row for row in predictions.values() if row["options"] or row["answer"] is not None]
-        parts += map(report_item, spread(rows, 4))
     path = out / "report.html"
     write_text_atomic(path, "\n".join(parts) + "</html>")
     return path
@@ -1871,7 +1859,7 @@ def report_score(name, result, blind):
     parts = "".join(f"<br>{escape(key)} {percent[key]:.1f}" for key in others)
     # The blind floor counts if all but the video was the same.
     floor = "not run"
-    same = ("weights", "answer", "length", "prompt", "template", "content")
+    same = ("weights", "answer", "prompt", "template", "content")
     if blind.get("score") is not None and all(blind.get(key) == result.get(key) for key in same):
         floor = f"{100 * blind['score']:.1f}"
     return ROW.format(
@@ -1883,38 +1871,6 @@ def report_score(name, result, blind):
         parts=parts,
         floor=floor,
         note=note)
-
-
-def report_item(row):
-    """One prediction: frames of its first clip, the question, what was chosen or said, and the truth."""
-    options = row["options"] or [f"clip {i}" for i in range(1, 6)]
-    truth = row["answer"]
-    marks = {row.get("choice"): "wrong"}
-    if "scores" in row:
-        marks = {int(np.argmax(row["scores"])): "wrong"}
-    marks[truth] = "right"
-    said = row.get("reply", row.get("error"))
-    lines = []
-    if "scores" in row or "choice" in row:
-        lines = [f'<li class="{marks.get(i, "")}">{escape(text)}' for i, text in enumerate(options)]
-    if isinstance(truth, int):
-        truth = None if truth == OUTSIDE else options[truth]
-    return ITEM.format(
-        frames=film_strip(row["clips"][0]),
-        question=escape(row["question"]),
-        options="".join(lines),
-        said=f"<p>said: {escape(said)}</p>" if said else "",
-        truth=escape(truth or ""))
-
-
-def film_strip(clip):
-    """Four frames of a clip, as an image inside the page; nothing if it cannot be read."""
-    try:
-        frames = read_row_clip(clip, num_frames=4, size=160)
-    except DataError:
-        return ""
-    png = encode_png(rearrange(frames, "t c h w -> h (t w) c"))
-    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
 # ----------------------------------------------------------------------------------------- D answers for one's own data
