@@ -635,15 +635,16 @@ def show_answers(path, shown, miss):
         # Lines of text below the frames, each with its colour.
         lines = []
         for question, truth, said in answers:
+            line = question + said
             if truth is None:
-                print(f"  said  {question}{said}")
-                lines.append((f"said: {question}{said}", GREY))
+                lines.append((f"said: {line}", GREY))
+                print(f"  said  {line}")
             elif said.split() == truth.split():
-                print(f"  ok    {question}{said}")
-                lines.append((f"right: {question}{said}", GREEN))
+                lines.append((f"right: {line}", GREEN))
+                print(f"  ok    {line}")
             else:
-                print(f"  {miss:5} {question}{said}   (true: {truth})")
-                lines += [(f"{miss}: {question}{said}", RED), (f"true: {truth}", GREY)]
+                lines += [(f"{miss}: {line}", RED), (f"true: {truth}", GREY)]
+                print(f"  {miss:5} {line}   (true: {truth})")
         items.append(([read_row_clip(clip, num_frames=4, size=96)], lines))
     contact_sheet(path, items)
 
@@ -959,11 +960,10 @@ class Item:
         return str(self.clips[0])
 
     def chance(self):
-        """What a guess gets; an open question has no chance level. Equal options are equally right."""
-        if self.options:
-            right = None if self.answer == OUTSIDE else self.options[self.answer]
-            return self.options.count(right) / len(self.options)
-        return 1 / len(self.clips) if len(self.clips) > 1 else 0.0
+        """What a guess gets, and so do equal scores. An open question has no chance level."""
+        choices = len(self.options) or len(self.clips)
+        open_question = isinstance(self.answer, str)
+        return 0.0 if open_question else outcome(self, {"scores": [0] * choices})
 
 
 # The answer of an item is none of its options. A reader says so after the item has been checked.
@@ -1277,10 +1277,9 @@ BENCHES = {
     "egoexomem": Bench(egoexomem, "choice", "none", "50.4 ego, 51.2 both (VideoRAG, InternVL)",
                        note="not in the paper; the Ego-Exo4D part, of the ego video alone; options not shown, our "
                             "words")}
-# Which test a choice among five is, by the number of items in its file.
-EGOTASKQA_FORMS = {
-    8783: "; EgoThinker's choice among five, 8,783 items",
-    18936: "; lmms-eval's choice among five, 18,936 items, on which a 2B model has 96 % without training"}
+# The number of items tells which test EgoTaskQA's choice among five is.
+FIVE_WAY = ("; a choice among five: EgoThinker's has 8,783 items; lmms-eval's has 18,936, on which a 2B model has 96 % "
+            "without training")
 # The words around a question, which are ours; --template has a user's own.
 TEMPLATES = {
     "likelihood": "{question}",
@@ -1291,14 +1290,6 @@ TASK_DETAILS = {
     "likelihood": "Answer the question about the video.",
     "letter": "Choose the option that answers the question about the video.",
     "generate": "Answer the question about the video in a few words."}
-
-
-def note_of(bench, items):
-    """The caution beside a score, with which of two files it is of where they look alike."""
-    if items[0].kind != "5-way":
-        return bench.note
-    unknown = f"; a choice among five of {len(items):,} items, which we do not know"
-    return bench.note + EGOTASKQA_FORMS.get(len(items), unknown)
 
 
 def question_words(item: Item, args):
@@ -1332,12 +1323,12 @@ def egobench(ckpt, args):
     if not items or len(ids) < len(items):
         raise DataError(f"{args.root}: ids repeat, or there are no items")
     settle_answering(bench, items, args)
-    note = note_of(bench, items)
+    note = bench.note + (FIVE_WAY if items[0].kind == "5-way" else "")
     if args.limit:
         items = spread(items, args.limit)
     words = hashlib.sha256(args.words.encode()).hexdigest()[:16] if args.words else None
     how = {"blind": args.blind, "prompt": args.prompt, "template": words}
-    protocol = protocol_of(ckpt, [asdict(item) for item in items], bench=args.bench, answer=args.answer, **how)
+    protocol = protocol_of(ckpt, items, bench=args.bench, answer=args.answer, **how)
     place_clips(items, Path(args.videos or args.root), args.allow_outside, args.blind)
 
     name = f"{args.bench}-blind" if args.blind else args.bench
@@ -1347,8 +1338,6 @@ def egobench(ckpt, args):
         return
     stem = f"{args.out}/{name}"
     figures = summarise(bench, items, predictions, args)
-    if args.bench == "egoschema":
-        write_submission(f"{stem}.submission.json", items, predictions)
     # JSON has no NaN.
     figures = {key: None if value != value else value for key, value in figures.items()}
     write_text_atomic(f"{stem}.json", json.dumps(protocol | {"note": note} | figures, indent=1))
@@ -1366,7 +1355,7 @@ def share_items(out, name, protocol, items, answer):
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     files = PredictionFiles(out, name, protocol, rank=rank, world=world)
-    with files.lock(rank):
+    with files.lock():
         # This process answers what is not done of its share, the questions about a clip in a row.
         done = files.begin()
         todo = [item for item in items[rank::world] if item.id not in done]
@@ -1409,17 +1398,17 @@ def settle_answering(bench, items, args):
     args.words = args.template and read_template(args.template, items[0], mode)
 
 
-def protocol_of(ckpt, questions, **how):
+def protocol_of(ckpt, items, **how):
     """What predictions depend on: the weights, the questions and the way of answering."""
     # A file that the publishers change makes another test.
-    content = json.dumps(questions)
+    content = json.dumps([asdict(item) for item in items])
     return {
         "ckpt": str(ckpt.folder),
         "weights": fingerprint(ckpt.folder),
         "preset": ckpt.state.get("config", {}).get("preset"),
         "git": git_revision(),
         **how,
-        "items": len(questions),
+        "items": len(items),
         "content": hashlib.sha256(content.encode()).hexdigest()[:16]}
 
 
@@ -1470,21 +1459,22 @@ def find_video(root: Path, name):
 class PredictionFiles:
     """The predictions of one benchmark: NAME.jsonl, or while torchrun's ranks work NAME.rankN.jsonl for each.
 
-    A file's first line is the protocol, then comes one prediction per line. A process appends to its own file
-    and reads all, also those that another number of ranks left. It holds the lock of its rank meanwhile.
+    A file's first line is the protocol, then comes one prediction per line. A process appends to its own file,
+    whose lock it holds meanwhile, and reads all, also those that another number of ranks left.
     """
     def __init__(self, out, name, protocol, rank=0, world=1):
         self.out = out
         self.name = name
         self.protocol = protocol
+        self.rank = rank
         self.gathered = out / f"{name}.jsonl"
         self.own = self.gathered
         if world > 1:
             self.own = out / f"{name}.rank{rank}.jsonl"
 
-    def lock(self, rank, wait=False):
-        """A second process of a rank is refused; "all" is held while files are read or gathered."""
-        return file_lock(self.out / f".{self.name}.lock{rank}", wait)
+    def lock(self):
+        """A second process of a rank is refused."""
+        return file_lock(self.out / f".{self.name}.lock{self.rank}", wait=False)
 
     def paths(self):
         """NAME.jsonl, and the files of ranks, of this run or an earlier one."""
@@ -1524,11 +1514,9 @@ class PredictionFiles:
     def begin(self):
         """Make the own file ready to be appended to; -> ids of the items that are done."""
         # Items with errors are not done: they are tried again.
-        with self.lock("all", wait=True):
-            done = {key for key, row in self.read().items() if "error" not in row}
-            kept = [row for row in self.rows(self.own) if "error" not in row]
-            write_jsonl(self.own, [self.protocol, *kept])
-        return done
+        kept = [row for row in self.rows(self.own) if "error" not in row]
+        write_jsonl(self.own, [self.protocol, *kept])
+        return {key for key, row in self.read().items() if "error" not in row}
 
     def append(self, predictions):
         """Write each prediction as it comes."""
@@ -1539,13 +1527,11 @@ class PredictionFiles:
     def gather(self, items):
         """All predictions, in the items' order, which NAME.jsonl alone holds from now on.
 
-        None: items are missing, a rank is still at work, or another one has gathered them already.
+        None: items are missing, or a rank is still at work.
         """
         with contextlib.ExitStack() as locks:
-            locks.enter_context(self.lock("all", wait=True))
-            # Of ranks that end together the first one gathers, and takes the others' files away.
-            if not self.own.is_file():
-                return None
+            # Ranks that end together gather one after the other.
+            locks.enter_context(file_lock(self.out / f".{self.name}.lock", wait=True))
             # A rank that is at work holds its lock.
             try:
                 for path in self.out.glob(f".{self.name}.lock[0-9]*"):
@@ -1723,14 +1709,6 @@ def summarise(bench, items, predictions, args):
     return counts | figures
 
 
-def write_submission(path, items, predictions):
-    """The file that EgoSchema's server takes; an item without a choice gets the first option."""
-    choices = {}
-    for item, prediction in zip(items, predictions):
-        choices[item.id] = prediction.get("choice") or int(np.argmax(prediction.get("scores", [0])))
-    write_text_atomic(path, json.dumps(choices))
-
-
 def ranking_figures(bench, items, predictions):
     """mAP (and nDCG), with chance as random scores on the same labels get it.
 
@@ -1874,71 +1852,80 @@ def report_score(name, result, blind):
 
 
 # ----------------------------------------------------------------------------------------- D answers for one's own data
-def own_questions(rows, stage):
-    """What a stage is trained to answer about rows, which have its clip: (item, chat) for each answer, as trained.
+@dataclass
+class OwnItem(Item):
+    """A question about one clip of one's own manifest, in a chat where the turns before it have their true answers."""
+    chat: list[dict] = field(default_factory=list)
 
-    Stage 1 sees a row's first exo clip, all others its ego clip. Stage 3 answers a row's turns, if it has some; else
-    the row is narrated. The turns before a question stand in its chat with their true answers. The truth is the item's
-    `answer`; a last turn without one, and a row without any text, are questions whose truth nobody knows.
+
+def own_view(stage):
+    """The view of a row that a stage is asked about."""
+    return "exo" if stage == 1 else "ego"
+
+
+def own_items(rows, stage):
+    """What a stage is trained to answer about the rows that have its clip: an item for each answer, as trained.
+
+    Stage 3 answers a row's turns, if it has some; else the row is narrated. A last turn without an answer, and a row
+    without any text, are questions whose truth nobody knows.
     """
+    view = own_view(stage)
     for row in rows:
-        clip = row["exo"][0] if stage == 1 else row["ego"]
+        # The first exo clip, or the ego clip.
+        clips = clips_of({view: row[view]})[:1] if row.get(view) else []
         chats = chats_of(row, "turns" if stage == 3 else "narration")
         turns = chats[0] if chats else [{"user": NARRATE}]
-        for number, turn in enumerate(turns, 1):
-            item = Item(row["id"], [clip], turn["user"], answer=turn.get("assistant"))
-            if number > 1:
-                item.id += f" turn {number}"
+        for number, turn in enumerate(turns if clips else []):
             # The chat ends with the question: its answer waits.
             asked = {key: text for key, text in turn.items() if key != "assistant"}
-            yield item, [*turns[:number - 1], asked]
+            yield OwnItem(
+                id=f"{row['id']} turn {number + 1}" if number else row["id"],
+                clips=clips,
+                question=turn["user"],
+                answer=turn.get("assistant"),
+                chat=[*turns[:number], asked])
 
 
-def answer_own(model, tokenizer, questions, stage):
+def answer_own(model, tokenizer, items, view):
     """Predictions: id, clip, question, truth, answer, and whether it is right (but for spaces; None without a truth).
     Where a clip cannot be read or a chat is too long, there is an "error", which counts as wrong."""
     model.eval()
     seen = None
-    for item, chat in questions:
-        clip = item.clips[0]
-        prediction = {"id": item.id, "clip": clip, "question": item.question, "truth": item.answer, "answer": ""}
+    for item in items:
+        clip, = item.clips
+        truth = item.answer
+        prediction = {"id": item.id, "clip": clip, "question": item.question, "truth": truth, "answer": ""}
         try:
             # A clip is read once, whatever is asked about it.
             if clip != seen:
-                visual = look_at(model, clip, "exo" if stage == 1 else "ego")
+                visual = look_at(model, clip, view)
                 seen = clip
-            ids, _ = tokenizer.chat(chat, visual.shape[1])
+            ids, _ = tokenizer.chat(item.chat, visual.shape[1])
             room = room_for_answer(model, ids)
             reply, = model.generate(visual, [torch.tensor(ids)], eos=tokenizer.eos, max_new=room)
             prediction["answer"] = tokenizer.decode(reply).strip()
         except DataError as error:
             prediction["error"] = str(error)
-        right = None
-        if item.answer is not None:
-            right = "error" not in prediction and prediction["answer"].split() == item.answer.split()
-        yield prediction | {"right": right}
+        right = "error" not in prediction and prediction["answer"].split() == str(truth).split()
+        yield prediction | {"right": None if truth is None else right}
 
 
 def answer_manifest(ckpt, rows, out, name):
     """Answer every row of a manifest as it was trained. OUT/NAME.jsonl has the answers, NAME.json the scores against
     what the rows say, NAME.png five of them."""
     stage = ckpt.state["stage"]
-    view = "exo" if stage == 1 else "ego"
-    shown = [row for row in rows if row.get(view)]
-    asked = list(own_questions(shown, stage))
-    questions = {item.id: (item, chat) for item, chat in asked}
-    if len(questions) < len(asked) or not asked:
+    view = own_view(stage)
+    items = list(own_items(rows, stage))
+    ids = {item.id for item in items}
+    if len(ids) < len(items) or not items:
         raise DataError(f"no row has an {view} clip, which stage {stage} reads, or ids repeat")
-    items = [item for item, _ in asked]
-    protocol = protocol_of(ckpt, [[asdict(item), chat] for item, chat in asked], data=name)
-
-    def answer(todo):
-        return answer_own(ckpt.model, ckpt.tokenizer, [questions[item.id] for item in todo], stage)
-    predictions = share_items(out, name, protocol, items, answer)
+    protocol = protocol_of(ckpt, items, data=name)
+    predictions = share_items(out, name, protocol, items,
+                              lambda todo: answer_own(ckpt.model, ckpt.tokenizer, todo, view))
     if predictions is None:
         return
     figures = {
-        f"rows without an {view} clip": len(rows) - len(shown),
+        f"rows without an {view} clip": sum(not row.get(view) for row in rows),
         "answers": len(predictions),
         "unreadable": sum("error" in one for one in predictions)}
     # Exact match and ROUGE-L of those whose truth is known.
@@ -1960,24 +1947,24 @@ def show_own(path, predictions):
     shown, errors = [], []
     for one in predictions:
         if "error" in one:
-            errors.append(f"not shown: {one['error']}")
+            errors.append(one["error"])
         else:
             shown.append((one["clip"], [(f"{one['question']} ", one["truth"], one["answer"])]))
-    print(*errors[:5], sep="\n", end="\n" if errors else "")
+    for error in errors[:5]:
+        print(f"not shown: {error}")
     if shown:
         show_answers(path, spread(shown, 5), miss="said")
 
 
 def show_own_samples(model, tokenizer, rows, stage, out):
     """Five rows of what a run was trained on: what the model says of them beside what they say."""
-    view = "exo" if stage == 1 else "ego"
+    view = own_view(stage)
     some = spread(rows, 1000)
-    asked = own_questions([row for row in some if row.get(view)], stage)
-    questions = spread([(item, chat) for item, chat in asked if item.answer is not None], 5)
-    if not questions:
+    items = spread([item for item in own_items(some, stage) if item.answer is not None], 5)
+    if not items:
         print(f"none of {len(some)} rows has an {view} clip and a text: there is no sample to show")
         return
-    show_own(Path(out) / "samples.png", answer_own(model, tokenizer, questions, stage))
+    show_own(Path(out) / "samples.png", answer_own(model, tokenizer, items, view))
     print(f"pictures: {out}/samples.png\nnext: {next_command(stage, out)}", flush=True)
 
 

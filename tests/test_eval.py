@@ -175,13 +175,13 @@ def test_a_question_without_a_truth_is_answered_and_counted_apart(toy):
     ego = read_manifest(toy / "toy/test.jsonl")[0]["ego"]
     rows = [{"id": "a", "ego": ego, "turns": [{"user": "Is it red?", "assistant": "Yes."}, {"user": "Why?"}]}, {"id": "b", "ego": ego},
             {"id": "c", "exo": [ego], "text": "x"}]
-    found = list(evaluation.answer_own(model, tokenizer, evaluation.own_questions(rows[:2], stage=3), stage=3))
+    found = list(evaluation.answer_own(model, tokenizer, evaluation.own_items(rows[:2], stage=3), view="ego"))
     assert [(one["id"], one["question"], one["truth"]) for one in found] == [
         ("a", "Is it red?", "Yes."), ("a turn 2", "Why?", None), ("b", NARRATE, None)]
     assert [one["right"] is None for one in found] == [False, True, True]
     # Stages before the third narrate; the first of them sees exo clips.
-    asked = [item.question for item, _ in evaluation.own_questions([rows[0] | {"text": "y"}], stage=2)]
-    assert asked == [NARRATE] and [item.id for item, _ in evaluation.own_questions(rows[2:], stage=1)] == ["c"]
+    asked = [item.question for item in evaluation.own_items([rows[0] | {"text": "y"}], stage=2)]
+    assert asked == [NARRATE] and [item.id for item in evaluation.own_items(rows, stage=1)] == ["c"]
 
 
 def test_chance_is_a_draw_from_the_answers_to_the_same_question():
