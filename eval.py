@@ -30,8 +30,9 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from html import escape
-from itertools import groupby, zip_longest
+from itertools import zip_longest
 from pathlib import Path
+from string import ascii_uppercase
 
 import numpy as np
 import torch
@@ -52,13 +53,14 @@ from model import (VIDEO, Exo2Ego, KVCache, SharedPrefix, autocast,
 def iterate_batches(model, tokenizer, rows, view, batch=100):
     """The clips of all rows, in order, in batches on the model's device.
 
-    `view` is ego, exo or pair; a row has at most one exo clip. DataError: a clip cannot be read.
+    `view` is ego, exo or pair. A batch has one sample per row, for a row of the micro-world has one exo clip.
+    DataError: a clip cannot be read.
     """
     device = next(model.parameters()).device
     loader = Loader(rows, model.cfg, tokenizer, view=view, batch=batch, train=False)
     steps = math.ceil(len(rows) / batch)
-    for (clips,) in loader.stream(0, steps):
-        yield clips.to(device)
+    for (micro_batch,) in loader.stream(0, steps):
+        yield micro_batch.to(device)
 
 
 @torch.no_grad()
@@ -85,17 +87,17 @@ def generate_answers(model, tokenizer, visual, questions, batch=125, max_new=32)
 
 
 def narration_log_likelihood(model, tokenizer, visual, pairs, batch=250):
-    """log p(narration | clip) in nats, summed over its tokens, of each (row of visual, narration) -> (n,)."""
+    """log p(narration | clip) in nats, summed over its tokens, of each (row number, narration) -> (pairs,)."""
     scores = []
     for first in range(0, len(pairs), batch):
         # The narration is the supervised answer of a chat that shows the clip.
-        clips, chats = [], []
-        for clip, text in pairs[first:first + batch]:
+        numbers, chats = [], []
+        for number, text in pairs[first:first + batch]:
             turn = {"user": NARRATE, "assistant": text}
-            clips.append(clip)
+            numbers.append(number)
             chats.append(tokenizer.chat([turn], visual.shape[1]))
         ids, labels, lens = pack(chats, visual.device)
-        scores.append(model.log_likelihood(visual[clips], ids, labels, lens))
+        scores.append(model.log_likelihood(visual[numbers], ids, labels, lens))
     return torch.cat(scores).cpu().numpy()
 
 
@@ -121,21 +123,21 @@ def exo_features(model, tokenizer, rows):
 
 
 def transfer(model, tokenizer, rows, picture):
-    """Does F(x) call up the exo view of its moment? The distance is the loss's by default: KL between connector tokens.
+    """Is the exo clip of its own moment the nearest to F(x)? The distance is the loss's: KL between connector tokens.
 
-    Of 200 scenes the first moments are compared with one another, and then the five moments of each scene. -> the share
-    of moments whose own exo clip is the nearest, and the median rank of it; the same for x as it is, without F.
+    The candidates are first the exo clips of 200 scenes, one per scene, and then the five exo clips of one scene.
+    -> the share of moments whose own exo clip is the nearest, its median rank, and both figures for x without F.
     """
     rows = rows[:200 * CLIPS]
     exo, mapped, unmapped = exo_features(model, tokenizer, rows)
     figures = {}
     for name, estimate in {"": mapped, "_x": unmapped}.items():
-        # Among the scenes.
+        # The candidates are the first moments of all scenes.
         orders = rank_exo_clips(exo[::CLIPS], estimate[::CLIPS])
         figures |= rank_figures(f"transfer{name}", own_ranks(orders), candidates=len(orders))
         if estimate is mapped:
             show_transfer(picture, rows[::CLIPS], orders)
-        # Among the moments of a scene.
+        # The candidates are the five moments of one scene.
         ranks = []
         for scene, estimates in zip(exo.split(CLIPS), estimate.split(CLIPS)):
             ranks += own_ranks(rank_exo_clips(scene, estimates))
@@ -167,7 +169,7 @@ def rank_figures(name, ranks, candidates):
 def kl_true_vs_shuffled(model, tokenizer, rows):
     """KL(exo || F(ego)) of true partners and of shuffled ones: after transfer the true one is well below."""
     exo, estimate, _ = exo_features(model, tokenizer, rows)
-    # Half the rows away is another scene.
+    # The partner that is half of the rows away is of another scene.
     shuffled = exo.roll(len(exo) // 2, 0)
     return {
         "kl_true": float(feature_kl(exo, estimate).mean()),
@@ -176,17 +178,17 @@ def kl_true_vs_shuffled(model, tokenizer, rows):
 
 
 def narrate_with_mean_F(model, tokenizer, rows, visual):
-    """Does the decoder read off F(x) what is in this very clip? Then the score drops when the tokens of F(x) give
-    way to their mean over all clips. A model trained on x alone is the fairer control (--no-mapping)."""
+    """Does the decoder learn from F(x) what a clip shows? If it does, the score drops when the mean over all clips
+    takes the place of F(x). A model that was trained on x alone is the fairer control (--no-mapping)."""
     own, mapped = visual.chunk(2, dim=1)
     mean = mapped.mean(0, keepdim=True).expand_as(mapped)
     figures, _ = exact_narrations("ego_em_mean_F", model, tokenizer, rows, torch.cat([own, mean], dim=1))
     return figures
 
 
-def learner_after_init(init, base, tokenizer, rows):
-    """The learner as stage 2 found it: Init has taught it, stage 1 has left it alone."""
-    before, _ = load_checkpoint(init, base)
+def learner_after_init(source, base, tokenizer, rows):
+    """The narrations of the learner that stage 2 starts from: Init has trained it, stage 1 has left it as it was."""
+    before, _ = load_checkpoint(source, base)
     before.eval().to(pick_device())
     visual = encode_clips(before, tokenizer, rows, "ego")
     figures, _ = exact_narrations("ego_em_init", before, tokenizer, rows, visual)
@@ -201,13 +203,13 @@ FACTS = {"verb": len(VERBS), "colour": len(COLOURS), "pattern": len(PATTERNS), "
 NARRATION_CHANCE = 1 / math.prod(FACTS.values())                            # 1 / 270
 
 
-def toy_benchmark(model: Exo2Ego, tokenizer: Tokenizer, data: str, stage: int, out, init=None, base=None) -> dict:
+def toy_benchmark(model: Exo2Ego, tokenizer: Tokenizer, data: str, stage: int, out, source=None, base=None) -> dict:
     """The figures of a stage on clips of unseen scenes. They are printed and kept in out/eval.json.
 
     Stages 0 and 1 score the demonstrator's narrations of exo clips. Stage 2 scores the learner's
     narrations, and what F imagines, in out/transfer.png. Stage 3 scores its narrations, its choice of a
     clip among five, and its answers. out/predictions.jsonl holds what the model said of each clip, and
-    out/samples.png shows a few. `init` is the run that the stage started from, `base` has the weights that
+    out/samples.png shows a few. `source` is the run that the stage started from, `base` has the weights that
     it leaves as they are.
     """
     if not (Path(data) / "world.json").is_file():
@@ -226,8 +228,8 @@ def toy_benchmark(model: Exo2Ego, tokenizer: Tokenizer, data: str, stage: int, o
     # Each column of predictions.jsonl has one value per row.
     figures, columns = evaluate_narrations(model, tokenizer, rows, visual, view)
     if stage == 2:
-        if init:
-            figures |= learner_after_init(init, base, tokenizer, rows)
+        if source:
+            figures |= learner_after_init(source, base, tokenizer, rows)
         if model.F is not None:
             figures |= narrate_with_mean_F(model, tokenizer, rows, visual)
             figures |= kl_true_vs_shuffled(model, tokenizer, read_manifest(toy_split(data, "val", world)))
@@ -246,15 +248,11 @@ def toy_benchmark(model: Exo2Ego, tokenizer: Tokenizer, data: str, stage: int, o
     write_jsonl(out / "predictions.jsonl", predictions)
     show_samples(out / "samples.png", rows, predictions)
 
-    # How good was the model that this stage set out from? The run before it scored it on clips of the same view, except
-    # before stage 2, which sets out from a stage of exo clips and has `ego_em_init` instead.
-    earlier = Path(init or "") / "eval.json"
-    if init and earlier.is_file():
-        before = json.loads(read_text(earlier)).get(f"{view}_em")
-        if before is not None:
-            print(f"{view} narrations exact: {100 * before:.1f} % before this stage")
-    write_text_atomic(out / "eval.json", json.dumps(figures, indent=1))
-    print_figures(figures)
+    # The run that this stage started from has a score to compare with, if it read clips of the same view.
+    before = content_of(Path(source), "eval").get(f"{view}_em") if source else None
+    if before is not None:
+        print(f"{view} narrations exact: {100 * before:.1f} % before this stage")
+    keep_figures(out / "eval.json", figures, about={})
     pictures = ", ".join(map(str, sorted(out.glob("*.png"))))
     print(f"pictures: {pictures}; figures: {out}/eval.json")
     print(f"next: {next_command(stage, out, data)}", flush=True)
@@ -292,8 +290,8 @@ def evaluate_questions(model, tokenizer, rows, visual):
 
 
 def guess_chance(questions, truths):
-    """What a uniform draw gets from the truths that the same question has here; questions that stand here once have
-    theirs in common."""
+    """The share that a uniform draw gets right: it draws from the different truths of the same question. All
+    questions that are asked only once have one set of truths."""
     asked = Counter(questions)
     kinds = [question if asked[question] > 1 else None for question in questions]
     truths_of = defaultdict(set)
@@ -308,7 +306,7 @@ def choose_clip(model, tokenizer, rows, visual):
     The wrong four are from other scenes (inter), or the other moments of its scene (intra); all have different
     narrations. -> figures, the outcome of each item as columns "inter" and "intra".
     """
-    # An inter item needs four narrations beside the five of its own scene, or the search never ends.
+    # Nine different narrations are enough: a scene has at most five of them, which leaves four for the wrong clips.
     different = len({row["text"] for row in rows})
     if different < 9:
         raise DataError(f"the test split tells {different} things, a choice needs 9: render a larger --test")
@@ -317,11 +315,11 @@ def choose_clip(model, tokenizer, rows, visual):
     count = min(1000, len(rows))
     figures, columns = {}, {}
     for kind in ("inter", "intra"):
-        # The right clip stands first; equal scores share, so its place cannot help.
+        # The right clip comes first, which cannot help: equally good candidates share the point.
         pairs = []
         for item in range(count):
             candidates = [item, *wrong_clips(rows, item, kind, rng)]
-            pairs += [(clip, rows[item]["text"]) for clip in candidates]
+            pairs += [(number, rows[item]["text"]) for number in candidates]
         scores = narration_log_likelihood(model, tokenizer, visual, pairs).reshape(count, 5)
         columns[kind] = [choice_score(five, right=0) for five in scores]
         figures |= proportion(f"mcq_{kind}", columns[kind], chance=0.2)
@@ -330,24 +328,25 @@ def choose_clip(model, tokenizer, rows, visual):
 
 def wrong_clips(rows, item, kind, rng):
     """The four other candidates of an item, as row numbers."""
-    # Five rows in a row are the moments of one scene.
+    # Five consecutive rows are the moments of one scene.
     first = item // CLIPS * CLIPS
     scene = range(first, first + CLIPS)
     if kind == "intra":
-        return [clip for clip in scene if clip != item]
-    # Clips of other scenes are drawn until four have narrations of their own.
-    clips, texts = [], {rows[item]["text"]}
-    while len(clips) < 4:
-        clip = int(rng.integers(len(rows)))
-        if clip not in scene and rows[clip]["text"] not in texts:
-            clips.append(clip)
-            texts.add(rows[clip]["text"])
-    return clips
+        return [number for number in scene if number != item]
+    # Rows of other scenes are drawn until four have narrations of their own.
+    drawn = []
+    texts = {rows[item]["text"]}
+    while len(drawn) < 4:
+        number = int(rng.integers(len(rows)))
+        if number not in scene and rows[number]["text"] not in texts:
+            drawn.append(number)
+            texts.add(rows[number]["text"])
+    return drawn
 
 
 # ------------------------------------------------------------------- 4 a score is a share, its chance and its interval
 def proportion(name, outcomes, chance):
-    """The mean of outcomes in [0, 1], as the five figures that every score has; `chance` None: four."""
+    """The mean of outcomes in [0, 1], with its chance level (unless it is None), its interval and their number."""
     share = np.mean(outcomes)
     low, high = wilson(share, len(outcomes))
     guessed = {} if chance is None else {f"{name}_chance": chance}
@@ -392,12 +391,8 @@ class VideoContext:
         self.model = model
         self.tokenizer = tokenizer
         self.device = model.decoder.lm_head.weight.device
-        self.video_tokens = 0
-        self.pooled = None
-        if visual is not None:
-            self.video_tokens = visual.shape[1]
-            self.pooled = visual[0].float().mean(0)                         # (W,)
-        # The end of the answer before, which the next question of a conversation brings along.
+        self.video_tokens = 0 if visual is None else visual.shape[1]
+        # The tokens of a conversation that wait to be read with the next question.
         self.unread = []
 
         # The prefix ends with the last visual token. Without a video it is <s> alone.
@@ -425,8 +420,8 @@ class VideoContext:
     def score(self, pairs, batch=64):
         """log p(answer, </s> | video, question) of each (question, answer) -> (pairs, 2).
 
-        The columns are the sum over the answer's tokens, and their mean as `mean_per_token` takes it. At
-        most `batch` answers are in memory at a time, each with a copy of one layer's keys and values.
+        The columns are the sum over the answer's tokens and their mean, in which tokens without any loss do not
+        count. At most `batch` answers are in memory at a time.
         """
         scores = []
         for first in range(0, len(pairs), batch):
@@ -452,7 +447,7 @@ class VideoContext:
         return self.model.cfg.max_length - self.cache.lens[0] - tokens
 
     def next_turn(self, question):
-        """The ids of the next question of the conversation. The end of the answer before it has not been read yet."""
+        """The ids of the next question of the conversation, behind the end of the answer before it."""
         if not self.unread:
             return self.prompt(question)[0]
         return self.unread + self.tokenizer.encode(f"[INST] {question} [/INST]")
@@ -470,8 +465,8 @@ class VideoContext:
             if not text.endswith("\ufffd"):
                 yield text[len(emitted):]
                 emitted = text
-        # The model reads a token when the one after it is asked for. So it has not read the last one: </s>, or, where
-        # the answer was cut short, a word, which </s> then follows.
+        # The model never reads the last token that it chose: the cache lacks the answer's </s>, and the last token of
+        # an answer that was cut short.
         self.unread = [eos]
         if len(tokens) == max_new:
             self.unread = [tokens[-1], eos]
@@ -493,38 +488,51 @@ def prefill(model, tokenizer, clip):
 
 
 def chat(model, tokenizer, clip, question):
-    """Print the answer to one question about a clip, or without one chat until an empty line or Ctrl-D."""
+    """Print the answer to one question about a clip. For None hold a chat, until an empty line or Ctrl-D."""
     context = prefill(model, tokenizer, clip)
-    if question is None:
-        print("Ask about the video. An empty line ends the chat.")
-    with contextlib.suppress(EOFError):
-        while asked := question or input("? ").strip():
-            try:
-                if context.unread and context.room(len(context.next_turn(asked))) < 1:
-                    print(f"(more than the {model.cfg.max_length} tokens that the model reads: the chat begins again)")
-                    context = prefill(model, tokenizer, clip)
-                for piece in context.stream(asked):
-                    print(piece, end="", flush=True)
-            except DataError as error:
-                # A chat goes on after a question that cannot be read.
-                if question:
-                    raise
-                print(error, end="")
-            print(flush=True)
-            if question:
-                return
+    if question is not None:
+        print_answer(context, question)
+        return
+    print("Ask about the video. An empty line ends the chat.")
+    for question in typed_questions():
+        try:
+            if context.unread and context.room(len(context.next_turn(question))) < 1:
+                print(f"(more than the {model.cfg.max_length} tokens that the model reads: the chat begins again)")
+                context = prefill(model, tokenizer, clip)
+            print_answer(context, question)
+        except DataError as error:
+            # A chat goes on after a question that cannot be read.
+            print(error, flush=True)
+
+
+def print_answer(context, question):
+    """Print an answer piece by piece, as the model finds it."""
+    for piece in context.stream(question):
+        print(piece, end="", flush=True)
+    print(flush=True)
 
 
 # ===== a first reader can stop here =====
 
 
 # -------------------------------------------------------------------------------------------------- A batches, pictures
+def typed_questions():
+    """What is typed, line by line, until an empty line or Ctrl-D."""
+    with contextlib.suppress(EOFError):
+        while True:
+            question = input("? ").strip()
+            if not question:
+                return
+            yield question
+
+
 def batches_of_one_length(prompts, most):
     """Lists of prompts' numbers: prompts of one length are decoded 3 to 5 times faster than ragged ones."""
+    of_length = defaultdict(list)
+    for number, prompt in enumerate(prompts):
+        of_length[len(prompt)].append(number)
     batches = []
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for _, same in groupby(order, key=lambda i: len(prompts[i])):
-        same = list(same)
+    for _, same in sorted(of_length.items()):
         batches += [same[first:first + most] for first in range(0, len(same), most)]
     return batches
 
@@ -555,6 +563,12 @@ IN_WORDS = {
     "rouge_l": "ROUGE-L of the answers"}
 
 
+def keep_figures(path, figures, about):
+    """Print figures, and write them to a file, behind what `about` says of them."""
+    write_text_atomic(path, json.dumps(about | figures, indent=1))
+    print_figures(figures)
+
+
 def print_figures(figures):
     """A sentence for each score, with its interval, its number of items and its chance level, if it has one; other
     figures in one line each."""
@@ -564,7 +578,7 @@ def print_figures(figures):
             continue                                            # it stands in the sentence of its score
         # A score that is no number (None) has no interval.
         if value is None or f"{name}_lo" not in figures:
-            print(f"   {name}: {value:.4g}" if isinstance(value, float) else f"   {name}: {value}")
+            print(f"   {name}:", f"{value:.4g}" if isinstance(value, float) else value)
             continue
         low, high, n = (figures[f"{name}_{part}"] for part in ("lo", "hi", "n"))
         line = f"{IN_WORDS.get(name, name)}: {100 * value:.1f} % [{100 * low:.1f}, {100 * high:.1f}] of {n:,}"
@@ -588,7 +602,6 @@ def next_command(stage, out, world=None):
 GREEN = (20, 130, 50)
 RED = (190, 40, 40)
 GREY = (110, 110, 110)
-WHITE = (255, 255, 255)
 
 
 def show_transfer(path, rows, orders):
@@ -601,11 +614,11 @@ def show_transfer(path, rows, orders):
     for i in spread(range(len(rows)), 6):
         tiles = []
         near = orders[i][:3]
-        clips = [rows[i]["ego"], rows[i]["exo"][0], *(rows[number]["exo"][0] for number in near)]
+        clips = [rows[i]["ego"], *(rows[number]["exo"][0] for number in [i, *near])]
         for clip, number in zip(clips, [None, None, *near]):
-            frames = rearrange(read_row_clip(clip, num_frames=2, size=96), "t c h w -> h (t w) c")
-            tile = np.full((96 + 16, width, 3), GREEN if number == i else WHITE, np.uint8)
-            tile[8:-8, 8:-8] = frames
+            tile = np.full((96 + 16, width, 3), GREEN if number == i else 255, np.uint8)
+            frames = read_row_clip(clip, num_frames=2, size=96)
+            tile[8:-8, 8:-8] = rearrange(frames, "t c h w -> h (t w) c")
             tiles.append(tile)
         caption = f"rank {ranks[i]} of {len(rows)}: {rows[i]['text']}"
         sheet += [np.concatenate(tiles, axis=1), written(caption, len(tiles) * width, GREY)]
@@ -686,11 +699,11 @@ def parse(argv):
     add("--report", action="store_true", help="OUT/report.html from what is in OUT")
     args = parser.parse_args(argv)
     # These flags do nothing without another one.
-    needs = dict.fromkeys(("ask", "start", "end"), "video") | {"bench": "data"}
-    needs |= dict.fromkeys(("videos", "answer", "template", "prompt", "blind", "limit"), "bench")
-    for flag, other in needs.items():
-        if getattr(args, flag) != parser.get_default(flag) and not getattr(args, other):
-            parser.error(f"--{flag} needs --{other}")
+    needs = {"video": "ask start end", "data": "bench", "bench": "videos answer template prompt blind limit"}
+    for other, flags in needs.items():
+        for flag in flags.split():
+            if getattr(args, flag) != parser.get_default(flag) and not getattr(args, other):
+                parser.error(f"--{flag} needs --{other}")
     if args.video and args.bench:
         parser.error("--video asks about one file, --bench scores a benchmark: give one of them")
     if args.ask is not None and not args.ask.strip():
@@ -804,11 +817,11 @@ def score(ckpt, args, out):
             show_own_samples(ckpt.model, ckpt.tokenizer, rows, state["stage"], out)
         return
     # The run that this one started from may have moved, or been trained again.
-    init = config.get("init")
-    source = init and newest_checkpoint(init)
-    if not source or fingerprint(source) != state["init"]:
-        init = None
-    toy_benchmark(ckpt.model, ckpt.tokenizer, data[0], state["stage"], out, init, args.base)
+    source = config.get("init")
+    found = source and newest_checkpoint(source)
+    if not found or fingerprint(found) != state["init"]:
+        source = None
+    toy_benchmark(ckpt.model, ckpt.tokenizer, data[0], state["stage"], out, source, args.base)
 
 
 def run_benches(ckpt, args):
@@ -823,7 +836,13 @@ def run_benches(ckpt, args):
         try:
             egobench(ckpt, argparse.Namespace(**vars(args) | own))
         except KeyboardInterrupt:
-            sys.exit(f"\nstopped: what is done is in {own['out']}/{name}*.jsonl, the same command goes on")
+            sys.exit("\nstopped: what is done is kept, the same command goes on")
+
+
+def content_of(folder, name):
+    """What FOLDER/NAME.json holds, such as the figures of a benchmark; nothing if it is not there."""
+    path = folder / f"{name}.json"
+    return json.loads(read_text(path)) if path.is_file() else {}
 
 
 # ------------------------------------------------------------------------------------------------- C EgoBench: metrics
@@ -898,10 +917,8 @@ def rouge_l(said, truth):
         above = row
         row = [0]
         for j, other in enumerate(b):
-            if word == other:
-                row.append(above[j] + 1)
-            else:
-                row.append(max(row[j], above[j + 1]))
+            longest = above[j] + 1 if word == other else max(row[j], above[j + 1])
+            row.append(longest)
     return 2 * row[-1] / max(1, len(a) + len(b))
 
 
@@ -916,7 +933,7 @@ def parse_letter(reply: str, options: int):
     mark = r"\([A-Z]\)|\b[A-Z]\)|(?:^\W*|(?<=[.:)]\s))[A-Z](?:[.:]|\s*$)|(?<=\s)[A-Z][.:](?=[ \t]+\S)"
     marked = set(re.findall("[A-Z]", " ".join(re.findall(mark, reply, re.MULTILINE))))
     letter = found and found[0].strip(" \n\t().:")
-    index = ord(letter) - ord("A") if letter else options
+    index = ascii_uppercase.index(letter) if letter else options
     return index if index < options and marked == {letter} else None
 
 
@@ -947,17 +964,12 @@ class Item:
         if self.answer is None or isinstance(self.answer, list):
             return
         # JSON's true and 2.0 are no numbers of an option.
-        places = range(len(self.options) or len(self.clips))
-        if self.options or len(places) > 1:
-            fits = type(self.answer) is int and self.answer in places
-        else:
-            fits = isinstance(self.answer, str)
+        numbers = range(len(self.options) or len(self.clips))
+        fits = isinstance(self.answer, str)
+        if self.options or len(numbers) > 1:
+            fits = type(self.answer) is int and self.answer in numbers
         if not fits:
-            raise ValueError(f"the answer is {self.answer!r}: a text, or for a choice one of {places}, is needed")
-
-    def video_order(self):
-        """Items sorted by this read each clip once."""
-        return str(self.clips[0])
+            raise ValueError(f"the answer is {self.answer!r}: a text, or for a choice one of {numbers}, is needed")
 
     def chance(self):
         """What a guess gets, and so do equal scores. An open question has no chance level."""
@@ -1135,7 +1147,7 @@ def egoexomem(files, args):
     name, takes.json says which has the colour stream, as in data.py ego-exo4d.
     """
     root = Path(files.videos or files.root)
-    coloured = colour_cameras(root / "takes.json")
+    coloured = colour_cameras(root)
     for q in files.each(files.json("qa_merged_v6.json", "data/EgoExo4D/qa_merged_v6.json")):
         # Of several videos with an ego camera's name, the one whose camera has a colour stream.
         folder = f"takes/{q['take_name']}/frame_aligned_videos"
@@ -1154,10 +1166,10 @@ def egoexomem(files, args):
             kind=q["required_view"])
 
 
-def colour_cameras(path):
+def colour_cameras(root):
     """The names of each take's videos with a colour stream, from Ego-Exo4D's takes.json; nothing if it is not there."""
     coloured = defaultdict(set)
-    for take in json.loads(read_text(path)) if path.is_file() else []:
+    for take in content_of(root, "takes"):
         for streams in take["frame_aligned_videos"].values():
             coloured[take["take_name"]].add(Path(streams.get("rgb", {}).get("relative_path", "")).name)
     return coloured
@@ -1296,7 +1308,7 @@ def question_words(item: Item, args):
     """The words that ask an item: its question, below what --prompt puts first, in the template of --answer."""
     task = TASK_DETAILS[args.answer]
     first = {"base": "", "task": f"{task}\n", "cue": f"{CUE}\n{task}\n"}[args.prompt]
-    options = "\n".join(f"{chr(ord('A') + i)}. {text}" for i, text in enumerate(item.options))
+    options = "\n".join(f"{letter}. {text}" for letter, text in zip(ascii_uppercase, item.options))
     parts = {"question": first + item.question, "options": options, "goal": item.goal}
     # What is put in may hold such marks itself: they stay as they are.
     return re.sub(r"\{(question|options|goal)\}", lambda mark: parts[mark[1]], args.words or TEMPLATES[args.answer])
@@ -1319,38 +1331,35 @@ def egobench(ckpt, args):
     """Score the benchmark `args.bench`, whose official files are in `args.root`."""
     bench = BENCHES[args.bench]
     items = list(convert(bench.reader, args))
-    ids = {item.id for item in items}
-    if not items or len(ids) < len(items):
+    if not items or len({item.id for item in items}) < len(items):
         raise DataError(f"{args.root}: ids repeat, or there are no items")
     settle_answering(bench, items, args)
     note = bench.note + (FIVE_WAY if items[0].kind == "5-way" else "")
     if args.limit:
         items = spread(items, args.limit)
-    words = hashlib.sha256(args.words.encode()).hexdigest()[:16] if args.words else None
-    how = {"blind": args.blind, "prompt": args.prompt, "template": words}
-    protocol = protocol_of(ckpt, items, bench=args.bench, answer=args.answer, **how)
+    protocol = protocol_of(ckpt, items, bench=args.bench, answer=args.answer, blind=args.blind, prompt=args.prompt,
+                           template=args.words)
     place_clips(items, Path(args.videos or args.root), args.allow_outside, args.blind)
 
     name = f"{args.bench}-blind" if args.blind else args.bench
     predictions = share_items(Path(args.out), name, protocol, items,
-                              lambda todo: run_items(ckpt, todo, items[0].options, bench, args))
+                              lambda todo: run_items(ckpt, todo, bench, args))
     if predictions is None:
         return
-    stem = f"{args.out}/{name}"
     figures = summarise(bench, items, predictions, args)
     # JSON has no NaN.
     figures = {key: None if value != value else value for key, value in figures.items()}
-    write_text_atomic(f"{stem}.json", json.dumps(protocol | {"note": note} | figures, indent=1))
-    print_figures(figures)
-    print(f"   {note}", f"{stem}.json", sep="\n", flush=True)
+    path = f"{args.out}/{name}.json"
+    keep_figures(path, figures, protocol | {"note": note})
+    print(f"   {note}\n{path}", flush=True)
 
 
 def share_items(out, name, protocol, items, answer):
     """The predictions of all items, in their order; None while other ranks have some of them to do.
 
     torchrun's ranks share the items. `answer(todo)` yields predictions, which are written as they come, so the
-    same command goes on where a killed one stopped. The rank that ends last has them all, and so has any later
-    call without torchrun.
+    same command goes on where a killed one stopped. The rank that ends last finds all of them, and so does any
+    later call without torchrun.
     """
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -1359,7 +1368,7 @@ def share_items(out, name, protocol, items, answer):
         # This process answers what is not done of its share, the questions about a clip in a row.
         done = files.begin()
         todo = [item for item in items[rank::world] if item.id not in done]
-        todo.sort(key=Item.video_order)
+        todo.sort(key=lambda item: str(item.clips[0]))
         others = len(items) - len(todo)
         print(f"{name}: {len(items)} items, {others} of them done or of other ranks", flush=True)
         predictions = answer(todo)
@@ -1456,29 +1465,28 @@ def find_video(root: Path, name):
     return os.path.realpath(next(filter(Path.is_file, tries), tries[0]))
 
 
+@dataclass
 class PredictionFiles:
-    """The predictions of one benchmark: NAME.jsonl, or while torchrun's ranks work NAME.rankN.jsonl for each.
+    """The predictions of one benchmark: NAME.jsonl, and NAME.rankN.jsonl of each of torchrun's ranks.
 
     A file's first line is the protocol, then comes one prediction per line. A process appends to its own file,
     whose lock it holds meanwhile, and reads all, also those that another number of ranks left.
     """
-    def __init__(self, out, name, protocol, rank=0, world=1):
-        self.out = out
-        self.name = name
-        self.protocol = protocol
-        self.rank = rank
-        self.gathered = out / f"{name}.jsonl"
+    out: Path
+    name: str
+    protocol: dict
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self):
+        self.gathered = self.out / f"{self.name}.jsonl"
         self.own = self.gathered
-        if world > 1:
-            self.own = out / f"{name}.rank{rank}.jsonl"
+        if self.world > 1:
+            self.own = self.out / f"{self.name}.rank{self.rank}.jsonl"
 
     def lock(self):
         """A second process of a rank is refused."""
         return file_lock(self.out / f".{self.name}.lock{self.rank}", wait=False)
-
-    def paths(self):
-        """NAME.jsonl, and the files of ranks, of this run or an earlier one."""
-        return sorted(self.out.glob(f"{self.name}.*jsonl"))
 
     def rows(self, path):
         """The predictions in one file."""
@@ -1498,18 +1506,16 @@ class PredictionFiles:
         for key, value in self.protocol.items():
             if found.get(key) != value and key not in ("ckpt", "git"):
                 raise DataError(
-                    f"{path} was made with {key}={found.get(key)}, this run has {value}: "
+                    f"{path} was made with {key}={found.get(key)!r}, this run has {value!r}: "
                     f"choose another --out or remove it")
 
     def read(self) -> dict:
         """The prediction of each item that has one, by id; an error gives way to a success."""
-        predictions = {}
-        for path in self.paths():
-            for row in self.rows(path):
-                known = predictions.get(row["id"], {"error": "not done"})
-                if "error" in known:
-                    predictions[row["id"]] = row
-        return predictions
+        rows = []
+        for path in sorted(self.out.glob(f"{self.name}.*jsonl")):
+            rows += self.rows(path)
+        rows.sort(key=lambda row: "error" not in row)
+        return {row["id"]: row for row in rows}
 
     def begin(self):
         """Make the own file ready to be appended to; -> ids of the items that are done."""
@@ -1525,41 +1531,26 @@ class PredictionFiles:
                 file.write(json.dumps(prediction) + "\n")
 
     def gather(self, items):
-        """All predictions, in the items' order, which NAME.jsonl alone holds from now on.
-
-        None: items are missing, or a rank is still at work.
-        """
-        with contextlib.ExitStack() as locks:
-            # Ranks that end together gather one after the other.
-            locks.enter_context(file_lock(self.out / f".{self.name}.lock", wait=True))
-            # A rank that is at work holds its lock.
-            try:
-                for path in self.out.glob(f".{self.name}.lock[0-9]*"):
-                    locks.enter_context(file_lock(path, wait=False))
-            except DataError:
-                return None
-            # Now nobody writes: either all items have predictions, or a rank was killed.
-            predictions = self.read()
-            if any(item.id not in predictions for item in items):
-                return None
-            ordered = [predictions[item.id] for item in items]
-            write_jsonl(self.gathered, [self.protocol, *ordered])
-            for path in self.paths():
-                if path != self.gathered:
-                    path.unlink()
+        """All predictions, in the items' order, which NAME.jsonl then holds. None: other ranks have some to do."""
+        predictions = self.read()
+        ordered = [predictions[item.id] for item in items if item.id in predictions]
+        if len(ordered) < len(items):
+            return None
+        write_jsonl(self.gathered, [self.protocol, *ordered])
         return ordered
 
 
-def run_items(ckpt, items, texts, bench, args):
+def run_items(ckpt, items, bench, args):
     """The predictions of items, one by one; a clip that several items in a row are about is read once.
 
     A prediction holds its item and "scores", "reply" or both "reply" and "choice". What cannot be read is an
-    "error" in its prediction, which counts as wrong and is counted. `texts` are those of a retrieval.
+    "error" in its prediction, which counts as wrong and is counted.
     """
     model, tokenizer = ckpt.model, ckpt.tokenizer
     sides = None
     if items and bench.task == "retrieval":
-        sides = text_side(model, tokenizer, [] if args.blind else items, texts)
+        # All items of a retrieval have the same texts.
+        sides = text_side(model, tokenizer, [] if args.blind else items, items[0].options)
     seen = None
     for item in items:
         # The item stands in its prediction, so that a reader or a judge needs no other file. But some share up to
@@ -1572,11 +1563,14 @@ def run_items(ckpt, items, texts, bench, args):
             scores = []
             for clip in item.clips:
                 if clip != seen:
-                    context = prefill(model, tokenizer, None if args.blind else clip)
+                    visual = None if args.blind else look_at(model, clip)
+                    context = VideoContext(model, tokenizer, visual)
                     seen = clip
                 if bench.task == "clips":
                     scores.append(context.score([(NARRATE, item.question)])[0, 0])
-            said = {"scores": scores} if scores else score_item(context, item, bench, args, sides)
+            if bench.task == "retrieval":
+                scores = score_texts(context, visual, item.options, sides)
+            said = {"scores": scores} if scores else score_item(context, item, args)
             if not np.isfinite(said.get("scores", 0)).all():
                 raise DataError("the model's scores are no numbers")
             prediction |= said
@@ -1585,14 +1579,12 @@ def run_items(ckpt, items, texts, bench, args):
         yield prediction
 
 
-def score_item(context: VideoContext, item: Item, bench, args, sides):
-    """What a model says of one item.
+def score_item(context: VideoContext, item: Item, args):
+    """What a model says of one question.
 
     likelihood: log p(option | video, question), as a mean over tokens. letter: a generated letter,
     strictly parsed. generate: an open answer.
     """
-    if bench.task == "retrieval":
-        return {"scores": score_texts(context, item.options, sides)}
     words = question_words(item, args)
     if args.answer == "generate":
         return {"reply": context.generate(words)}
@@ -1602,6 +1594,11 @@ def score_item(context: VideoContext, item: Item, bench, args, sides):
     # The model does not see the options beside each other, so their order cannot matter.
     scores = context.score([(words, option) for option in item.options])
     return {"scores": scores[:, 1].tolist()}
+
+
+def mean_token(visual):
+    """The mean (W,) of a video's tokens (1, tokens, W), in float32."""
+    return visual[0].float().mean(0)
 
 
 @torch.no_grad()
@@ -1622,7 +1619,7 @@ def text_side(model, tokenizer, items, texts):
     videos = []
     for item in items[:64]:
         with contextlib.suppress(DataError):
-            videos.append(prefill(model, tokenizer, item.clips[0]).pooled)
+            videos.append(mean_token(look_at(model, item.clips[0])))
     centre = torch.stack(videos).mean(0) if videos else 0.0
     words = nnf.normalize(words - words.mean(0), dim=-1)
     blind = VideoContext(model, tokenizer, None)
@@ -1630,18 +1627,18 @@ def text_side(model, tokenizer, items, texts):
     return centre, words, alone[:, 1]
 
 
-def score_texts(context: VideoContext, texts, sides):
-    """A score of every text for one video, where `sides` is what `text_side` returned.
+def score_texts(context: VideoContext, visual, texts, sides):
+    """A score of every text for one video, whose tokens `context` has read. `sides` is what `text_side` returned.
 
     Blind, it is how likely a text is by itself, the same for every video.
     """
     centre, words, alone = sides
-    if context.pooled is None:
+    if visual is None:
         return alone.tolist()
 
     # The cosine of pooled [x ; F(x)] and pooled word embeddings, each around its mean: the decoder reads both
     # in one space (our choice).
-    video = nnf.normalize(context.pooled - centre, dim=-1)
+    video = nnf.normalize(mean_token(visual) - centre, dim=-1)
     cosine = (words * video).sum(-1).cpu().numpy()
     scores = cosine.astype(float).round(5)
 
@@ -1679,34 +1676,29 @@ def plain_words(text):
 
 def summarise(bench, items, predictions, args):
     """The score with n, chance and a 95 % interval, and whatever else the benchmark reports."""
-    counts = {"unreadable": sum("error" in p for p in predictions)}
+    figures = {"unreadable": sum("error" in p for p in predictions)}
     if bench.task in ("retrieval", "classes"):
-        return counts | ranking_figures(bench, items, predictions)
+        return figures | ranking_figures(bench, items, predictions)
     known = [(item, p) for item, p in zip(items, predictions) if item.answer is not None]
     if not known:
         raise DataError(f"{args.bench}: none of these {len(items)} items has a public answer")
 
-    # What a model that does not follow the instruction would hide.
+    # A reply without a letter is wrong, and is counted besides.
     if args.answer == "letter":
-        counts["parser_failures"] = sum(p.get("choice") is None for p in predictions)
-    if args.answer != "likelihood":
-        counts["empty_replies"] = sum(p.get("reply") == "" for p in predictions)
+        figures["parser_failures"] = sum(p.get("choice") is None for p in predictions)
 
     # The score of all items, then one for each kind of them.
     chance = np.mean([item.chance() for item, _ in known])
     outcomes = defaultdict(list)
     for item, prediction in known:
-        right = outcome(item, prediction)
-        outcomes["score"].append(right)
-        if item.kind:
-            outcomes[item.kind].append(right)
-    figures = {}
+        for name in filter(None, ("score", item.kind)):
+            outcomes[name].append(outcome(item, prediction))
     for name, rights in outcomes.items():
         figures |= proportion(name, rights, chance)
     if args.answer == "generate":
         overlaps = [rouge_l(p.get("reply", ""), item.answer) for item, p in known]
         figures |= proportion("rouge_l", overlaps, chance=None)
-    return counts | figures
+    return figures
 
 
 def ranking_figures(bench, items, predictions):
@@ -1760,7 +1752,6 @@ def ranking_figures(bench, items, predictions):
 
 
 # ------------------------------------------------------------------------------------------------ EgoBench: the report
-FEW = 100                   # fewer items than this say little: the interval is then wider than +- 10 points
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width"><title>EgoBench</title><style>
 body {font: 15px/1.45 system-ui, sans-serif; margin: auto; max-width: 70rem; padding: 1rem; color: #222}
@@ -1782,6 +1773,8 @@ ROW = ('<tr><td>{name}<td>{percent[score]:.1f} [{percent[score_lo]:.1f}, {percen
        '<i style="left:{percent[score_chance]:.1f}%;width:2px;background:#c33"></i></div>'
        '<td>{result[score_n]}<td>{percent[score_chance]:.1f}<td>{floor}<td>{bench.paper}<td>{bench.best}'
        '<td><small>{result[answer]}<br>{note}</small></tr>')
+TOY = ("<p><b>These figures show that the programs work, not how good the method is: the checkpoint is a toy, trained on "
+       "the micro-world.</b></p>")
 UNSCORED = ("<tr><td>{name}<td colspan=7>no score: {result[items]} items, {result[unreadable]} unreadable"
             "<td><small>{note}</small></tr>")
 
@@ -1791,46 +1784,22 @@ def write_report(out):
 
     It shows every score with its interval, its chance level and its blind floor beside the paper's.
     """
-    results = {name: figures for name in BENCHES if (figures := read_figures(out, name))}
+    results = {name: figures for name in BENCHES if (figures := content_of(out, name))}
     if not results:
         raise DataError(f"{out} holds no results: run eval.py --bench NAME --out {out} first")
-    parts = [PAGE, toy_note(results.values()), TABLE]
-    for name, figures in results.items():
-        blind = read_figures(out, f"{name}-blind")
-        parts.append(report_score(name, figures, blind))
-
-    # Which checkpoints and which code these are the figures of.
-    made_by = {f"{figures['ckpt']}, code {figures['git']}" for figures in results.values()}
-    text = escape("; ".join(sorted(made_by)))
-    parts.append(f"</table></div><p><small>{text}</small></p>")
-
+    rows = [report_score(name, figures, content_of(out, f"{name}-blind")) for name, figures in results.items()]
+    toy = any(figures.get("preset") == "toy" for figures in results.values())
     path = out / "report.html"
-    write_text_atomic(path, "\n".join(parts) + "</html>")
+    write_text_atomic(path, "\n".join([PAGE, TOY if toy else "", TABLE, *rows, "</table></div></html>"]))
     return path
-
-
-def read_figures(out, name):
-    """The figures of a benchmark that has been scored, or nothing."""
-    path = out / f"{name}.json"
-    return json.loads(read_text(path)) if path.is_file() else {}
-
-
-def toy_note(results):
-    """One sentence that says why these figures are no measure of the method; nothing if they may be one."""
-    if any(result.get("preset") == "toy" for result in results):
-        reason = "the checkpoint is a toy, trained on the micro-world"
-    elif any(result.get("score_n", 0) < FEW for result in results):
-        reason = f"some benchmarks have fewer than {FEW} items"
-    else:
-        return ""
-    return f"<p><b>These figures show that the programs work, not how good the method is: {reason}.</b></p>"
 
 
 def report_score(name, result, blind):
     """A benchmark's row of the table."""
-    note = escape(result.get("note", BENCHES[name].note))
+    # The caution, and which checkpoint and which code these are the figures of.
+    note = escape(f"{result['note']}; {result['ckpt']}, code {result['git']}")
     if result.get("score") is None:
-        return UNSCORED.format(name=name, result=defaultdict(int, result), note=note)
+        return UNSCORED.format(name=name, result=result, note=note)
     percent = {key: 100 * value for key, value in result.items() if isinstance(value, float)}
     # What else has an interval stands below the score: its kinds of items, other metrics.
     others = [key for key in percent if f"{key}_lo" in result and key != "score" or key == "nDCG_avg"]
@@ -1936,9 +1905,8 @@ def answer_manifest(ckpt, rows, out, name):
         overlaps = [rouge_l(one["answer"], one["truth"]) for one in known]
         figures |= proportion("exact", [one["right"] for one in known], chance)
         figures |= proportion("rouge_l", overlaps, chance=None)
-    write_text_atomic(out / f"{name}.json", json.dumps(protocol | figures, indent=1))
     show_own(out / f"{name}.png", predictions)
-    print_figures(figures)
+    keep_figures(out / f"{name}.json", figures, protocol)
     print(f"{out}/{name}.jsonl, .json, .png", flush=True)
 
 

@@ -295,7 +295,7 @@ def test_letters_are_asked_once_and_failures_counted(sets, toy, tmp_path):
     bench(sets, tmp_path, toy, "qaego4d-closed", "--answer", "letter")
     figures = json.loads((tmp_path / "qaego4d-closed.json").read_text())
     assert figures["items"] == figures["score_n"] == QUESTIONS
-    assert 0 <= figures["parser_failures"] <= QUESTIONS and "empty_replies" in figures
+    assert 0 <= figures["parser_failures"] <= QUESTIONS
     rows = [json.loads(line) for line in (tmp_path / "qaego4d-closed.jsonl").read_text().splitlines()[1:]]
     assert len({row["options"].index(f"on {i}") for i, row in enumerate(rows)}) > 1          # the right one stands anywhere
 
@@ -312,9 +312,9 @@ def test_a_killed_run_goes_on_and_two_ranks_equal_one(scored, sets, toy, tmp_pat
                     "--data", sets, "--videos", sets / "videos", "--ckpt", toy / "stage3", "--base", toy / "stage0", "--out", two], check=True,
                    capture_output=True, timeout=300)
     a, b = ((folder / "vln-qa.jsonl").read_text().splitlines() for folder in (scored, two))
-    assert a == b and not list(two.glob("*.rank*"))
+    assert a == b and (two / "vln-qa.json").read_text() == (scored / "vln-qa.json").read_text()
     wrong = bench(sets, tmp_path, toy, "qaego4d-open", "--prompt", "task", check=False)
-    assert wrong.returncode and "prompt=base, this run has task" in wrong.stderr
+    assert wrong.returncode and "prompt='base', this run has 'task'" in wrong.stderr
 
 
 def test_ctrl_c_leaves_a_usable_part(sets, toy, tmp_path):
@@ -339,8 +339,8 @@ def test_blind_is_reported_beside_the_score_and_the_page_is_safe(scored, sets, t
     blind = json.loads((scored / "egoschema-blind.json").read_text())["score"]
     assert re.search(rf"<td>egoschema(<td>.*?){{4}}<td>{100 * blind:.1f}<td>61.3", page) and page.count("not run") == len(eval.BENCHES) - 1
     assert page.count("These figures show that the programs work") == 1 and "the checkpoint is a toy" in page
-    few = {"preset": "7b", "score_n": 99}
-    assert "fewer than 100 items" in eval.toy_note([few]) and eval.toy_note([few | {"score_n": 100}]) == ""
+    figures = json.loads((scored / "egoschema.json").read_text())
+    assert f"{figures['ckpt']}, code {figures['git']}</small>" in page
     assert "<script" not in page
     assert "http" not in page.replace("http-equiv", "") and all(name in page for name in eval.BENCHES)
 
@@ -440,7 +440,6 @@ def test_ranks_share_items_by_their_files_alone(sets, toy, tmp_path, scored):
     assert "3 of them done" in bench(sets, tmp_path / "b", toy, "vln-qa").stdout
     for out in (tmp_path / "a", tmp_path / "b"):
         assert (out / "vln-qa.jsonl").read_text() == whole and (out / "vln-qa.json").read_text() == figures
-        assert not list(out.glob("*.rank*"))
     assert "distributed" not in (REPO / "eval.py").read_text()
 
 
@@ -452,22 +451,23 @@ def test_files_of_another_number_of_ranks_are_neither_lost_nor_counted_twice(set
     done = bench(sets, tmp_path, toy, "vln-qa", env={"RANK": "1", "WORLD_SIZE": "2"})       # items 1, 3 and 5
     assert "5 of them done or of other ranks" in done.stdout and "rank 1 is done" in done.stdout
     assert "5 of them done" in bench(sets, tmp_path, toy, "vln-qa").stdout                  # all but item 4
-    assert (tmp_path / "vln-qa.jsonl").read_text() == whole and not list(tmp_path.glob("*.rank*"))
+    assert (tmp_path / "vln-qa.jsonl").read_text() == whole
 
 
-def test_a_rank_at_work_keeps_the_others_from_summing_up(tmp_path):
+def test_the_last_rank_finds_all_predictions(tmp_path):
+    """Items of another rank are waited for by nobody; an error gives way to a success, whichever file has it."""
     files = [eval.PredictionFiles(tmp_path, "x", {"bench": "x"}, rank=rank, world=2) for rank in (0, 1)]
     items = [eval.Item(str(i), [{}]) for i in range(2)]
     for own, item in zip(files, items):
         assert own.begin() == {row["id"] for row in own.read().values()}
         own.append([{"id": item.id}])
-    at_work = f"import sys; sys.path.insert(0, {str(REPO)!r}); import data; from pathlib import Path\n" \
-              f"with data.file_lock(Path({str(tmp_path)!r}) / '.x.lock1', wait=False): print('held', flush=True); input()"
-    other = subprocess.Popen([sys.executable, "-c", at_work], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert other.stdout.readline() == "held\n" and files[0].gather(items) is None and files[1].own.is_file()
-    other.communicate("\n", timeout=60)
-    assert files[1].gather(items) == files[0].gather(items) == [{"id": "0"}, {"id": "1"}]
-    assert [path.name for path in files[0].paths()] == ["x.jsonl"]
+        assert own.gather(items) == (None if own is files[0] else [{"id": "0"}, {"id": "1"}])
+    head, *rows = map(json.loads, (tmp_path / "x.jsonl").read_text().splitlines())
+    assert head == {"bench": "x"} and rows == [{"id": "0"}, {"id": "1"}]
+    alone = eval.PredictionFiles(tmp_path, "y", {"bench": "x"})
+    for name, row in (("y.jsonl", {"id": "0", "error": "gone"}), ("y.rank0.jsonl", {"id": "0"}), ("y.rank1.jsonl", {"id": "0", "error": "gone"})):
+        (tmp_path / name).write_text(json.dumps({"bench": "x"}) + "\n" + json.dumps(row) + "\n")
+    assert alone.read() == {"0": {"id": "0"}} and alone.begin() == {"0"} and alone.gather(items[:1]) == [{"id": "0"}]
 
 
 def test_two_runs_into_one_folder_are_refused(sets, toy, tmp_path):
@@ -491,9 +491,9 @@ def test_retrieval_under_autocast(learner):
     frames, scores = torch.randint(0, 255, (1, 4, 3, 48, 48), dtype=torch.uint8), []
     for half in (False, True):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
-            seen = VideoContext(model, tokenizer, model.encode_ego(frames))
+            visual = model.encode_ego(frames)
             sides = eval.text_side(model, tokenizer, [], item.options)
-            scores.append(np.array(eval.score_texts(seen, item.options, sides)))
+            scores.append(np.array(eval.score_texts(VideoContext(model, tokenizer, visual), visual, item.options, sides)))
     assert np.abs(scores[0] - scores[1]).max() < 0.05           # bfloat16 of the features themselves
 
 
@@ -535,7 +535,7 @@ def test_a_score_that_is_no_number_is_an_item_that_was_not_read(learner, monkeyp
     said = iter((np.array([[0, -1.0], [0, -2.0]]), np.array([[0, math.nan], [0, -2.0]]), np.array([[0, -math.inf], [0, -2.0]])))
     monkeypatch.setattr(VideoContext, "score", lambda *_, **__: next(said))
     args = Namespace(blind=False, answer="likelihood", prompt="base", words=None, bench="x")
-    found = list(eval.run_items(Namespace(model=model, tokenizer=tokenizer), items, [], eval.BENCHES["vln-qa"], args))
+    found = list(eval.run_items(Namespace(model=model, tokenizer=tokenizer), items, eval.BENCHES["vln-qa"], args))
     assert [one.get("error") for one in found] == [None, *["the model's scores are no numbers"] * 2]
     figures = eval.summarise(eval.BENCHES["vln-qa"], items, found, args)
     assert figures["unreadable"] == 2 and figures["score"] == pytest.approx(1 / 3) and json.loads(json.dumps(found, allow_nan=False)) == found
@@ -547,7 +547,7 @@ def test_a_question_that_is_too_long_is_an_error_of_its_item(learner, toy):
     items = [eval.Item("0", [clip], "word " * 300, ["a", "b"], 0), eval.Item("1", [clip], "What?", ["a", "b"], 0)]
     for answer in ("likelihood", "letter", "generate"):
         args = Namespace(blind=False, answer=answer, prompt="base", words=None)
-        long, short = eval.run_items(Namespace(model=model, tokenizer=tokenizer), items, [], eval.BENCHES["vln-qa"], args)
+        long, short = eval.run_items(Namespace(model=model, tokenizer=tokenizer), items, eval.BENCHES["vln-qa"], args)
         assert "a shorter question is needed" in long["error"] and "error" not in short, answer
 
 
@@ -720,10 +720,10 @@ def test_a_template_is_part_of_the_protocol(sets, toy, tmp_path):
     words.write_text("{options}\nWhich of these? {question}")
     bench(sets, tmp_path, toy, "vln-qa", "--answer", "letter", "--template", words, "--prompt", "cue")
     head = json.loads((tmp_path / "vln-qa.jsonl").read_text().splitlines()[0])
-    assert head["prompt"] == "cue" and len(head["template"]) == 16
+    assert head["prompt"] == "cue" and head["template"] == "{options}\nWhich of these? {question}"
     words.write_text("{options}\nWhich of those? {question}")
     wrong = bench(sets, tmp_path, toy, "vln-qa", "--answer", "letter", "--template", words, "--prompt", "cue", check=False)
-    assert wrong.returncode and f"template={head['template']}" in wrong.stderr
+    assert wrong.returncode and f"template={head['template']!r}" in wrong.stderr
     done = bench(sets, tmp_path / "r", toy, "egomcq", "--template", words, "--prompt", "task")
     assert "--template" in done.stdout and "--prompt task does not apply" in done.stdout
     head = json.loads((tmp_path / "r/egomcq.jsonl").read_text().splitlines()[0])

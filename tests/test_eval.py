@@ -167,7 +167,7 @@ def test_every_row_of_a_file_is_answered_as_it_was_trained(toy):
     assert json.loads((toy / "stage3/answers-held_out.json").read_text()) == figures
     (toy / "stage3/answers-held_out.jsonl").write_text(json.dumps(head | {"weights": "others"}) + "\n")
     code, _, err = run(*command, check=False)
-    assert code and "weights=others" in err and "choose another --out" in err
+    assert code and "weights='others'" in err and "choose another --out" in err
 
 
 def test_a_question_without_a_truth_is_answered_and_counted_apart(toy):
