@@ -40,7 +40,7 @@ import torch.nn.functional as nnf
 from einops import rearrange
 from torch import Tensor
 
-from data import (CLIPS, COLOURS, CUE, NARRATE, PATTERNS, VERBS, DataError, Loader, Tokenizer,
+from data import (CLIPS, COLOURS, CUE, NARRATE, PATTERNS, VERBS, DataError, Loader, Screen, Tokenizer,
                   chats_of, clips_of, contact_sheet, convert, encode_png, file_lock, frame_rate, progress,
                   read_manifest, read_manifests, read_row_clip, read_text, spread, toy_split, toy_world,
                   verbalise_wearer, write_jsonl, write_text_atomic, written)
@@ -735,29 +735,6 @@ def main(argv=None):
                  "the command takes the CPU's")
     finally:
         screen.flush()
-
-
-class Screen:
-    """stdout, where what is only shown ends nothing: not a lost reader (`| head`), a full disk or a narrow encoding."""
-    def __init__(self, stream):
-        stream.reconfigure(errors="backslashreplace")
-        self.stream = stream
-
-    def write(self, text):
-        self.show(self.stream.write, text)
-
-    def flush(self):
-        self.show(self.stream.flush)
-
-    def show(self, action, *text):
-        try:
-            action(*text)
-        except OSError:
-            # From here on everything goes nowhere, also what Python flushes at its end.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
 
 
 def default_run():
