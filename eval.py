@@ -123,10 +123,10 @@ def exo_features(model, tokenizer, rows):
 
 
 def transfer(model, tokenizer, rows, picture):
-    """Is the exo clip of its own moment the nearest to F(x)? The distance is the loss's: KL between connector tokens.
+    """Is the exo clip of the same moment the nearest to F(x)? The distance is the loss's: KL between connector tokens.
 
     The candidates are first the exo clips of 200 scenes, one per scene, and then the five exo clips of one scene.
-    -> the share of moments whose own exo clip is the nearest, its median rank, and both figures for x without F.
+    -> the share of moments where it is the nearest, its median rank, and both figures for x without F.
     """
     rows = rows[:200 * CLIPS]
     exo, mapped, unmapped = exo_features(model, tokenizer, rows)
@@ -1342,7 +1342,7 @@ def share_items(out, name, protocol, items, answer):
     world = int(os.environ.get("WORLD_SIZE", 1))
     files = PredictionFiles(out, name, protocol, rank=rank, world=world)
     with files.lock():
-        # This process answers what is not done of its share, the questions about a clip in a row.
+        # This process answers what is not done of its share: all questions about one clip, then the next clip's.
         done = files.begin()
         todo = [item for item in items[rank::world] if item.id not in done]
         todo.sort(key=lambda item: str(item.clips[0]))
@@ -1518,7 +1518,7 @@ class PredictionFiles:
 
 
 def run_items(ckpt, items, bench, args):
-    """The predictions of items, one by one; a clip that several items in a row are about is read once.
+    """The predictions of items, one by one; a clip is read once for all consecutive items about it.
 
     A prediction holds its item and "scores", "reply" or both "reply" and "choice". What cannot be read is an
     "error" in its prediction, which counts as wrong and is counted.
@@ -1750,8 +1750,8 @@ ROW = ('<tr><td>{name}<td>{percent[score]:.1f} [{percent[score_lo]:.1f}, {percen
        '<i style="left:{percent[score_chance]:.1f}%;width:2px;background:#c33"></i></div>'
        '<td>{result[score_n]}<td>{percent[score_chance]:.1f}<td>{floor}<td>{bench.paper}<td>{bench.best}'
        '<td><small>{result[answer]}<br>{note}</small></tr>')
-TOY = ("<p><b>These figures show that the programs work, not how good the method is: the checkpoint is a toy, trained on "
-       "the micro-world.</b></p>")
+TOY = ("<p><b>These figures show that the programs work, not how good the method is: the checkpoint is a toy, trained "
+       "on the micro-world.</b></p>")
 UNSCORED = ("<tr><td>{name}<td colspan=7>no score: {result[items]} items, {result[unreadable]} unreadable"
             "<td><small>{note}</small></tr>")
 
