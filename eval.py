@@ -41,8 +41,8 @@ from einops import rearrange
 from torch import Tensor
 
 from data import (CLIPS, COLOURS, CUE, NARRATE, PATTERNS, VERBS, DataError, Loader, Screen, Tokenizer,
-                  chats_of, clips_of, contact_sheet, convert, encode_png, file_lock, frame_rate, progress,
-                  read_manifest, read_manifests, read_row_clip, read_text, spread, toy_split, toy_world,
+                  chats_of, clips_of, contact_sheet, convert, encode_png, file_lock, progress,
+                  read_manifest, read_manifests, read_row_clip, read_text, spread, time_of_frame, toy_split,
                   verbalise_wearer, write_jsonl, write_text_atomic, written)
 from model import (VIDEO, Exo2Ego, KVCache, SharedPrefix, autocast,
                    choose_attention, feature_kl, fingerprint, git_revision, load_checkpoint,
@@ -53,7 +53,7 @@ from model import (VIDEO, Exo2Ego, KVCache, SharedPrefix, autocast,
 def iterate_batches(model, tokenizer, rows, view, batch=100):
     """The clips of all rows, in order, in batches on the model's device.
 
-    `view` is ego, exo or pair. A batch has one sample per row, for a row of the micro-world has one exo clip.
+    `view` is ego, exo or pair. A batch has one sample per row: the splits that are scored have one exo clip per row.
     DataError: a clip cannot be read.
     """
     device = next(model.parameters()).device
@@ -218,11 +218,10 @@ def toy_benchmark(model: Exo2Ego, tokenizer: Tokenizer, data: str, stage: int, o
     out = Path(out)
 
     # The exo encoder reads the demonstrator's clips, the ego encoder the learner's.
-    world = toy_world(data)
     split, view = "test", "ego"
     if stage <= 1:
         split, view = "exo_test", "exo"
-    rows = read_manifest(toy_split(data, split, world))
+    rows = read_manifest(toy_split(data, split))
     visual = encode_clips(model, tokenizer, rows, view)
 
     # Each column of predictions.jsonl has one value per row.
@@ -232,7 +231,7 @@ def toy_benchmark(model: Exo2Ego, tokenizer: Tokenizer, data: str, stage: int, o
             figures |= learner_after_init(source, base, tokenizer, rows)
         if model.F is not None:
             figures |= narrate_with_mean_F(model, tokenizer, rows, visual)
-            figures |= kl_true_vs_shuffled(model, tokenizer, read_manifest(toy_split(data, "val", world)))
+            figures |= kl_true_vs_shuffled(model, tokenizer, read_manifest(toy_split(data, "val")))
             figures |= transfer(model, tokenizer, rows, out / "transfer.png")
     if stage == 3:
         for evaluate in (choose_clip, evaluate_questions):
@@ -1399,7 +1398,7 @@ def protocol_of(ckpt, items, **how):
 
 
 def place_clips(items, root: Path, allow_outside, blind):
-    """Make the paths of all clips absolute, and their frame numbers seconds at the file's own rate.
+    """Make the paths of all clips absolute, and their frame numbers seconds.
 
     DataError: a path leads out of `root`, or not one video is there.
     """
@@ -1415,20 +1414,23 @@ def place_clips(items, root: Path, allow_outside, blind):
             videos.add(video)
             if "frames" in clip:
                 # The last frame is shown too.
-                rate = clip.pop("rate", None) or rate_of(video)
+                rate = clip.pop("rate", None)
                 first, last = clip.pop("frames")
-                clip["start"] = max(0, first) / rate
-                clip["end"] = (last + 1) / rate
+                clip["start"] = seconds_of(video, max(0, first), rate)
+                clip["end"] = seconds_of(video, last + 1, rate)
     if not blind and not any(map(os.path.isfile, videos)):
         raise DataError(f"none of {len(videos)} videos is there, such as {min(videos)}: pass --videos")
 
 
-def rate_of(video):
-    """Frames per second of a file. One that cannot be read will be the error of its items."""
+def seconds_of(video, frame, rate):
+    """When a frame is shown: at the rate that its benchmark counts with, or by the file's own time stamps. A file that cannot
+    be read will be the error of its items."""
+    if rate:
+        return frame / rate
     try:
-        return frame_rate(video)
+        return time_of_frame(video, frame)
     except DataError:
-        return 30
+        return frame / 30
 
 
 def find_video(root: Path, name):
@@ -1847,8 +1849,10 @@ def answer_own(model, tokenizer, items, view):
                 visual = look_at(model, clip, view)
                 seen = clip
             ids, _ = tokenizer.chat(item.chat, visual.shape[1])
-            room = room_for_answer(model, ids)
-            reply, = model.generate(visual, [torch.tensor(ids)], eos=tokenizer.eos, max_new=room)
+            # A model that never ends an answer stops after twice the length of the true one, and not before 256 tokens.
+            most = max(256, 2 * len(tokenizer.encode(truth or "")))
+            most = min(most, room_for_answer(model, ids))
+            reply, = model.generate(visual, [torch.tensor(ids)], eos=tokenizer.eos, max_new=most)
             prediction["answer"] = tokenizer.decode(reply).strip()
         except DataError as error:
             prediction["error"] = str(error)

@@ -583,7 +583,7 @@ def test_egoplan_counts_epics_frames_at_the_rate_of_its_images(tmp_path):
     """60 a second for P01_13, 50 for P01_103, from 1, whatever the file's rate; Ego4D at the file's own, from 0."""
     (tmp_path / "P01/videos").mkdir(parents=True)
     for name in ("P01/videos/P01_13.MP4", "P01/videos/P01_103.MP4", "uid.mp4"):
-        write_video(tmp_path / name, np.zeros((5, 32, 32, 3), np.uint8), 30)
+        write_video(tmp_path / name, np.zeros((700 if name == "uid.mp4" else 5, 32, 32, 3), np.uint8), 30)
     for video, source, start, end in (("P01_13", "EpicKitchens", 1.0, 601 / 60), ("P01_103", "EpicKitchens", 1.2, 601 / 50),
                                       ("uid", "Ego4D", 61 / 30, 602 / 30)):
         (tmp_path / "EgoPlan_validation.json").write_text(json.dumps([plan(video, source), plan(video, source, "Cleaning the sink.")]))
@@ -782,3 +782,15 @@ def test_a_limit_is_spread_over_the_file(sets, toy, tmp_path):
     bench(sets, tmp_path, toy, "vln-qa", "--limit", "3")
     lines = (tmp_path / "vln-qa.jsonl").read_text().splitlines()[1:]
     assert sorted(json.loads(line)["id"] for line in lines) == ["0", "2", "4"]
+
+
+@pytest.mark.parametrize("rate", [None, 50])
+def test_frame_numbers_become_seconds_by_time_stamps(tmp_path, rate):
+    """Of a film of variable rate; where a benchmark counts at a rate of its own, at that."""
+    from test_video import UNEVEN, encode
+    encode(tmp_path / "v.mp4", "libx264", UNEVEN - UNEVEN[0])
+    item = eval.Item(id="1", clips=[{"video": "v.mp4", "frames": (10, 19)} | ({"rate": rate} if rate else {})], question="q", answer="a")
+    eval.place_clips([item], tmp_path, allow_outside=False, blind=False)
+    clip, times = item.clips[0], UNEVEN - UNEVEN[0]
+    wanted = (times[10], times[20]) if rate is None else (10 / 50, 20 / 50)
+    assert (clip["start"], clip["end"]) == pytest.approx(wanted, abs=1e-3)
