@@ -1725,6 +1725,8 @@ def describe(run, objective, loader, length, log):
     arithmetic = f"{stage.batch // micro} micro batches x {micro} in all, on {run.world} ranks"
     print(f"\n== stage {run.cfg.stage}: {stage.name} == {length} steps x {stage.batch} "
           f"of {loader.samples} samples ({arithmetic})")
+    if run.start:
+        print(f"   starts from {run.start.source}, untouched weights are those of {run.start.base}")
     # Parameters of each part, trained and frozen.
     parts = [*objective.model.named_children(), ("extra", objective.extra)]
     for name, module in parts:

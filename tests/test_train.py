@@ -488,8 +488,9 @@ def test_rows_without_text_take_part_through_kl_and_ccl(toy, tmp_path):
     agree(tmp_path / "a", tmp_path / "b")
 
 
-def test_log_and_validation(toy, tmp_path):
+def test_log_and_validation(toy, tmp_path, capsys):
     go(*flags(toy, 1), "--out", tmp_path / "v", "--steps", 4, "--val-every", 2, "--no-eval")
+    assert f"starts from {newest_checkpoint(toy / 'stage0')}, untouched weights" in capsys.readouterr().out
     rows = log(tmp_path / "v")
     want = {"step", "steps", "loss", "vtg", "lr", "grad_norm", "seconds", "clips_per_second", "tokens_per_second",
             "max_memory_bytes", "skipped", "waited"}
