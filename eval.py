@@ -1423,8 +1423,8 @@ def place_clips(items, root: Path, allow_outside, blind):
 
 
 def seconds_of(video, frame, rate):
-    """When a frame is shown: at the rate that its benchmark counts with, or by the file's own time stamps. A file that cannot
-    be read will be the error of its items."""
+    """When a frame is shown: at the rate that its benchmark counts with, or by the file's own time stamps. A file
+    that cannot be read will be the error of its items."""
     if rate:
         return frame / rate
     try:

@@ -147,8 +147,7 @@ class Segments:
     """Where each sequence of a packed batch starts and ends. The batch holds no padding.
 
     `q_lens` and `k_lens` are integers on the host, so that a loop never waits for a GPU. `cu_q` and `cu_k` are their
-    running sums, int32 on the device. With a KV cache a sequence has more keys than queries: the queries are its last
-    positions.
+    running sums, int32 on the device. With a KV cache a sequence has more keys: the queries are its last positions.
     """
     q_lens: tuple[int, ...]
     k_lens: tuple[int, ...]
@@ -157,8 +156,7 @@ class Segments:
 
     @classmethod
     def cached(cls, new, total, device="cpu") -> Segments:
-        """`new[i]` queries at the end of `total[i]` keys: decoding with a cache. Without one both are equal:
-        `packed`."""
+        """`new[i]` queries behind a cache, with which sequence i has `total[i]` keys. Without a cache: `packed`."""
         q_lens = tuple(map(int, new))
         k_lens = tuple(map(int, total))
         if len(q_lens) != len(k_lens) or min(q_lens + k_lens, default=0) < 0:

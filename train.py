@@ -154,12 +154,9 @@ def run_stage(run, stage, loader, objective, earlier, steps, folder, log):
     trained, first = prepare_objective(run, objective, earlier, folder)
     if run.rank == 0:
         describe(run, objective, loader, steps, log)
-    wrapped, trained, optimizers = prepare_training(run, objective, trained)
+    wrapped, trained, optimizers = prepare_training(run, objective, trained, folder if first > 0 else None)
     validation = validation_loader(run, objective)
     batches = loader.stream(first, steps, run.cfg.workers, run.cfg.overfit, run.cfg.timeout)
-    # Moments, and the random state of this rank, as they were after the checkpoint's step.
-    if first > 0:
-        load_optimizers(folder, optimizers, run.rank, run.device)
     keeper = Keeper(run, objective, optimizers, trained, log, earlier + first)
 
     with keeper:
@@ -248,13 +245,17 @@ def prepare_objective(run, objective, earlier, folder):
     return freeze(objective, run.bf16), done
 
 
-def prepare_training(run, objective, trained):
-    """-> the objective as the ranks share it, what trains, and its optimisers."""
+def prepare_training(run, objective, trained, folder):
+    """-> the objective as the ranks share it, what trains, and its optimisers; these, and the random numbers to come,
+    as the checkpoint `folder` has them."""
     wrapped = wrap(run, objective)
     # FSDP has replaced the parameters by their shards.
     trained = {name: p for name, p in objective.named_parameters() if name in trained}
     rates = {name: objective.stage.trains[part_of(name)] for name in trained}
-    return wrapped, trained, make_optimizers(trained, rates, run.cfg)
+    optimizers = make_optimizers(trained, rates, run.cfg)
+    if folder:
+        load_optimizers(folder, optimizers, run.rank, run.device)
+    return wrapped, trained, optimizers
 
 
 @torch.no_grad()
@@ -1753,8 +1754,9 @@ def describe(run, objective, loader, length, log):
 
     if "ccl" in stage.losses and log.resumed_at == 0:
         with autocast(run.device, run.bf16):
-            log.once["ccl_constant"] = constant_ccl(objective, loader)
-        print(f"   the best constants have ccl {log.once['ccl_constant']:.3f}: a cycle that learns gets well below")
+            log.once = {"ccl_constant": constant_ccl(objective, loader)}
+        print(f"   the best constants have ccl {log.once['ccl_constant']:.3f}: "
+              f"a cycle that learns gets well below")
     # For the speeds that follow: the most that the GPUs can do, and the work of a sample.
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     log.peak = next((run.world * peak for name, peak in PEAK_TFLOPS.items() if name in card), None)
