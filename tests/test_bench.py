@@ -636,7 +636,7 @@ def test_a_time_that_is_no_number_never_becomes_zero(tmp_path):
 
 def test_egoplan2_by_hand(tmp_path):
     """From the first progress, or the task's start, to the current frame at the file's own rate; equal texts are equally right."""
-    write_video(tmp_path / "ab_c.mp4", np.zeros((5, 32, 32, 3), np.uint8), 25)
+    write_video(tmp_path / "ab_c.mp4", np.zeros((700, 32, 32, 3), np.uint8), 25)
     record = plan("unused", "unused") | {"sample_id": "ab_c_2", "domain": "Work", "task_start_frame": 11}
     del record["video_id"], record["video_source"]
     rest = {"sample_id": "ab_c_3", "domain": "Hobbies", "task_progress_metadata": [], "choice_c": "b", "task_goal": "Cleaning the sink."}

@@ -286,7 +286,7 @@ def test_views_of_a_moment_are_synchronized(tmp_path):
     row = {"id": "x", "ego": {"video": "ego.mp4"}, "exo": [{"video": "a.mp4"}, {"video": "b.mp4"}], "text": "t"}
     (tmp_path / "m.jsonl").write_text(json.dumps(row) + "\n")
     one = Loader(read_manifest(tmp_path / "m.jsonl"), PRESETS["toy"], None, view="pair", batch=2)
-    one.prompt = lambda row, index: ([], [])
+    one.chat_of = lambda row, number: ([], [])
     batch = one.batch(3)[0]
     numbers = [[number(f) for f in clip.numpy()] for clip in (batch.ego[0], batch.exo[0], batch.exo[1])]
     assert numbers[0] == numbers[1] == numbers[2]
