@@ -7,59 +7,190 @@ import pytest
 from conftest import REPO
 
 sys.path.insert(0, str(REPO / "tests/study"))
+import compare
 import report
 import run as study
+import variants
+from run import ALL_TOLD, FEW_TOLD, Cell
 
 
-def test_bootstrap_sees_a_difference_and_no_difference():
-    rng = np.random.default_rng(1)
-    base = [rng.random(1000) < 0.4 for _ in range(4)]
-    same = [b.astype(int) for b in base]
-    assert report.paired_bootstrap(same, same) == (0, 0, 0)
-    better = [np.where(rng.random(1000) < 0.2, 1, b) for b in same]
-    mean, low, high = report.paired_bootstrap(better, same)
-    assert low < mean < high and mean == pytest.approx(np.mean([a.mean() - b.mean() for a, b in zip(better, same)]))
-    assert 0.08 < low and high < 0.16                           # 0.2 * 0.6 = 0.12
-    one_seed = [same[0], np.ones(1000, int)]                    # all of the difference in one of two seeds
-    _, low, high = report.paired_bootstrap(one_seed, [same[0], np.zeros(1000, int)])
-    assert low < 0.05 and high > 0.95, "seeds are drawn too, not only clips"
+# ------------------------------------------------------------------------------------------------------- intervals
+def test_student_t_is_that_of_the_tables():
+    """Two-sided 95 % and 99 %, as every textbook prints them."""
+    table = {1: (12.706, 63.657), 2: (4.303, 9.925), 3: (3.182, 5.841), 4: (2.776, 4.604), 9: (2.262, 3.250), 30: (2.042, 2.750)}
+    for freedom, (ninety_five, ninety_nine) in table.items():
+        assert compare.t_quantile(freedom) == pytest.approx(ninety_five, abs=6e-4)
+        assert compare.t_quantile(freedom, 0.99) == pytest.approx(ninety_nine, abs=6e-4)
+        assert compare.t_probability(freedom, -ninety_five) == pytest.approx(0.05, abs=4e-5)     # three digits of t
 
 
-def test_bootstrap_of_one_seed_is_the_clips_interval():
-    a, b = np.repeat([1, 0, 1, 0], 250), np.repeat([1, 0, 0, 0], 250)
-    mean, low, high = report.paired_bootstrap([a], [b])
-    assert mean == 0.25 and abs((high - low) / 2 - 1.96 * (0.25 * 0.75 / 1000) ** 0.5) < 2e-3
+@pytest.mark.parametrize("seeds", (3, 4, 5))
+def test_an_interval_covers_what_it_says(seeds):
+    """Two rows whose seeds spread by 3 points, 2,000 clips each, 4 points apart: 95 % of the intervals hold the 4 points."""
+    rng = np.random.default_rng(seeds)
+    covered, runs = 0, 6000
+    for _ in range(runs):
+        rate = 0.6 + rng.normal(0, 0.03, (2, seeds)) + np.array([[0.04], [0]])
+        row, rival = 100 * rng.binomial(2000, rate.clip(0, 1)) / 2000
+        found = compare.t_interval(row - rival)
+        covered += found.low <= 4 <= found.high
+    assert 0.93 < covered / runs < 0.97
+
+
+@pytest.mark.parametrize("seeds", (3, 5))
+def test_a_table_of_no_differences_says_so(seeds):
+    """Eight rows that equal their rival: one table in twenty has a verdict, not one in three (two points for the simulation)."""
+    rng = np.random.default_rng(seeds)
+    wrong, runs = 0, 600
+    for _ in range(runs):
+        found = compare.compare_table(list(rng.normal(0, 3, (8, seeds))))
+        wrong += any(one.verdict != "no difference seen" for one in found)
+    assert 0.03 < wrong / runs < 0.07
+
+
+def test_holm_holds_each_difference_against_its_own_level():
+    """Interval and Holm's decision agree, row by row, also where a plain t would see more."""
+    small = [1.0, 4.0, 5.0]                                     # p = 0.11
+    clear = [9.0, 10.0, 11.0]                                   # p = 0.003
+    middle = [2.5, 3.5, 4.5]                                    # p = 0.026: below 0.05, above 0.05 / 2
+    one, two, three = compare.compare_table([small, clear, middle])
+    assert two.verdict == "more" and one.verdict == three.verdict == "no difference seen"
+    assert two.high - two.mean == pytest.approx(compare.t_quantile(2, 1 - 0.05 / 3) / 3 ** 0.5)
+    assert three.high - three.mean == pytest.approx(compare.t_quantile(2, 1 - 0.05 / 2) / 3 ** 0.5)
+    alone = compare.compare_table([[-d for d in middle]])[0]
+    assert alone.verdict == "less" and alone.low < alone.mean == -3.5 < alone.high < 0
+
+
+@pytest.mark.parametrize("differences", ([5.0], [5.0, 5.2]))
+def test_no_verdict_below_three_seeds(differences):
+    found, other = compare.compare_table([differences, [1.0, 2.0, 3.0]])
+    assert found.low is None and found.verdict == "too few seeds" and found.mean == pytest.approx(np.mean(differences))
+    # What cannot be judged makes the others no stricter.
+    assert other == compare.t_interval([1.0, 2.0, 3.0])
+
+
+def test_seeds_that_agree_to_the_digit():
+    same, better = compare.compare_table([[0.0, 0.0, 0.0], [2.0, 2.0, 2.0]])
+    assert same.verdict == "no difference seen" and better.verdict == "more"
+
+
+# ------------------------------------------------------------------------------------------------- cells and tables
+def line_of(row, seed, code="new", setting=ALL_TOLD, cpu="AVX2", em=(50.0, 60.0)):
+    """A line of results.jsonl as run.run_cell makes it, with what tables read."""
+    figures = {f"stage{stage}": dict(ego_em=value / 100) for stage, value in zip((2, 3), em)}
+    flags = json.loads(json.dumps(study.asdict(study.ROWS[row])))
+    return dict(row=row, setting=setting, seed=seed, flags=flags, world=study.SETTINGS[setting], code=code, git="abc", cpu=cpu,
+                variant_code=study.variant_hash(study.ROWS[row].variant), cycle={}, figures=figures)
+
+
+def write_results(monkeypatch, tmp_path, lines):
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "results.jsonl")
+    monkeypatch.setattr(study, "code_hash", lambda: "new")
+    study.RESULTS.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_cells_hold_for_their_code_or_what_was_verified(tmp_path, monkeypatch):
+    write_results(monkeypatch, tmp_path, [line_of("full", 0, "old"), line_of("full", 1, "other"), line_of("x only", 0)])
+    x_only, full = Cell("x only", ALL_TOLD, 0), Cell("full", ALL_TOLD, 0)
+    assert set(study.finished()) == {x_only}
+    study.append(dict(verified="middle", same_as="old"))
+    study.append(dict(verified="new", same_as="middle"))
+    assert set(study.finished()) == {x_only, full}
+    study.append(line_of("no KL", 2, "between"))
+    assert Cell("no KL", ALL_TOLD, 2) not in study.finished()
+    study.append(dict(verified="between", same_as="old"))       # on another kind of CPU, say
+    assert set(study.finished()) == {x_only, full, Cell("no KL", ALL_TOLD, 2)}
+
+
+@pytest.mark.parametrize("change", (
+    dict(world="--noise 1"), dict(setting="a setting that is gone"), dict(row="a row that is gone"), dict(variant_code="another class"),
+    dict(flags=dict(stage1="", stage2="--no-kl", stage3="", variant="", stages=[1, 2, 3]))))
+def test_a_cell_is_void_when_its_row_changes(tmp_path, monkeypatch, change):
+    write_results(monkeypatch, tmp_path, [line_of("KL without F", 0), line_of("KL without F", 1) | change])
+    assert set(study.finished()) == {Cell("KL without F", ALL_TOLD, 0)}
+
+
+def cells_of(*lines):
+    return {study.cell_of(line): line for line in lines}
+
+
+def test_a_table_compares_the_seeds_that_both_rows_have():
+    lines = [line_of("full", seed, em=(70 + seed, 75)) for seed in range(4)]
+    lines += [line_of("no KL", seed, em=(60 + seed, 70)) for seed in range(3)]
+    lines += [line_of("x only", 0, em=(50, 55)), line_of("no KL", 3, cpu="AVX512", em=(0, 0))]
+    rows = {line.split(" | ")[0][2:]: line for line in compare.table(cells_of(*lines), "full", ["no KL", "x only"], ALL_TOLD).splitlines()}
+    assert "| 3 |" in rows["no KL"], "another kind of CPU rounds otherwise: that seed is not compared"
+    assert "| 61.0 | -10.0 [-10.0, -10.0] less | 70.0 | -5.0 [-5.0, -5.0] less |" in rows["no KL"]
+    assert "-20.0, too few seeds" in rows["x only"] and "| 4 |" in rows["full"]
+
+
+def test_a_run_is_not_compared_with_itself():
+    """Without LoRA stage 2 is that of `full`: the table has its score and no difference."""
+    lines = [line_of(row, seed, em=(70, 75 - 5 * (row == "no LoRA") + seed)) for seed in range(3) for row in ("full", "no LoRA")]
+    found = compare.comparisons(cells_of(*lines), "full", ["no LoRA"], ALL_TOLD)
+    assert set(found) == {("no LoRA", "stage3")} and found["no LoRA", "stage3"].verdict == "less"
+
+
+def test_settings_are_not_mixed():
+    lines = [line_of("full", seed) for seed in range(3)] + [line_of("no KL", seed, setting=FEW_TOLD) for seed in range(3)]
+    assert compare.comparisons(cells_of(*lines), "full", ["no KL"], ALL_TOLD) == {}
+
+
+def test_what_matters_most_is_made_first():
+    cells = study.cells_of(study.ORDER)
+    assert len(cells) == len(set(cells)) and {cell.row for cell in cells} == set(study.ROWS)
+    assert {cell.row for cell in cells[:24]} == {"full", "F, text alone", "no KL", "shuffled pairs"} and cells[0] == Cell("full", ALL_TOLD, 0)
+    first_late = next(i for i, cell in enumerate(cells) if cell.seed >= 3)
+    assert all(cell.seed >= 3 for cell in cells[first_late:]), "seeds 0 to 2 of all questions come before the others"
 
 
 def test_outcomes_survive_writing():
     bits = [0, 0, 1, 0, 1, 1]
-    cell = {"outcomes": {"stage2": f"{int('1' + ''.join(map(str, bits)), 2):x}"}}
-    assert report.outcomes(cell, "stage2").tolist() == bits
+    assert report.unpack(study.pack(bits)).tolist() == bits
 
 
-def test_cells_hold_for_their_code_or_what_was_verified(tmp_path, monkeypatch):
-    file = tmp_path / "results.jsonl"
-    monkeypatch.setattr(study, "RESULTS", file)
-    monkeypatch.setattr(study, "code_hash", lambda: "new")
-    lines = [dict(row="full", seed=0, code="old"), dict(row="full", seed=1, code="other"), dict(row="x only", seed=0, code="new")]
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert set(study.finished()) == {("x only", 0)}
-    study.append(dict(verified="middle", same_as="old"))
-    study.append(dict(verified="new", same_as="middle"))
-    assert set(study.finished()) == {("x only", 0), ("full", 0)}
-    file.write_text(file.read_text() + json.dumps(dict(row="no KL", seed=2, code="between")) + "\n")
-    assert ("no KL", 2) not in study.finished()
-    study.append(dict(verified="between", same_as="old"))       # on another kind of CPU, say
-    assert set(study.finished()) == {("x only", 0), ("full", 0), ("no KL", 2)}
-
-
-def test_rows_are_flags_that_exist():
+def test_rows_are_flags_that_exist_and_settings_too():
+    import data
     import train
     for row in study.ROWS.values():
         for stage in (1, 2, 3):
             train.parse(["--stage", str(stage), *getattr(row, f"stage{stage}").split()])
+        assert row.variant == "" or row.variant in variants.VARIANTS
+    knobs = {"--" + name.replace("_", "-") for name in data.World.__dataclass_fields__}
+    for words in study.SETTINGS.values():
+        assert set(words.split()[::2]) <= knobs
+    assert {row.variant for row in study.ROWS.values()} - {""} == set(variants.VARIANTS), "no class that no row uses"
 
 
+def test_the_newest_checkpoint_of_a_run_is_taken(tmp_path, monkeypatch):
+    """With saves during a run there are several step_* folders: the last one knows the revision that ended the run."""
+    def made(folder, *words):
+        if folder.name.startswith("stage"):
+            (folder / "eval.json").parent.mkdir(parents=True, exist_ok=True)
+            (folder / "eval.json").write_text('{"ego_em": 0.5, "exo_em": 0.5}')
+            (folder / "predictions.jsonl").write_text('{"said": "a", "text": "a"}\n')
+            (folder / "log.jsonl").write_text('{"step": 1, "ccl_constant": 1.0}\n{"step": 1, "ccl": 2.0}\n{"step": 2, "ccl": 0.5}\n')
+            for step in (40, 150, 100):
+                (folder / f"step_{step:06d}").mkdir(exist_ok=True)
+                (folder / f"step_{step:06d}/state.json").write_text(json.dumps(dict(git=f"step {step}")))
+        return folder
+    monkeypatch.setattr(study, "command", made)
+    line = study.run_cell(Cell("full", ALL_TOLD, 0), tmp_path)
+    assert line["git"] == "step 150" and line["cycle"] == dict(constant=1.0, first=2.0, last=1.25)
+    assert report.unpack(line["outcomes"]["stage2"]).tolist() == [1]
+
+
+def test_cells_that_begin_alike_share_their_stages(tmp_path):
+    def stages(row, setting=ALL_TOLD):
+        return study.places(study.ROWS[row], setting, 0, tmp_path)[1]
+    full, no_kl, no_lora = stages("full"), stages("no KL"), stages("no LoRA")
+    assert full[1] == no_kl[1] and full[2] != no_kl[2]
+    assert full[2] == no_lora[2] and full[3] != no_lora[3]
+    assert stages("F = identity")[2] != stages("KL without F")[2] != full[2]
+    assert stages("full", FEW_TOLD)[0] == full[0] and stages("full", "wild head")[0] != full[0]
+
+
+# ------------------------------------------------------------------------------------------------- curves and the page
 def write_logs(folder, shift):
     """A run of four stages whose loss falls, moved up by `shift`."""
     for stage in range(4):
@@ -68,22 +199,23 @@ def write_logs(folder, shift):
         noise = np.random.default_rng([stage, int(1e6 * shift)]).normal(0, 0.02, 60)
         rows = [dict(step=step, vtg=float(np.exp(-step / 20) + 0.2 + shift + noise[step - 1])) for step in range(1, 61)]
         if stage == 0:                                          # a row of stage 0 has another loss
-            rows[30:] = [dict(step=row["step"], clip=row["vtg"]) for row in rows[30:]]
+            rows[30:] = [dict(step=row["step"], image_text=row["vtg"]) for row in rows[30:]]
         rows.insert(10, dict(step=10, val_loss=1.0))
         log.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def test_a_run_is_laid_over_the_band_of_five_seeds(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "CURVES", tmp_path / "curves")
-    monkeypatch.setattr(report, "places", lambda row, seed, out: (None, {stage: out / f"seed{seed}/stage{stage}" for stage in range(4)}))
+    monkeypatch.setattr(report, "places", lambda row, setting, seed, out: (None, {stage: out / f"seed{seed}/stage{stage}" for stage in range(4)}))
     for seed in range(5):
         write_logs(tmp_path / f"seed{seed}", shift=0.01 * seed)
+        (tmp_path / f"seed{seed}/stage3/eval.json").write_text("{}")
     report.make_curves(tmp_path)
     assert (tmp_path / "curves/curves.png").stat().st_size > 5000 and (tmp_path / "curves/curves.json").stat().st_size < 20_000
     band = report.reference_curves()["stages"]["stage1"]["vtg"]
     first = np.mean([np.exp(-step / 20) + 0.22 for step in range(1, 6)])
     assert len(band["mean"]) == 12 and abs(band["mean"][0] - first) < 0.02 and (band["low"] < band["mean"]).all()
-    assert len(report.reference_curves()["stages"]["stage0"]["clip"]) > 0
+    assert len(report.reference_curves()["stages"]["stage0"]["image_text"]) > 0
     for shift, said in ((0.015, " lies in the band of 5 seeds (vtg "), (1.0, " LEAVES THE BAND of 5 seeds (vtg 0 % of 12 points")):
         write_logs(tmp_path / f"own{shift}", shift)
         assert said in report.compare_curves(tmp_path / f"own{shift}/stage1/log.jsonl")
@@ -94,7 +226,7 @@ def test_a_run_is_laid_over_the_band_of_five_seeds(tmp_path, monkeypatch):
 
 def test_the_page_is_made_of_the_recorded_cells():
     """Whoever changes results.jsonl makes the page anew: report.py --page. It holds the cells whichever code is checked out."""
-    cells = {(line["row"], line["seed"]): line for line in report.recorded() if "row" in line}
+    cells = {study.cell_of(line): line for line in study.recorded() if "row" in line}
     page = report.PAGE.read_text()
     found = report.sections(cells)
     assert set(found) == set(report.re.findall(r"<!-- table: (.*?) -->", page)), "every table has a place"

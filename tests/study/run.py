@@ -1,15 +1,15 @@
 """The study: which part of Exo2Ego matters, in a micro-world whose truth is known.
 
-    python tests/study/run.py --quick                       # one seed of the rows that decide
-    python tests/study/run.py --core --minutes 90           # all rows, five seeds; stops in time, goes on when called again
-    python tests/study/run.py --sweep pairs --minutes 60    # ego | pairs | noise | views
+    python tests/study/run.py --rows "no KL" "x only" --seeds 0 1 2     # rows beside their rival, with intervals
+    python tests/study/run.py --question b --minutes 90     # all that a question of the argument needs
+    python tests/study/run.py --minutes 90                  # all of it, in the order of importance
     python tests/study/run.py --probes                      # what is inside the models that are still cached
-    python tests/study/run.py --verify --row full           # after a change of code: are the numbers still the same?
+    python tests/study/run.py --verify full                 # after a change of code: are the numbers still the same?
 
-It only calls data.py and train.py as a user would. A cell is (row, seed): its world, stages 0 to 3 and both
-benchmarks; stages that cells share are trained once. Every finished cell is one line of results.jsonl, with the
-outcome of every test clip, so that report.py can compare rows clip by clip. A cell that is there is not run again
-while the code is the same, or was shown by --verify to give the same numbers (on one kind of CPU: others round otherwise).
+It only calls data.py, train.py and variants.py as a user would. A cell is (row, setting, seed): its world, stages 0 to 3
+and their benchmarks; stages that cells share are trained once. Every finished cell is one line of results.jsonl, with the
+outcome of every test clip. A cell that is there is not run again while the code is the same, or was shown by --verify to
+give the same numbers (on one kind of CPU: others round otherwise). A call that ran out of minutes goes on when called again.
 """
 import argparse
 import ast
@@ -22,75 +22,149 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+
+from compare import table
 
 REPO = Path(__file__).parents[2]
 RESULTS = Path(__file__).with_name("results.jsonl")
 SEEDS = range(5)
-CPU = torch.backends.cpu.get_cpu_capability()           # AVX2, AVX512: kernels round differently, so numbers equal to the digit need the same
+# Kernels for AVX2 and AVX512 round differently, so numbers equal to the digit need the same.
+CPU = torch.backends.cpu.get_cpu_capability()
 
 
+# ----------------------------------------------------------------------------------------------- what is asked
 @dataclass(frozen=True)
 class Row:
-    """Flags that a row adds to data.py toy and to the stages."""
-    world: str = ""
+    """One way to train: the flags that it adds to the stages, and the variant of variants.py that runs stages 2 and 3."""
     stage1: str = ""
     stage2: str = ""
     stage3: str = ""
+    variant: str = ""
+    stages: tuple = (1, 2, 3)                               # those that it has
 
 
 ROWS = {
     "full": Row(),
-    # the paper's Table 3
+    # (a) does a second path help?
+    "x only": Row(stage2="--no-mapping"),
+    "x only, half the moments": Row(stage2="--no-mapping --batch 16"),
+    "F, text alone": Row(stage2="--no-kl --no-cycle"),
+    "F = identity": Row(stage2="--no-kl --no-cycle", variant="Identity"),
+    "F random, frozen": Row(stage2="--no-kl --no-cycle", variant="FrozenF"),
+    # (b) do partners help?
+    "no KL": Row(stage2="--no-kl"),
+    "shuffled pairs": Row(stage2="--shuffle-pairs"),
+    # (c) is it the mapping?
+    "KL without F": Row(stage2="--no-cycle", variant="Distillation"),
+    "F = identity, with KL": Row(stage2="--no-cycle", variant="Identity"),
+    # (d) how far from the oracle?
+    "oracle [x ; y]": Row(stage2="--no-kl --no-cycle", variant="Oracle", stages=(1, 2)),
+    # (e) the paper's ablations
     "no LoRA": Row(stage3="--no-lora"),
     "forward cycle only": Row(stage2="--forward-cycle-only"),
     "no G, no cycle": Row(stage2="--no-cycle"),
-    "no KL": Row(stage2="--no-kl"),
-    "MLP instead of ResNet blocks": Row(stage2="--mapping mlp"),
-    # our controls
-    "x only": Row(stage2="--no-mapping"),
-    "shuffled pairs": Row(stage2="--shuffle-pairs"),
-    "capacity: F without KL and cycle": Row(stage2="--no-kl --no-cycle"),
+    "FC blocks": Row(stage2="--mapping mlp"),
+    # our own
     "without stage 1": Row(stage1="--steps 1 --lr 1e-9"),
-    # open points
     "contrastive": Row(stage2="--contrastive 0.1"),
-    "KL on the patch grid": Row(stage2="--kl-space vit"),
-    "temperature 0.5": Row(stage2="--kl-temperature 0.5"),
-    "temperature 2": Row(stage2="--kl-temperature 2"),
 }
-QUICK = ("full", "x only", "shuffled pairs", "no KL")
-FEW = "--pairs 3000 --narrated 0.1"                     # much synchronized video, of which one moment in ten is told
-for name in QUICK:
-    ROWS[f"{name}, one in ten narrated"] = Row(world=FEW, stage2=ROWS[name].stage2)
-    ROWS[f"{name}, 720 steps"] = Row(stage2=f"{ROWS[name].stage2} --steps 720".strip())
-for weight in (1, 10):                                  # 0.1 is "full", 0 is "no G, no cycle": what would the cycle need?
-    ROWS[f"cycle weight {weight}"] = Row(stage2=f"--ccl-weight {weight}")
-    ROWS[f"cycle weight {weight}, one in ten narrated"] = Row(world=FEW, stage2=f"--ccl-weight {weight}")
-ROWS["no G, no cycle, one in ten narrated"] = Row(world=FEW, stage2="--no-cycle")
-# The micro-world that data.py toy makes when nothing is said, in which the head moves 0.4 times as much as in the study's.
-DEFAULT = "default world"
-for name in QUICK:
-    ROWS[DEFAULT if name == "full" else f"{DEFAULT}, {name}"] = Row(world="--noise 0.4", stage2=ROWS[name].stage2)
-SWEEPS = {                      # knob of the world: its default ("full", "x only") and other values, each with F and without
-    "ego": (1000, 250, 4000, 10_000), "pairs": (1200, 300, 4800), "noise": (1, 0, 2), "views": (2, 1, 4)}
-for sweep, (default, *values) in SWEEPS.items():
-    flag = {"views": "--exo-cams"}.get(sweep, f"--{sweep}")
-    for value in values:
-        ROWS[f"{sweep} {value}"] = Row(world=f"{flag} {value}")
-        ROWS[f"{sweep} {value}, x only"] = Row(world=f"{flag} {value}", stage2="--no-mapping")
 
-locks, guard = {}, threading.Lock()
+# What data.py toy is told. README's commands and the study share the default world, in which every pair has a narration.
+ALL_TOLD = "all told"
+FEW_TOLD = "few told"
+SETTINGS = {
+    ALL_TOLD: "",
+    # Much synchronized video, of which one moment in five is told.
+    FEW_TOLD: "--pairs 3000 --narrated 0.2",
+    # the ends of the world's knobs
+    "steady head": "--noise 0",
+    "wild head": "--noise 1",
+    "300 pairs": "--pairs 300",
+    "one exo camera": "--exo-cams 1",
+    "four exo cameras": "--exo-cams 4",
+}
+BOTH = (ALL_TOLD, FEW_TOLD)
 
 
-def reachable() -> dict[str, ast.AST]:
-    """What a toy run can reach: the top-level definitions (functions, classes, constants, tables) whose names occur in
-    train.py's main, in data.py's command for the micro-world, or in what these reach, by "file: name"."""
-    defined = {}                                            # name -> [(file, node)]: a name may be in several files
-    for file in ("model.py", "data.py", "eval.py", "train.py"):
+@dataclass(frozen=True)
+class Question:
+    """A step of the argument: a rival, the rows that are held against it, and in which settings. One table answers it."""
+    asks: str
+    rival: str
+    rows: tuple[str, ...]
+    settings: tuple[str, ...] = BOTH
+    seeds: int = 5
+
+
+QUESTIONS = {
+    "a": Question(
+        asks="Does a second path help?",
+        rival="x only",
+        rows=("full", "F, text alone", "F = identity", "F random, frozen", "x only, half the moments")),
+    "b": Question(
+        asks="Do partners help?",
+        rival="full",
+        rows=("F, text alone", "no KL", "shuffled pairs")),
+    "c": Question(
+        asks="Is it the mapping?",
+        rival="full",
+        rows=("KL without F", "F = identity, with KL")),
+    "d": Question(
+        asks="How far is the oracle?",
+        rival="full",
+        rows=("oracle [x ; y]",)),
+    "e": Question(
+        asks="What do the paper's ablations do?",
+        rival="full",
+        rows=("no LoRA", "forward cycle only", "no G, no cycle", "no KL", "FC blocks"),
+        settings=(ALL_TOLD,)),
+    "own": Question(
+        asks="What do stage 1 and InfoNCE do?",
+        rival="full",
+        rows=("without stage 1", "contrastive"),
+        settings=(ALL_TOLD,), seeds=3),
+    "knobs": Question(
+        asks="What do the knobs of the world do?",
+        rival="x only",
+        rows=("full",),
+        settings=tuple(SETTINGS)[2:], seeds=2),
+}
+# What is not reached is what matters least.
+ORDER = ("b", "a", "d", "c", "e", "own", "knobs")
+
+
+class Cell(NamedTuple):
+    """A row, trained in a setting from one seed."""
+    row: str
+    setting: str
+    seed: int
+
+
+def cells_of(questions, seeds=None) -> list[Cell]:
+    """The cells that questions need, once each: the first three seeds of all questions before the others."""
+    cells = []
+    for late in (False, True):
+        for key in questions:
+            question = QUESTIONS[key]
+            wanted = range(question.seeds) if seeds is None else seeds
+            cells += [Cell(row, setting, seed) for seed in wanted if (seed >= 3) == late
+                      for setting in question.settings for row in (question.rival, *question.rows)]
+    return list(dict.fromkeys(cells))
+
+
+# ------------------------------------------------------------------------------------------- which code, which cells
+def reachable(files, todo) -> dict[str, ast.AST]:
+    """The top-level definitions (functions, classes, constants, tables) of `files` that `todo`, pairs of a file and a name,
+    can reach by name, each under "file: name"."""
+    # name -> [(file, node)]: a name may be in several files
+    defined = {}
+    for file in files:
         for node in ast.parse((REPO / file).read_text()).body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                 names = [node.name]
@@ -101,8 +175,7 @@ def reachable() -> dict[str, ast.AST]:
                 continue
             for name in names:
                 defined.setdefault(name, []).append((file, node))
-    found = {}
-    todo = [("train.py", "main"), ("data.py", "command_toy")]
+    found, todo = {}, list(todo)
     while todo:
         home, name = todo.pop()
         for file, node in defined.get(name, ()):
@@ -117,18 +190,71 @@ def reachable() -> dict[str, ast.AST]:
     return found
 
 
-@cache
-def code_hash() -> str:
-    """Of what a toy run can reach, as the machine sees it, when this process began: comments and docstrings do not count,
-    nor does a benchmark's reader."""
+def hash_of(definitions: dict[str, ast.AST]) -> str:
+    """A hash of definitions as the machine sees them: comments and docstrings do not count."""
     digest = hashlib.sha256()
-    for name, tree in sorted(reachable().items()):
+    for name, tree in sorted(definitions.items()):
         for node in ast.walk(tree):
             body = getattr(node, "body", None)
             if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
                 body[0].value.value = ""
         digest.update(f"{name} {ast.dump(tree)}".encode())
     return digest.hexdigest()[:12]
+
+
+@cache
+def code_hash() -> str:
+    """Of what a toy run can reach when this process began: a benchmark's reader does not count."""
+    files = ("model.py", "data.py", "eval.py", "train.py")
+    return hash_of(reachable(files, [("train.py", "main"), ("data.py", "command_toy")]))
+
+
+@cache
+def variant_hash(name: str) -> str:
+    """Of variants.py, which a variant adds to that; "" for a row that is flags alone."""
+    file = "tests/study/variants.py"
+    return hash_of(reachable([file], [(file, "main")])) if name else ""
+
+
+def recorded() -> list[dict]:
+    """All lines of results.jsonl: cells, probes, and what --verify found."""
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
+
+
+def cell_of(line: dict) -> Cell:
+    """The cell of a line of results.jsonl."""
+    return Cell(line["row"], line["setting"], line["seed"])
+
+
+def finished() -> dict[Cell, dict]:
+    """Cells of results.jsonl that hold for this code: made by it, or by code that --verify found equal."""
+    lines, valid, known = recorded(), {code_hash()}, 0
+    # What equals code that equals this code holds, too, whichever of the two was verified by the other.
+    while len(valid) > known:
+        known = len(valid)
+        for line in lines:
+            pair = {line.get("verified"), line.get("same_as")}
+            if "verified" in line and pair & valid:
+                valid |= pair
+    return {cell_of(line): line for line in lines if "row" in line and line["code"] in valid and holds(line)}
+
+
+def holds(line: dict) -> bool:
+    """Whether a cell was made with the flags and the variant that its row has now."""
+    row = ROWS.get(line["row"])
+    if row is None or line["flags"] != json.loads(json.dumps(asdict(row))) or line["world"] != SETTINGS.get(line["setting"]):
+        return False
+    return line["variant_code"] == variant_hash(row.variant)
+
+
+def append(line: dict):
+    """One object, whole, at the end of results.jsonl."""
+    with guard, open(RESULTS, "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+# --------------------------------------------------------------------------------------------------- running a cell
+locks, guard = {}, threading.Lock()
 
 
 def command(folder: Path, *words) -> Path:
@@ -146,138 +272,141 @@ def command(folder: Path, *words) -> Path:
 
 
 def pack(right) -> str:
-    """The outcome of every clip as one hexadecimal number: a leading 1, then a bit a clip. report.unpack reads it."""
+    """The outcome of every clip as one hexadecimal number: a leading 1, then a bit per clip. `unpack` of report.py reads it."""
     return f"{int('1' + ''.join(str(int(r)) for r in right), 2):x}"
 
 
-def places(row: Row, seed: int, out: Path) -> tuple[Path, dict[int, Path]]:
-    """Where the world of a row is, and its stages; rows that begin alike share them. Stage 0 is the default world's,
+def places(row: Row, setting: str, seed: int, out: Path) -> tuple[Path, dict[int, Path]]:
+    """Where the world of a cell is, and its stages; cells that begin alike share them. Stage 0 is the default world's,
     unless it would see another one."""
-    label = hashlib.sha256(row.world.encode()).hexdigest()[:8] if row.world else "default"
-    root, flags = out / code_hash() / f"seed{seed}" / label, ""
-    seen = {*row.world.split()} & {"--corpus", "--ego", "--noise", "--fov", "--scale"}
-    stages = {0: (root if seen else root.with_name("default")) / "stage0"}
-    for stage in (1, 2, 3):
-        flags += getattr(row, f"stage{stage}") + "|"
+    words = SETTINGS[setting].split()
+    root = out / code_hash() / f"seed{seed}" / setting.replace(" ", "-")
+    sees_another = {*words} & {"--corpus", "--ego", "--noise", "--fov", "--scale"}
+    stages = {0: (root if sees_another else root.with_name(ALL_TOLD.replace(" ", "-"))) / "stage0"}
+    flags = ""
+    for stage in row.stages:
+        flags += getattr(row, f"stage{stage}") + (f"{row.variant} {variant_hash(row.variant)}" if stage > 1 else "") + "|"
         stages[stage] = root / f"stage{stage}-{hashlib.sha256(flags.encode()).hexdigest()[:8]}"
     return root / "toy", stages
 
 
-def run_cell(name: str, seed: int, out: Path) -> dict:
-    """World, stages and scores of one row at one seed; whatever is there already is not made again."""
-    row, began, figures, outcomes = ROWS[name], time.time(), {}, {}
-    world, stages = places(row, seed, out)
-    # The study's world is noisier than the default; a row may say otherwise.
-    command(world, "data.py", "toy", "--out", world, "--seed", seed, "--noise", 1, *row.world.split())
-    plain = stages[0].with_name("toy")
-    command(plain, "data.py", "toy", "--out", plain, "--seed", seed, "--noise", 1, *(row.world.split() if plain == world else ()))
-    command(stages[0], "train.py", "--stage", 0, "--data", plain, "--out", stages[0], "--seed", seed)
-    for stage in (1, 2, 3):
-        folder = command(stages[stage], "train.py", "--stage", stage, "--data", world, "--base", stages[0], "--init", stages[stage - 1],
-                         "--out", stages[stage], "--seed", seed, *getattr(row, f"stage{stage}").split())
+def run_cell(cell: Cell, out: Path) -> dict:
+    """World, stages and scores of one cell; whatever is there already is not made again."""
+    row, began = ROWS[cell.row], time.time()
+    world, stages = places(row, cell.setting, cell.seed, out)
+    settings = {world: SETTINGS[cell.setting], stages[0].with_name("toy"): SETTINGS[ALL_TOLD]} | {world: SETTINGS[cell.setting]}
+    for folder, flags in settings.items():
+        command(folder, "data.py", "toy", "--out", folder, "--seed", cell.seed, *flags.split())
+    command(stages[0], "train.py", "--stage", 0, "--data", stages[0].with_name("toy"), "--out", stages[0], "--seed", cell.seed)
+
+    figures, outcomes = {}, {}
+    for stage in row.stages:
+        script = ["tests/study/variants.py", row.variant] if row.variant and stage > 1 else ["train.py"]
+        folder = command(stages[stage], *script, "--stage", stage, "--data", world, "--base", stages[0], "--init", stages[stage - 1],
+                         "--out", stages[stage], "--seed", cell.seed, *getattr(row, f"stage{stage}").split())
         figures[f"stage{stage}"] = json.loads((folder / "eval.json").read_text())
         rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
         outcomes[f"stage{stage}"] = pack(r["said"] == r["text"] for r in rows)
-    state = json.loads(next(stages[3].glob("step_*/state.json")).read_text())    # it knows the revision that trained it
-    return dict(row=name, seed=seed, flags=vars(row), code=code_hash(), git=state["git"], cpu=CPU, seconds=round(time.time() - began),
-                figures=figures, outcomes=outcomes)
+    # The newest checkpoint knows the revision that trained it; names order by step.
+    newest = max(stages[row.stages[-1]].glob("step_*"))
+    state = json.loads((newest / "state.json").read_text())
+    return dict(row=cell.row, setting=cell.setting, seed=cell.seed, flags=asdict(row), world=SETTINGS[cell.setting], code=code_hash(),
+                variant_code=variant_hash(row.variant), git=state["git"], cpu=CPU, seconds=round(time.time() - began),
+                cycle=cycle_of(stages[2]), figures=figures, outcomes=outcomes)
+
+
+def cycle_of(stage2: Path) -> dict:
+    """What log.jsonl says of the cycle: its best constant, its first value, and the mean of its last twenty steps."""
+    lines = [json.loads(line) for line in (stage2 / "log.jsonl").read_text().splitlines()]
+    values = [line["ccl"] for line in lines if "ccl" in line]
+    if not values:
+        return {}
+    constant = next((line["ccl_constant"] for line in lines if "ccl_constant" in line), None)
+    return dict(constant=constant, first=values[0], last=sum(values[-20:]) / len(values[-20:]))
 
 
 def probe(out: Path):
     """Look inside the trained models of `full` and of two controls, at every seed whose stages are still cached."""
-    there = {(line["probe"], line["seed"]) for line in recorded() if "probe" in line}
-    wanted = [cell for cell in finished() if cell[0] in ("full", "no KL", "shuffled pairs") and cell not in there]
-    for name, seed in wanted:
-        world, stages = places(ROWS[name], seed, out)
-        if (stages[3] / "eval.json").is_file():
+    there = {(line["probe"], line["seed"]) for line in recorded() if "probe" in line and line["code"] == code_hash()}
+    for cell in finished():
+        world, stages = places(ROWS[cell.row], cell.setting, cell.seed, out)
+        wanted = cell.setting == ALL_TOLD and cell.row in ("full", "no KL", "shuffled pairs") and (cell.row, cell.seed) not in there
+        if wanted and (stages[3] / "eval.json").is_file():
             words = [word for stage, folder in stages.items() for word in (f"--stage{stage}", folder)]
-            done = subprocess.run([sys.executable, "tests/study/probe.py", "--world", world, *words, *["--only-features"] * (name != "full")],
+            words += ["--only-features"] if cell.row != "full" else []
+            done = subprocess.run([sys.executable, "tests/study/probe.py", "--world", world, *words],
                                   cwd=REPO, stdout=subprocess.PIPE, text=True, check=True)
-            append(dict(probe=name, seed=seed, code=code_hash(), **json.loads(done.stdout.splitlines()[-1])))
-            print(f"looked inside {name}, seed {seed}", flush=True)
+            append(dict(probe=cell.row, seed=cell.seed, code=code_hash(), **json.loads(done.stdout.splitlines()[-1])))
+            print(f"looked inside {cell.row}, seed {cell.seed}", flush=True)
 
 
-def recorded() -> list[dict]:
-    """All lines of results.jsonl: cells, and what --verify found."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
-
-
-def finished() -> dict[tuple[str, int], dict]:
-    """Cells of results.jsonl that hold for this code: made by it, or by code that --verify found equal."""
-    lines, valid, known = recorded(), {code_hash()}, 0
-    # What equals code that equals this code holds, too, whichever of the two was verified by the other.
-    while len(valid) > known:
-        known = len(valid)
-        for line in lines:
-            pair = {line.get("verified"), line.get("same_as")}
-            if "verified" in line and pair & valid:
-                valid |= pair
-    return {(line["row"], line["seed"]): line for line in lines if "row" in line and line["code"] in valid}
-
-
-def append(line: dict):
-    """One object, whole, at the end of results.jsonl."""
-    with guard, open(RESULTS, "a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def verify(out: Path, row: str | None):
-    """Run a cell that this kind of CPU made (the latest, or the latest of `row`) afresh with the code as it is: what the old
-    cell recorded must be equal to the digit, and then all older cells hold. Figures that are new void nothing."""
-    cells = [line for line in recorded() if "row" in line and line["cpu"] == CPU and row in (None, line["row"])]
-    if not cells:
-        raise SystemExit(f"no cell of {row or 'any row'} in {RESULTS} was made on a CPU with {CPU}: run one before the change, then --verify after it")
-    old = cells[-1]
-    out = out / "verify"
+def verify(out: Path, row: str):
+    """Run the latest cell of `row` that this kind of CPU made afresh with the code as it is: what the old cell recorded must be
+    equal to the digit, and then all older cells hold. Figures that are new void nothing."""
+    lines = [line for line in recorded() if "row" in line and line["cpu"] == CPU and line["row"] == row]
+    if not lines:
+        raise SystemExit(f"no cell of {row} in {RESULTS} was made on a CPU with {CPU}: run one before the change, then --verify after it")
+    old = lines[-1]
+    cell, out = cell_of(old), out / "verify"
     shutil.rmtree(out, ignore_errors=True)
-    new = run_cell(old["row"], old["seed"], out)
+    new = run_cell(cell, out)
     apart = [f"{stage} {key}: {value} was {figures[key]}" for stage, figures in old["figures"].items() for key in figures
              if (value := new["figures"][stage].get(key)) != figures[key]]
     apart += [f"{stage}: other clips are right" for stage in old["outcomes"] if new["outcomes"][stage] != old["outcomes"][stage]]
+    words = f"{row}, {cell.setting}, seed {cell.seed}"
     if apart:
-        raise SystemExit(f"{old['row']}, seed {old['seed']}: the numbers changed, the cells of code {old['code']} are void:\n" + "\n".join(apart))
-    if (old["row"], old["seed"]) not in finished():
-        append(dict(verified=new["code"], same_as=old["code"], by=[old["row"], old["seed"]]))
-    print(f"{old['row']}, seed {old['seed']}: equal to the digit")
+        raise SystemExit(f"{words}: the numbers changed, the cells of code {old['code']} are void:\n" + "\n".join(apart))
+    if cell not in finished():
+        append(dict(verified=new["code"], same_as=old["code"], by=list(cell)))
+    print(f"{words}: equal to the digit")
+
+
+def run_cells(cells: list[Cell], minutes: float, out: Path):
+    """Run what is not there, as many cells at once as there are cores, and record each; none is started that would end later."""
+    there = finished()
+    left = [cell for cell in cells if cell not in there]
+    print(f"code {code_hash()}: {len(cells) - len(left)} cells are there, {len(left)} to run", flush=True)
+    began, taken = time.time(), []                          # seconds of each finished cell
+
+    def work(cell):
+        if time.time() - began + max(taken, default=0) > minutes * 60:
+            return
+        line = run_cell(cell, out)
+        append(line)
+        taken.append(line["seconds"])
+        scores = ", ".join(f"{stage} {100 * figures.get('ego_em', figures.get('exo_em')):.1f} %" for stage, figures in line["figures"].items())
+        each = (time.time() - began) / len(taken)
+        print(f"{len(taken)}/{len(left)} {cell.row}, {cell.setting}, seed {cell.seed}: {scores} "
+              f"({line['seconds']} s; all done in {(len(left) - len(taken)) * each / 60:.0f} min)", flush=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:        # one thread per process, a process per core
+        list(pool.map(work, left))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--quick", action="store_true")
-    what.add_argument("--core", action="store_true")
-    what.add_argument("--sweep", choices=SWEEPS)
-    what.add_argument("--verify", action="store_true")
-    what.add_argument("--probes", action="store_true")
-    parser.add_argument("--row", choices=ROWS, help="of --verify: which row's latest cell (the latest of all)")
-    parser.add_argument("--minutes", type=float, default=90, help="no cell is started that would end later")
-    parser.add_argument("--seeds", type=int, nargs="*", default=None, help="of 0 1 2 3 4")
-    parser.add_argument("--rows", nargs="*", choices=ROWS, default=None)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--rows", nargs="+", choices=ROWS, help="these rows and their rival (all that the questions need)")
+    what.add_argument("--question", choices=QUESTIONS, help="the rows of one question")
+    what.add_argument("--verify", choices=ROWS, metavar="ROW", help="make this row's latest cell again: equal to the digit?")
+    what.add_argument("--probes", action="store_true", help="look inside models that are still cached")
+    parser.add_argument("--rival", choices=ROWS, default="full", help="of --rows (full)")
+    parser.add_argument("--setting", choices=SETTINGS, default=ALL_TOLD, help=f"of --rows ({ALL_TOLD})")
+    parser.add_argument("--seeds", type=int, nargs="+", help="training seeds (0 1 2 for --rows, else the question's)")
+    parser.add_argument("--minutes", type=float, default=90, help="no cell is started that would end later (90)")
     parser.add_argument("--out", type=Path, default=REPO / "out/study")
     args = parser.parse_args()
-    if args.verify or args.probes:
-        return verify(args.out.resolve(), args.row) if args.verify else probe(args.out.resolve())
-    sweeps = [name for name in ROWS if name.split(" ")[0] in SWEEPS]
-    names = args.rows or (QUICK if args.quick else [n for n in ROWS if n not in sweeps] if args.core else
-                          [n for n in sweeps if n.startswith(f"{args.sweep} ")])
-    seeds = args.seeds if args.seeds is not None else [0] if args.quick else SEEDS
-    there = finished()
-    cells = [(name, seed) for name in names for seed in seeds if (name, seed) not in there]
-    print(f"code {code_hash()}: {len(names) * len(seeds) - len(cells)} cells are there, {len(cells)} to run", flush=True)
-    began, taken = time.time(), []                          # seconds of each finished cell
-
-    def work(cell):
-        if time.time() - began + max(taken, default=0) > args.minutes * 60:
-            return
-        line = run_cell(*cell, args.out.resolve())
-        append(line)
-        taken.append(line["seconds"])
-        each = (time.time() - began) / len(taken)
-        print(f"{len(taken)}/{len(cells)} {line['row']}, seed {line['seed']}: stage 2 {line['figures']['stage2']['ego_em']:.3f}, stage 3 "
-              f"{line['figures']['stage3']['ego_em']:.3f} ({line['seconds']} s; all done in {(len(cells) - len(taken)) * each / 60:.0f} min)",
-              flush=True)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:            # one thread a process, a process a core
-        list(pool.map(work, cells))
+    out = args.out.resolve()
+    if args.verify:
+        return verify(out, args.verify)
+    if args.probes:
+        return probe(out)
+    if not args.rows:
+        return run_cells(cells_of([args.question] if args.question else ORDER, args.seeds), args.minutes, out)
+    # A table of one's own: the rival, and the rows beside it.
+    rows = [row for row in args.rows if row != args.rival]
+    seeds = args.seeds or [0, 1, 2]
+    run_cells([Cell(row, args.setting, seed) for seed in seeds for row in (args.rival, *rows)], args.minutes, out)
+    print(table(finished(), args.rival, rows, args.setting))
 
 
 if __name__ == "__main__":
