@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as nnf
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import eval
@@ -47,11 +47,11 @@ def features(ckpt, rows) -> dict:
     model.eval()
     exo, estimate, patches = [], [], []
     for batch in eval.iterate_batches(model, tokenizer, rows, "pair"):
-        x, y = model.patch_features(model.ego_vit, batch.ego), model.patch_features(model.exo_vit, batch.exo)
-        exo.append(model.exo_connector(y))
-        estimate.append(model.exo_connector(model.F(x)))
-        patches.append(y)
-    y, fx = (F.layer_norm(torch.cat(t).float(), t[0].shape[-1:]) for t in (exo, estimate))  # (600, 8, 96)
+        seen = model(batch.ego, batch.exo)
+        exo.append(model.exo_connector(seen.y))
+        estimate.append(seen.estimate)
+        patches.append(seen.y)
+    y, fx = (nnf.layer_norm(torch.cat(t).float(), t[0].shape[-1:]) for t in (exo, estimate))  # (600, 8, 96)
     constant = y.mean(0, keepdim=True)
     own, theirs = y - constant, fx - fx.mean(0, keepdim=True)
     kl = {"mean": constant.expand_as(y), "shuffled": fx.roll(len(fx) // 2, 0), "true": fx, "true, mean put right": constant + theirs}
@@ -66,16 +66,17 @@ def features(ckpt, rows) -> dict:
 def gradients(ckpt, world, stage1, base, at: str) -> dict:
     """Norm of each weighted loss's gradient on the ego encoder, F and G, for one batch of stage 2."""
     cfg = train.parse(["--stage", "2", "--data", world, "--init", stage1, "--base", base])
-    phase, run = train.stages_of(cfg)[0], train.Run(cfg, 0, 1, torch.device("cpu"), False)
+    stage, = train.stages_of(cfg)
+    run = train.Run(cfg, 0, 1, torch.device("cpu"), False)
     model, tokenizer = train.initial_model(run)
     if at == "end":
-        model = load_checkpoint(ckpt)[0]
-    objective = train.Objective(model, tokenizer, phase, cfg, 1)
-    train.freeze(objective, phase, False)
-    loader = train.training_loader(run, phase, model, tokenizer)
-    objective.measure(loader)
+        model, _ = load_checkpoint(ckpt)
+    objective = train.Objective(model, tokenizer, stage, cfg, 1)
+    train.freeze(objective, bf16=False)
+    loader = train.training_loader(run, stage, model, tokenizer)
+    objective.measure_features(loader)
     batch, norms = loader.micro_batch(range(32)), {}
-    for name, weight in phase.losses.items():
+    for name, weight in stage.losses.items():
         objective.zero_grad(set_to_none=True)
         (weight * objective(batch, float(batch.weights.sum()), batch.samples)[name]).backward()
         for part in ("ego_vit", "F", "G"):
