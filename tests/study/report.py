@@ -24,6 +24,11 @@ EVERY = 5
 
 
 # --------------------------------------------------------------------------------------------------------- the tables
+def filled_or_not(lines: list[str]) -> str:
+    """A table, or a sentence where it has a head and no row yet."""
+    return "\n".join(lines) if len(lines) > 2 else "No cell yet."
+
+
 def unpack(outcomes: str) -> np.ndarray:
     """One 0 or 1 per test clip, of what run.pack wrote."""
     return np.array([int(bit) for bit in f"{int(outcomes, 16):b}"[1:]])
@@ -75,7 +80,7 @@ def default_table(cells: dict) -> str:
         if values:
             lines.append(f"| {label} | {np.mean(values):.1f} | {min(values):.1f} to {max(values):.1f} | {len(values)} | "
                          f"{100 * found[0][key + '_chance']:.1f} | {found[0][key + '_n']:,} |")
-    return "\n".join(lines)
+    return filled_or_not(lines)
 
 
 def cycle_table(cells: dict) -> str:
@@ -89,7 +94,7 @@ def cycle_table(cells: dict) -> str:
                 constant, first, last = (np.mean([cycle[key] for cycle in found]) for key in ("constant", "first", "last"))
                 verdict = "learned" if last < 0.75 * constant else "did not learn"
                 lines.append(f"| {row} | {setting} | {len(found)} | {constant:.3f} | {first:.3f} | {last:.3f} | {last / constant:.2f} | {verdict} |")
-    return "\n".join(lines)
+    return filled_or_not(lines)
 
 
 def scores_table(cells: dict) -> str:
@@ -109,7 +114,7 @@ def scores_table(cells: dict) -> str:
             for key, words in (("kl_true", "true partners"), ("kl_shuffled", "shuffled partners")):
                 found = [figures[key] for figures in figures_of(cells, row, setting, "stage2")]
                 add(f"{row}: KL of {words}, 600 validation clips", setting, found, ".3f")
-    return "\n".join(lines)
+    return filled_or_not(lines)
 
 
 def stages_table(cells: dict) -> str:
