@@ -4,7 +4,11 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import REPO
+import torch
+from conftest import REPO, flags, run
+from safetensors.torch import load_file
+
+from model import load_checkpoint, newest_checkpoint
 
 sys.path.insert(0, str(REPO / "tests/study"))
 import compare
@@ -188,6 +192,71 @@ def test_cells_that_begin_alike_share_their_stages(tmp_path):
     assert full[2] == no_lora[2] and full[3] != no_lora[3]
     assert stages("F = identity")[2] != stages("KL without F")[2] != full[2]
     assert stages("full", FEW_TOLD)[0] == full[0] and stages("full", "wild head")[0] != full[0]
+
+
+# --------------------------------------------------------------------------------------------------------- variants
+@pytest.fixture(scope="module")
+def variant_runs(toy):
+    """Two steps of stage 2 of each variant, with the flags of its row, on the tiny world: name -> run folder."""
+    made = {}
+    for row in study.ROWS.values():
+        if row.variant and row.variant not in made:
+            out = toy / f"variant-{row.variant}"
+            run("tests/study/variants.py", row.variant, *flags(toy, 2, out.name), *row.stage2.split(), "--steps", 2)
+            made[row.variant] = out
+    return made
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def tensors_of(folder):
+    return load_file(newest_checkpoint(folder) / "model.safetensors")
+
+
+def test_F_can_be_the_identity(toy, variant_runs):
+    """The exo connector reads x as it is, so F(x) ranks the exo clips as x does."""
+    figures = json.loads((variant_runs["Identity"] / "eval.json").read_text())
+    for key in ("top1", "median_rank"):
+        assert figures[f"transfer_{key}"] == figures[f"transfer_x_{key}"]
+    model, _ = load_checkpoint(toy / "stage2")
+    variants.identity(model)
+    x = torch.randn(2, 4, 4, 4, 96)
+    assert torch.equal(model.F(x), x)
+
+
+def test_a_frozen_F_stays_as_it_began(toy, variant_runs):
+    """It equals the F of another run of that seed before its first step, and the ego encoder has learned behind it."""
+    begun, frozen = tensors_of(variant_runs["Identity"]), tensors_of(variant_runs["FrozenF"])
+    assert all(torch.equal(begun[name], frozen[name]) for name in begun if name.startswith("F."))
+    before = tensors_of(toy / "stage0")
+    assert not any(torch.equal(frozen[name], before[name]) for name in frozen if name.startswith("ego_vit.blocks") and "weight" in name)
+
+
+def test_distillation_has_a_KL_and_no_F(toy, variant_runs):
+    folder = variant_runs["Distillation"]
+    assert all(step["kl"] > 0 and "ccl" not in step for step in log_of(folder) if "vtg" in step)
+    assert not any(name.startswith(("F.", "G.")) for name in tensors_of(folder))
+    # What it has trained goes on as any other run.
+    run("train.py", *flags(toy, 3, "variant-3"), "--init", folder, "--steps", 1, "--no-eval")
+
+
+def test_the_oracle_is_asked_with_the_true_exo_clip(toy, variant_runs):
+    folder = variant_runs["Oracle"]
+    figures = json.loads((folder / "eval.json").read_text())
+    said = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert figures["ego_em"] == np.mean([row["said"] == row["text"] for row in said]) and len(said) == figures["ego_em_n"] == 20
+    model, _ = load_checkpoint(folder)
+    x, y = torch.randn(2, 4, 4, 4, 96), torch.randn(2, 4, 4, 4, 96)
+    with torch.no_grad():
+        tokens = variants.oracle_tokens(model, x, y)
+        assert torch.equal(tokens, torch.cat([model.ego_connector(x), model.exo_connector(y)], dim=1))
+
+
+def test_an_unknown_variant_is_named():
+    with pytest.raises(SystemExit, match="variant 'Distilation': choose one of Identity, FrozenF, Distillation, Oracle"):
+        variants.main(["Distilation", "--stage", "2"])
 
 
 # ------------------------------------------------------------------------------------------------- curves and the page
