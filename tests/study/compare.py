@@ -1,8 +1,9 @@
-"""Rows beside a rival, and what a difference over a few training seeds can say: Student's t over seeds, Holm over a table.
+"""Rows beside a rival, and what a difference over a few training seeds can say: Student's t, Holm over a table.
 
-The unit is the training seed. Every seed has its own world, its own weights and its own order of samples, and two rows of
-one seed share all three. So the difference of two rows is one number per seed, and the spread of these numbers is what
-another seed would bring. Test clips are no unit: there are two thousand of them, and they say little about the next seed.
+The unit is the training seed. Every seed has its own world, its own weights and its own order of samples, and two rows
+of one seed share all three. So the difference of two rows is one number per seed, and the spread of these numbers is
+what another seed would bring. Test clips are no unit: there are two thousand of them, and they say little about the
+next seed.
 """
 from dataclasses import dataclass
 from functools import cache
@@ -18,7 +19,7 @@ FEWEST_SEEDS = 3
 def _t_table(freedom: int) -> tuple[np.ndarray, np.ndarray]:
     """Angles and the share of |t| below sqrt(freedom) * tan(angle).
 
-    With t = sqrt(freedom) * tan(angle), Student's density becomes cos(angle) ** (freedom - 1): smooth, and on [0, pi / 2].
+    With t = sqrt(freedom) * tan(angle), Student's density becomes cos(angle) ** (freedom - 1), on [0, pi / 2].
     """
     angles = np.linspace(0, np.pi / 2, 20_001)
     density = np.cos(angles) ** (freedom - 1)
@@ -27,7 +28,8 @@ def _t_table(freedom: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def t_quantile(freedom: int, level: float = LEVEL) -> float:
-    """The t below which |t| lies with probability `level`: 12.706, 4.303, 3.182, 2.776 for 1 to 4 degrees of freedom."""
+    """The t below which |t| lies with probability `level`: at 95 % 12.706, 4.303, 3.182, 2.776 for 1 to 4 degrees of
+    freedom."""
     angles, share = _t_table(freedom)
     return float(np.sqrt(freedom) * np.tan(np.interp(level, share, angles)))
 
@@ -40,7 +42,7 @@ def t_probability(freedom: int, t: float) -> float:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The difference of two rows over seeds. `low` and `high` are None where there are too few seeds for an interval."""
+    """The difference of two rows over seeds. `low` and `high` are None where seeds are too few for an interval."""
     mean: float
     seeds: int
     low: float | None = None
@@ -78,10 +80,10 @@ def p_value(differences) -> float:
 def compare_table(differences: list) -> list[Comparison]:
     """One table: per-seed differences of each comparison -> the comparisons, with Holm's adjusted intervals.
 
-    Holm: of m comparisons the smallest p is held against alpha / m, the next against alpha / (m - 1), and so on; the first
-    that fails ends it, and all larger ones fail with it. Each interval is made at the level its p was held against (those
-    after the first failure at the level of the first), so it excludes zero exactly where Holm sees a difference. A
-    comparison of too few seeds takes no part.
+    Holm: of m comparisons the smallest p is held against alpha / m, the next against alpha / (m - 1), and so on; the
+    first that fails ends it, and all larger ones fail with it. Each interval is made at the level that its p was held
+    against (those after the first failure at the level of the first), so it excludes zero exactly where Holm sees a
+    difference. A comparison of too few seeds takes no part.
     """
     p = {i: p_value(d) for i, d in enumerate(differences) if len(d) >= FEWEST_SEEDS}
     found = [t_interval(d) for d in differences]
@@ -120,14 +122,15 @@ def same_run(one: dict, other: dict, stage: str) -> bool:
 
 
 def comparisons(cells: dict, rival: str, rows, setting: str) -> dict[tuple[str, str], Comparison]:
-    """row - rival of each row and stage that both have, in points: (row, stage) -> the comparison. All of one call are one
-    table to Holm."""
+    """row - rival of each row and stage that both have, in points: (row, stage) -> the comparison. All of one call are
+    one table to Holm."""
     differences = {}
     for row in rows:
         seeds = seeds_of(cells, row, rival, setting)
         pairs = [(cells[row, setting, seed], cells[rival, setting, seed]) for seed in seeds]
         for stage in ("stage2", "stage3"):
-            if pairs and all(stage in line["figures"] for pair in pairs for line in pair) and not same_run(*pairs[0], stage):
+            both_have_it = pairs and all(stage in line["figures"] for pair in pairs for line in pair)
+            if both_have_it and not same_run(*pairs[0], stage):
                 differences[row, stage] = [score(own, stage) - score(other, stage) for own, other in pairs]
     return dict(zip(differences, compare_table(list(differences.values()))))
 
@@ -142,10 +145,10 @@ def said(comparison: Comparison | None) -> str:
 
 
 def table(cells: dict, rival: str, rows, setting: str) -> str:
-    """Markdown: exact ego narrations after stages 2 and 3 in per cent (mean over the seeds that a row shares with its rival),
-    each row's difference from the rival, and how often the own exo clip of 200 is nearest to F(x). `cells` is what
-    run.finished gives."""
-    found = comparisons(cells, rival, rows, setting)
+    """Markdown: exact ego narrations after stages 2 and 3 in per cent (mean over the seeds that a row shares with its
+    rival), each row's difference from the rival, and how often the own exo clip of 200 is nearest to F(x). `cells` is
+    what run.finished gives."""
+    compared = comparisons(cells, rival, rows, setting)
     head = f"| row | paper | seeds | own clip nearest | after stage 2 | row - {rival} | after stage 3 | row - {rival} |"
     lines = [head, "|---|---|---|---|---|---|---|---|"]
     for row in (rival, *rows):
@@ -153,10 +156,12 @@ def table(cells: dict, rival: str, rows, setting: str) -> str:
         if not seeds:
             continue
         own = [cells[row, setting, seed] for seed in seeds]
-        nearest = [100 * line["figures"]["stage2"]["transfer_top1"] for line in own if "transfer_top1" in line["figures"]["stage2"]]
-        columns = [row, PAPER.get(row, ""), len(seeds), f"{np.mean(nearest):.1f}" if nearest else ""]
+        # A row without F has no nearest clip, the oracle no stage 3.
+        figures = [line["figures"]["stage2"] for line in own]
+        nearest = [found["transfer_top1"] for found in figures if "transfer_top1" in found]
+        columns = [row, PAPER.get(row, ""), len(seeds), f"{100 * np.mean(nearest):.1f}" if nearest else ""]
         for stage in ("stage2", "stage3"):
-            has = all(stage in line["figures"] for line in own)
-            columns += [f"{np.mean([score(line, stage) for line in own]):.1f}" if has else "", said(found.get((row, stage)))]
+            scores = [score(line, stage) for line in own if stage in line["figures"]]
+            columns += [f"{np.mean(scores):.1f}" if scores else "", said(compared.get((row, stage)))]
         lines.append("| " + " | ".join(map(str, columns)) + " |")
     return "\n".join(lines)

@@ -6,10 +6,11 @@
     python tests/study/run.py --probes                      # what is inside the models that are still cached
     python tests/study/run.py --verify full                 # after a change of code: are the numbers still the same?
 
-It only calls data.py, train.py and variants.py as a user would. A cell is (row, setting, seed): its world, stages 0 to 3
-and their benchmarks; stages that cells share are trained once. Every finished cell is one line of results.jsonl, with the
-outcome of every test clip. A cell that is there is not run again while the code is the same, or was shown by --verify to
-give the same numbers (on one kind of CPU: others round otherwise). A call that ran out of minutes goes on when called again.
+It only calls data.py, train.py and variants.py as a user would. A cell is (row, setting, seed): its world, stages 0
+to 3 and their benchmarks; stages that cells share are trained once. Every finished cell is one line of results.jsonl,
+with the outcome of every test clip. A cell that is there is not run again while the code is the same, or was shown by
+--verify to give the same numbers (on one kind of CPU: others round otherwise). A call that ran out of minutes goes on
+when called again.
 """
 import argparse
 import ast
@@ -41,7 +42,8 @@ CPU = torch.backends.cpu.get_cpu_capability()
 # ----------------------------------------------------------------------------------------------- what is asked
 @dataclass(frozen=True)
 class Row:
-    """One way to train: the flags that it adds to the stages, and the variant of variants.py that runs stages 2 and 3."""
+    """One way to train: the flags that it adds to the stages, and the variant of variants.py that runs stages 2 and
+    3."""
     stage1: str = ""
     stage2: str = ""
     stage3: str = ""
@@ -75,7 +77,7 @@ ROWS = {
     "contrastive": Row(stage2="--contrastive 0.1"),
 }
 
-# What data.py toy is told. README's commands and the study share the default world, in which every pair has a narration.
+# What data.py toy is told. README's commands and the study share the default world: every pair has a narration.
 ALL_TOLD = "all told"
 FEW_TOLD = "few told"
 SETTINGS = {
@@ -94,7 +96,7 @@ BOTH = (ALL_TOLD, FEW_TOLD)
 
 @dataclass(frozen=True)
 class Question:
-    """A step of the argument: a rival, the rows that are held against it, and in which settings. One table answers it."""
+    """A step of the argument: a rival, the rows that are held against it, in which settings. One table answers it."""
     asks: str
     rival: str
     rows: tuple[str, ...]
@@ -160,8 +162,8 @@ def cells_of(questions, seeds=None) -> list[Cell]:
 
 # ------------------------------------------------------------------------------------------- which code, which cells
 def reachable(files, todo) -> dict[str, ast.AST]:
-    """The top-level definitions (functions, classes, constants, tables) of `files` that `todo`, pairs of a file and a name,
-    can reach by name, each under "file: name"."""
+    """The top-level definitions (functions, classes, constants, tables) of `files` that `todo`, pairs of a file and a
+    name, can reach by name, each under "file: name"."""
     # name -> [(file, node)]: a name may be in several files
     defined = {}
     for file in files:
@@ -196,8 +198,9 @@ def hash_of(definitions: dict[str, ast.AST]) -> str:
     for name, tree in sorted(definitions.items()):
         for node in ast.walk(tree):
             body = getattr(node, "body", None)
-            if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
-                body[0].value.value = ""
+            first = body[0] if isinstance(body, list) and body else None
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                first.value.value = ""
         digest.update(f"{name} {ast.dump(tree)}".encode())
     return digest.hexdigest()[:12]
 
@@ -242,9 +245,12 @@ def finished() -> dict[Cell, dict]:
 def holds(line: dict) -> bool:
     """Whether a cell was made with the flags and the variant that its row has now."""
     row = ROWS.get(line["row"])
-    if row is None or line["flags"] != json.loads(json.dumps(asdict(row))) or line["world"] != SETTINGS.get(line["setting"]):
+    if row is None or line["setting"] not in SETTINGS:
         return False
-    return line["variant_code"] == variant_hash(row.variant)
+    # As a file gives it back: a tuple is a list there.
+    flags = json.loads(json.dumps(asdict(row)))
+    now = dict(flags=flags, world=SETTINGS[line["setting"]], variant_code=variant_hash(row.variant))
+    return all(line[key] == value for key, value in now.items())
 
 
 def append(line: dict):
@@ -272,7 +278,7 @@ def command(folder: Path, *words) -> Path:
 
 
 def pack(right) -> str:
-    """The outcome of every clip as one hexadecimal number: a leading 1, then a bit per clip. `unpack` of report.py reads it."""
+    """The outcome of every clip as one hexadecimal number: a leading 1, then a bit per clip. report.unpack reads it."""
     return f"{int('1' + ''.join(str(int(r)) for r in right), 2):x}"
 
 
@@ -283,10 +289,13 @@ def places(row: Row, setting: str, seed: int, out: Path) -> tuple[Path, dict[int
     root = out / code_hash() / f"seed{seed}" / setting.replace(" ", "-")
     sees_another = {*words} & {"--corpus", "--ego", "--noise", "--fov", "--scale"}
     stages = {0: (root if sees_another else root.with_name(ALL_TOLD.replace(" ", "-"))) / "stage0"}
-    flags = ""
+    # A folder is named after all that it and the stages before it were told.
+    told = ""
     for stage in row.stages:
-        flags += getattr(row, f"stage{stage}") + (f"{row.variant} {variant_hash(row.variant)}" if stage > 1 else "") + "|"
-        stages[stage] = root / f"stage{stage}-{hashlib.sha256(flags.encode()).hexdigest()[:8]}"
+        told += getattr(row, f"stage{stage}") + "|"
+        if row.variant and stage > 1:
+            told += f"{row.variant} {variant_hash(row.variant)}|"
+        stages[stage] = root / f"stage{stage}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
     return root / "toy", stages
 
 
@@ -294,25 +303,35 @@ def run_cell(cell: Cell, out: Path) -> dict:
     """World, stages and scores of one cell; whatever is there already is not made again."""
     row, began = ROWS[cell.row], time.time()
     world, stages = places(row, cell.setting, cell.seed, out)
-    settings = {world: SETTINGS[cell.setting], stages[0].with_name("toy"): SETTINGS[ALL_TOLD]} | {world: SETTINGS[cell.setting]}
-    for folder, flags in settings.items():
-        command(folder, "data.py", "toy", "--out", folder, "--seed", cell.seed, *flags.split())
-    command(stages[0], "train.py", "--stage", 0, "--data", stages[0].with_name("toy"), "--out", stages[0], "--seed", cell.seed)
+    # The world that stage 0 sees, and the cell's own; they may be one.
+    plain = stages[0].with_name("toy")
+    for folder, setting in {plain: ALL_TOLD, world: cell.setting}.items():
+        command(folder, "data.py", "toy", "--out", folder, "--seed", cell.seed, *SETTINGS[setting].split())
+    command(stages[0], "train.py", "--stage", 0, "--data", plain, "--out", stages[0], "--seed", cell.seed)
 
     figures, outcomes = {}, {}
     for stage in row.stages:
         script = ["tests/study/variants.py", row.variant] if row.variant and stage > 1 else ["train.py"]
-        folder = command(stages[stage], *script, "--stage", stage, "--data", world, "--base", stages[0], "--init", stages[stage - 1],
-                         "--out", stages[stage], "--seed", cell.seed, *getattr(row, f"stage{stage}").split())
+        words = ["--stage", stage, "--data", world, "--base", stages[0], "--init", stages[stage - 1]]
+        words += ["--out", stages[stage], "--seed", cell.seed, *getattr(row, f"stage{stage}").split()]
+        folder = command(stages[stage], *script, *words)
         figures[f"stage{stage}"] = json.loads((folder / "eval.json").read_text())
         rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
         outcomes[f"stage{stage}"] = pack(r["said"] == r["text"] for r in rows)
     # The newest checkpoint knows the revision that trained it; names order by step.
     newest = max(stages[row.stages[-1]].glob("step_*"))
     state = json.loads((newest / "state.json").read_text())
-    return dict(row=cell.row, setting=cell.setting, seed=cell.seed, flags=asdict(row), world=SETTINGS[cell.setting], code=code_hash(),
-                variant_code=variant_hash(row.variant), git=state["git"], cpu=CPU, seconds=round(time.time() - began),
-                cycle=cycle_of(stages[2]), figures=figures, outcomes=outcomes)
+    return cell._asdict() | dict(
+        flags=asdict(row),
+        world=SETTINGS[cell.setting],
+        code=code_hash(),
+        variant_code=variant_hash(row.variant),
+        git=state["git"],
+        cpu=CPU,
+        seconds=round(time.time() - began),
+        cycle=cycle_of(stages[2]),
+        figures=figures,
+        outcomes=outcomes)
 
 
 def cycle_of(stage2: Path) -> dict:
@@ -330,7 +349,8 @@ def probe(out: Path):
     there = {(line["probe"], line["seed"]) for line in recorded() if "probe" in line and line["code"] == code_hash()}
     for cell in finished():
         world, stages = places(ROWS[cell.row], cell.setting, cell.seed, out)
-        wanted = cell.setting == ALL_TOLD and cell.row in ("full", "no KL", "shuffled pairs") and (cell.row, cell.seed) not in there
+        wanted = cell.setting == ALL_TOLD and cell.row in ("full", "no KL", "shuffled pairs")
+        wanted = wanted and (cell.row, cell.seed) not in there
         if wanted and (stages[3] / "eval.json").is_file():
             words = [word for stage, folder in stages.items() for word in (f"--stage{stage}", folder)]
             words += ["--only-features"] if cell.row != "full" else []
@@ -341,28 +361,36 @@ def probe(out: Path):
 
 
 def verify(out: Path, row: str):
-    """Run the latest cell of `row` that this kind of CPU made afresh with the code as it is: what the old cell recorded must be
-    equal to the digit, and then all older cells hold. Figures that are new void nothing."""
+    """Run the latest cell of `row` that this kind of CPU made afresh with the code as it is: what the old cell recorded
+    must be equal to the digit, and then all older cells hold. Figures that are new void nothing."""
     lines = [line for line in recorded() if "row" in line and line["cpu"] == CPU and line["row"] == row]
     if not lines:
-        raise SystemExit(f"no cell of {row} in {RESULTS} was made on a CPU with {CPU}: run one before the change, then --verify after it")
+        raise SystemExit(f"no cell of {row} in {RESULTS} was made on a CPU with {CPU}: "
+                         f"run one before the change, then --verify after it")
     old = lines[-1]
     cell, out = cell_of(old), out / "verify"
     shutil.rmtree(out, ignore_errors=True)
     new = run_cell(cell, out)
-    apart = [f"{stage} {key}: {value} was {figures[key]}" for stage, figures in old["figures"].items() for key in figures
-             if (value := new["figures"][stage].get(key)) != figures[key]]
-    apart += [f"{stage}: other clips are right" for stage in old["outcomes"] if new["outcomes"][stage] != old["outcomes"][stage]]
+    apart = []
+    for stage, figures in old["figures"].items():
+        found = new["figures"][stage]
+        for key, value in figures.items():
+            if found.get(key) != value:
+                apart.append(f"{stage} {key}: {found.get(key)} was {value}")
+        if new["outcomes"][stage] != old["outcomes"][stage]:
+            apart.append(f"{stage}: other clips are right")
     words = f"{row}, {cell.setting}, seed {cell.seed}"
     if apart:
-        raise SystemExit(f"{words}: the numbers changed, the cells of code {old['code']} are void:\n" + "\n".join(apart))
+        head = f"{words}: the numbers changed, the cells of code {old['code']} are void:"
+        raise SystemExit("\n".join([head, *apart]))
     if cell not in finished():
         append(dict(verified=new["code"], same_as=old["code"], by=list(cell)))
     print(f"{words}: equal to the digit")
 
 
 def run_cells(cells: list[Cell], minutes: float, out: Path):
-    """Run what is not there, as many cells at once as there are cores, and record each; none is started that would end later."""
+    """Run what is not there, as many cells at once as there are cores, and record each; none is started that would end
+    later."""
     there = finished()
     left = [cell for cell in cells if cell not in there]
     print(f"code {code_hash()}: {len(cells) - len(left)} cells are there, {len(left)} to run", flush=True)
@@ -374,20 +402,22 @@ def run_cells(cells: list[Cell], minutes: float, out: Path):
         line = run_cell(cell, out)
         append(line)
         taken.append(line["seconds"])
-        scores = ", ".join(f"{stage} {100 * figures.get('ego_em', figures.get('exo_em')):.1f} %" for stage, figures in line["figures"].items())
-        each = (time.time() - began) / len(taken)
+        scores = ", ".join(f"{stage} {100 * figures['ego_em']:.1f} %" for stage, figures in line["figures"].items()
+                           if "ego_em" in figures)
+        minutes_left = (len(left) - len(taken)) * (time.time() - began) / len(taken) / 60
         print(f"{len(taken)}/{len(left)} {cell.row}, {cell.setting}, seed {cell.seed}: {scores} "
-              f"({line['seconds']} s; all done in {(len(left) - len(taken)) * each / 60:.0f} min)", flush=True)
+              f"({line['seconds']} s; all done in {minutes_left:.0f} min)", flush=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:        # one thread per process, a process per core
         list(pool.map(work, left))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--rows", nargs="+", choices=ROWS, help="these rows and their rival (all that the questions need)")
+    what.add_argument("--rows", nargs="+", choices=ROWS, help="these rows and their rival")
     what.add_argument("--question", choices=QUESTIONS, help="the rows of one question")
-    what.add_argument("--verify", choices=ROWS, metavar="ROW", help="make this row's latest cell again: equal to the digit?")
+    what.add_argument("--verify", choices=ROWS, metavar="ROW", help="make its latest cell again: equal to the digit?")
     what.add_argument("--probes", action="store_true", help="look inside models that are still cached")
     parser.add_argument("--rival", choices=ROWS, default="full", help="of --rows (full)")
     parser.add_argument("--setting", choices=SETTINGS, default=ALL_TOLD, help=f"of --rows ({ALL_TOLD})")

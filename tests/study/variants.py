@@ -1,4 +1,4 @@
-"""The study's controls that no flag of train.py makes, each a few lines: this is what an experiment of a fork looks like.
+"""The study's controls that no flag of train.py makes, each a few lines: an experiment of a fork looks like this.
 
     python tests/study/variants.py Distillation --stage 2 --no-cycle --data DIR ...     # then train.py's flags
 
@@ -19,20 +19,20 @@ from eval import evaluate_narrations, iterate_batches
 from model import load_checkpoint, newest_checkpoint
 
 
-# -------------------------------------------------------------------------------------- the second path without a mapping
+# ---------------------------------------------------------------------------------- the second path without a mapping
 def identity(model):
     """F = identity: the exo connector reads the ego features as they are. G goes with the cycle (--no-cycle)."""
     model.F.forward = lambda features: features
 
 
 class FrozenF(train.Objective):
-    """F random and frozen: a second path that is there and learns nothing. Its input, the ego encoder, learns through it."""
+    """F random and frozen: a second path that is there and learns nothing; the ego encoder learns through it."""
     def __init__(self, model, tokenizer, stage, cfg, world):
         trains = {part: rate for part, rate in stage.trains.items() if part not in ("F", "G")}
         super().__init__(model, tokenizer, replace(stage, trains=trains), cfg, world)
 
 
-# -------------------------------------------------------------------------------------------- partners without a mapping
+# ---------------------------------------------------------------------------------------- partners without a mapping
 def no_mapping(model):
     """The decoder reads x alone, as with --no-mapping; but the exo clips are still read."""
     model.F = model.G = None
@@ -40,7 +40,7 @@ def no_mapping(model):
 
 
 class Distillation(train.Objective):
-    """KL(con_exo(y), con_ego(x)): the learner's own tokens are drawn to the demonstrator's, as in plain distillation."""
+    """KL(con_exo(y), con_ego(x)): the learner's own tokens are drawn to the demonstrator's: plain distillation."""
     def views(self, batch):
         seen = self.model(batch.ego, batch.exo)
         terms = {"vtg": self.vtg(seen.visual, batch)}
@@ -50,7 +50,7 @@ class Distillation(train.Objective):
         return terms
 
 
-# ------------------------------------------------------------------------------------------------------------- the oracle
+# --------------------------------------------------------------------------------------------------------- the oracle
 class Oracle(train.Objective):
     """[con_ego(x) ; con_exo(y)]: the true exo clip in the place of F(x), in training and when it is asked."""
     def views(self, batch):
@@ -82,7 +82,7 @@ def score_oracle(cfg):
     (Path(cfg.out) / "eval.json").write_text(json.dumps(figures, indent=1))
 
 
-# ------------------------------------------------------------------------------------------------------------ all of them
+# -------------------------------------------------------------------------------------------------------- all of them
 @dataclass(frozen=True)
 class Variant:
     """What train.train is given besides its flags, and how the result is scored where eval.py cannot."""
