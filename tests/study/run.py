@@ -155,8 +155,9 @@ def cells_of(questions, seeds=None) -> list[Cell]:
         for key in questions:
             question = QUESTIONS[key]
             wanted = range(question.seeds) if seeds is None else seeds
-            cells += [Cell(row, setting, seed) for seed in wanted if (seed >= 3) == late
-                      for setting in question.settings for row in (question.rival, *question.rows)]
+            # Neighbours differ in their seed: cells that run at once then share no stage, and none waits for another.
+            cells += [Cell(row, setting, seed) for setting in question.settings
+                      for row in (question.rival, *question.rows) for seed in wanted if (seed >= 3) == late]
     return list(dict.fromkeys(cells))
 
 
@@ -435,7 +436,7 @@ def main():
     # A table of one's own: the rival, and the rows beside it.
     rows = [row for row in args.rows if row != args.rival]
     seeds = args.seeds or [0, 1, 2]
-    run_cells([Cell(row, args.setting, seed) for seed in seeds for row in (args.rival, *rows)], args.minutes, out)
+    run_cells([Cell(row, args.setting, seed) for row in (args.rival, *rows) for seed in seeds], args.minutes, out)
     print(table(finished(), args.rival, rows, args.setting))
 
 
