@@ -20,7 +20,7 @@ from model import feature_kl, load_checkpoint, newest_checkpoint
 from run import pack
 
 
-def narrations(ckpt, rows, view="learner") -> str:
+def narrations(ckpt, rows, view="learner") -> dict:
     """Outcome of every test clip as run.py writes them: ego clips, read by the learner or by the exo encoder, or a
     grey clip in the place of each."""
     (model, _), tokenizer = load_checkpoint(ckpt), Tokenizer(newest_checkpoint(ckpt))
@@ -34,15 +34,18 @@ def narrations(ckpt, rows, view="learner") -> str:
     else:
         visual = eval.encode_clips(model, tokenizer, rows, "ego")
     said = eval.generate_answers(model, tokenizer, visual, [eval.NARRATE] * len(rows))
-    asked = eval.evaluate_questions(model, tokenizer, rows, visual)[0]["qa"] if view == "blind" else None
-    return {"outcomes": pack(a == row["text"] for a, row in zip(said, rows))} | ({"qa": asked} if asked is not None else {})
+    found = {"outcomes": pack(answer == row["text"] for answer, row in zip(said, rows))}
+    if view == "blind":
+        figures, _ = eval.evaluate_questions(model, tokenizer, rows, visual)
+        found["qa"] = figures["qa"]
+    return found
 
 
 @torch.no_grad()
 def features(ckpt, rows) -> dict:
-    """What KL compares, over validation pairs: how much of the demonstrator's tokens is the same for every clip, and the
-    KL of four estimates of them: their mean over clips, F(x) of a shuffled clip, F(x), and of F(x) what is left when its
-    own mean is put right."""
+    """What KL compares, over validation pairs: how much of the demonstrator's tokens is the same for every clip, and
+    the KL of four estimates of them: their mean over clips, F(x) of a shuffled clip, F(x), and of F(x) what is left
+    when its own mean is put right."""
     (model, _), tokenizer = load_checkpoint(ckpt), Tokenizer(newest_checkpoint(ckpt))
     model.eval()
     exo, estimate, patches = [], [], []
@@ -54,13 +57,18 @@ def features(ckpt, rows) -> dict:
     y, fx = (nnf.layer_norm(torch.cat(t).float(), t[0].shape[-1:]) for t in (exo, estimate))  # (600, 8, 96)
     constant = y.mean(0, keepdim=True)
     own, theirs = y - constant, fx - fx.mean(0, keepdim=True)
-    kl = {"mean": constant.expand_as(y), "shuffled": fx.roll(len(fx) // 2, 0), "true": fx, "true, mean put right": constant + theirs}
+    estimates = {
+        "mean": constant.expand_as(y),
+        "shuffled": fx.roll(len(fx) // 2, 0),
+        "true": fx,
+        "true, mean put right": constant + theirs}
+    size = (own.square().mean() * theirs.square().mean()).sqrt()
     grid = torch.cat(patches).flatten(0, 1).float()
     return {"constant share of y": float(constant.square().mean() / y.square().mean()),
             "constant share of patches": float(grid.mean(0).square().mean() / grid.square().mean()),
-            "correlation of what is left": float((own * theirs).mean() / (own.square().mean() * theirs.square().mean()).sqrt()),
+            "correlation of what is left": float((own * theirs).mean() / size),
             "size of it, F(x) / y": float(theirs.std() / own.std()),
-            "KL": {name: float(feature_kl(y, guess).mean()) for name, guess in kl.items()}}
+            "KL": {name: float(feature_kl(y, estimate).mean()) for name, estimate in estimates.items()}}
 
 
 def gradients(ckpt, world, stage1, base, at: str) -> dict:
@@ -81,12 +89,13 @@ def gradients(ckpt, world, stage1, base, at: str) -> dict:
         (weight * objective(batch, float(batch.weights.sum()), batch.samples)[name]).backward()
         for part in ("ego_vit", "F", "G"):
             grads = [p.grad for p in getattr(model, part).parameters() if p.grad is not None]
-            norms[f"{name} on {part}"] = float(torch.stack([g.square().sum() for g in grads]).sum().sqrt()) if grads else 0.0
+            norms[f"{name} on {part}"] = float(sum(g.square().sum() for g in grads)) ** 0.5
     return norms
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for flag in ("world", "stage0", "stage1", "stage2", "stage3"):
         parser.add_argument(f"--{flag}", required=True)
     parser.add_argument("--only-features", action="store_true", help="of stage 2: for rows other than full")
@@ -96,8 +105,11 @@ def main():
     if args.only_features:
         return print(json.dumps({"features": features(args.stage2, val)}))
     test = read_manifest(toy_split(args.world, "test", toy_world(args.world)))
-    found = {"exo encoder, after Init": narrations(args.stage0, test, "exo encoder"), "learner, after Init": narrations(args.stage0, test),
-             "exo encoder, after stage 1": narrations(args.stage1, test, "exo encoder"), "blind, after stage 3": narrations(args.stage3, test, "blind")}
+    found = {
+        "exo encoder, after Init": narrations(args.stage0, test, "exo encoder"),
+        "learner, after Init": narrations(args.stage0, test),
+        "exo encoder, after stage 1": narrations(args.stage1, test, "exo encoder"),
+        "blind, after stage 3": narrations(args.stage3, test, "blind")}
     norms = {at: gradients(args.stage2, args.world, args.stage1, args.stage0, at) for at in ("start", "end")}
     print(json.dumps({"narrations": found, "features": features(args.stage2, val), "gradients": norms}))
 

@@ -2,11 +2,11 @@
 
     python tests/study/report.py                            # all tables
     python tests/study/report.py --page                     # puts them into tests/study/README.md
-    python tests/study/report.py --curves out/stage2/log.jsonl      # does my run of the default world look as it should?
-    python tests/study/report.py --make-curves              # curves/, from the runs of `full` that run.py left in out/study
+    python tests/study/report.py --curves out/stage2/log.jsonl      # does my run look as it should?
+    python tests/study/report.py --make-curves              # curves/, from the runs of `full` that are in out/study
 
-compare.py says what an interval means; run.py has the questions, and what trains. Only cells that hold for the code as it
-is enter a table.
+compare.py says what an interval means; run.py has the questions, and what trains. Only cells that hold for the code as
+it is enter a table.
 """
 import argparse
 import json
@@ -45,8 +45,10 @@ def question_table(cells: dict, key: str) -> str:
     for setting in question.settings:
         named = (question.rival, *question.rows)
         made = [line for cell, line in cells.items() if cell.setting == setting and cell.row in named]
-        text = table(cells, question.rival, question.rows, setting) if made else "No cell yet."
-        parts.append(f"**{setting.capitalize()}.** {makers(made)}\n\n{text}" if made else f"**{setting.capitalize()}.** {text}")
+        text = "No cell yet."
+        if made:
+            text = f"{makers(made)}\n\n{table(cells, question.rival, question.rows, setting)}"
+        parts.append(f"**{setting.capitalize()}.** {text}")
     return "\n\n".join(parts)
 
 
@@ -78,22 +80,27 @@ def default_table(cells: dict) -> str:
         found = figures_of(cells, row, ALL_TOLD, stage)
         values = [100 * figures[key] for figures in found]
         if values:
-            lines.append(f"| {label} | {np.mean(values):.1f} | {min(values):.1f} to {max(values):.1f} | {len(values)} | "
+            spread = f"{min(values):.1f} to {max(values):.1f}"
+            lines.append(f"| {label} | {np.mean(values):.1f} | {spread} | {len(values)} | "
                          f"{100 * found[0][key + '_chance']:.1f} | {found[0][key + '_n']:,} |")
     return filled_or_not(lines)
 
 
 def cycle_table(cells: dict) -> str:
-    """Markdown: where the cycle's loss begins and ends, beside what the best constant gets. It has learned where it ends
-    well below the constant: a row whose mean over seeds is above three quarters of it "did not learn"."""
-    lines = ["| row | setting | seeds | best constant | first step | last 20 steps | share of the constant | |", "|---|---|---|---|---|---|---|---|"]
+    """Markdown: where the cycle's loss begins and ends, beside what the best constant gets. It has learned where it
+    ends well below the constant: a row whose mean over seeds is above three quarters of it "did not learn"."""
+    lines = ["| row | setting | seeds | best constant | first step | last 20 steps | share of the constant | |",
+             "|---|---|---|---|---|---|---|---|"]
     for setting in (ALL_TOLD, FEW_TOLD):
         for row in ROWS:
-            found = [line["cycle"] for cell, line in sorted(cells.items()) if cell[:2] == (row, setting) and line["cycle"].get("constant")]
+            found = [line["cycle"] for cell, line in sorted(cells.items()) if cell[:2] == (row, setting)]
+            found = [cycle for cycle in found if cycle.get("constant")]
             if found:
-                constant, first, last = (np.mean([cycle[key] for cycle in found]) for key in ("constant", "first", "last"))
-                verdict = "learned" if last < 0.75 * constant else "did not learn"
-                lines.append(f"| {row} | {setting} | {len(found)} | {constant:.3f} | {first:.3f} | {last:.3f} | {last / constant:.2f} | {verdict} |")
+                mean = {key: np.mean([cycle[key] for cycle in found]) for key in ("constant", "first", "last")}
+                share = mean["last"] / mean["constant"]
+                verdict = "learned" if share < 0.75 else "did not learn"
+                values = " | ".join(f"{value:.3f}" for value in mean.values())
+                lines.append(f"| {row} | {setting} | {len(found)} | {values} | {share:.2f} | {verdict} |")
     return filled_or_not(lines)
 
 
@@ -103,7 +110,8 @@ def scores_table(cells: dict) -> str:
 
     def add(label, setting, values, form):
         if values:
-            lines.append(f"| {label} | {setting} | {np.mean(values):{form}} | {min(values):{form}} to {max(values):{form}} |")
+            spread = f"{min(values):{form}} to {max(values):{form}}"
+            lines.append(f"| {label} | {setting} | {np.mean(values):{form}} | {spread} |")
     for setting in (ALL_TOLD, FEW_TOLD):
         for stage, key, label in (("stage1", "exo_em", "the demonstrator itself, exo clips, after stage 1, %"),
                                   ("stage3", "mcq_inter", "full: text to one of five clips, other scenes, %"),
@@ -130,16 +138,29 @@ def stages_table(cells: dict) -> str:
 
     def outcomes(name, stage):
         return lambda seed: cells[name, ALL_TOLD, seed]["outcomes"][stage]
+
+    def probed(name):
+        return lambda seed: probes[seed][name]["outcomes"]
     return "\n".join([
         f"| seeds {', '.join(map(str, seeds))} | mean | each seed |", "|---|---|---|",
-        row("no ego data: the exo encoder reads ego clips, after Init", lambda s: probes[s]["exo encoder, after Init"]["outcomes"]),
-        row("the same, exo encoder after stage 1", lambda s: probes[s]["exo encoder, after stage 1"]["outcomes"]),
-        row("+ narrated ego clips: the learner after Init", lambda s: probes[s]["learner, after Init"]["outcomes"]),
+        row("no ego data: the exo encoder reads ego clips, after Init", probed("exo encoder, after Init")),
+        row("the same, exo encoder after stage 1", probed("exo encoder, after stage 1")),
+        row("+ narrated ego clips: the learner after Init", probed("learner, after Init")),
         row("+ pairs, x only: after stage 2", outcomes("x only", "stage2")),
         row("+ instruction data, x only: after stage 3", outcomes("x only", "stage3")),
         row("full, after stage 2", outcomes("full", "stage2")),
         row("full, after stage 3", outcomes("full", "stage3")),
-        row("full, a grey clip in the place of each", lambda s: probes[s]["blind, after stage 3"]["outcomes"])])
+        row("full, a grey clip in the place of each", probed("blind, after stage 3"))])
+
+
+def mean_of(figures: list[dict]) -> dict:
+    """The mean of each number over several dicts of the same keys; what is no number is left out."""
+    numbers = [key for key, value in figures[0].items() if isinstance(value, float)]
+    return {key: np.mean([one[key] for one in figures]) for key in numbers}
+
+
+def listed(figures: dict) -> str:
+    return ", ".join(f"{key} {value:.3f}" for key, value in figures.items())
 
 
 def inside() -> str:
@@ -148,13 +169,13 @@ def inside() -> str:
     for name in ("full", "no KL", "shuffled pairs"):
         found = [line for line in recorded() if line.get("probe") == name]
         if found:
-            mean = {key: np.mean([line["features"][key] for line in found]) for key in found[0]["features"] if key != "KL"}
-            mean |= {f"KL, {key}": np.mean([line["features"]["KL"][key] for line in found]) for key in found[0]["features"]["KL"]}
-            lines.append(f"{name}, {len(found)} seeds: " + ", ".join(f"{key} {value:.3f}" for key, value in mean.items()))
+            mean = mean_of([line["features"] for line in found])
+            mean |= {f"KL, {key}": value for key, value in mean_of([line["features"]["KL"] for line in found]).items()}
+            lines.append(f"{name}, {len(found)} seeds: {listed(mean)}")
         if found and name == "full":
             for at in ("start", "end"):
-                norms = {key: np.mean([line["gradients"][at][key] for line in found]) for key in found[0]["gradients"][at]}
-                lines.append(f"gradient norms, {at} of stage 2: " + ", ".join(f"{key} {value:.3f}" for key, value in norms.items()))
+                norms = mean_of([line["gradients"][at] for line in found])
+                lines.append(f"gradient norms, {at} of stage 2: {listed(norms)}")
             qa = [100 * line["narrations"]["blind, after stage 3"]["qa"] for line in found]
             lines.append(f"questions answered about a grey clip: {np.mean(qa):.1f} %")
     return "\n".join(f"- {line}" for line in lines) or "Not looked at yet: run.py --probes has not been run."
@@ -194,7 +215,8 @@ def read_curves(log: Path) -> dict[str, list[float]]:
 
 
 def make_curves(out: Path):
-    """curves/curves.json and curves.png of the default world: mean and spread of the seeds that are there, and seed 0 itself."""
+    """curves/curves.json and curves.png of the default world: mean and spread of the seeds that are there, and the
+    first of them itself."""
     folders = [places(ROWS["full"], ALL_TOLD, seed, out)[1] for seed in SEEDS]
     folders = [stages for stages in folders if (stages[3] / "eval.json").is_file()]
     if len(folders) < FEWEST_SEEDS:
@@ -216,8 +238,8 @@ def make_curves(out: Path):
 
 
 def reference_curves() -> dict:
-    """What is in curves.json, numbers as arrays. `low` and `high` hold a new seed 95 times in 100: the mean of n seeds -+
-    t(n - 1) sd sqrt(1 + 1/n)."""
+    """What is in curves.json, numbers as arrays. `low` and `high` hold a new seed 95 times in 100: the mean of n seeds
+    -+ t(n - 1) sd sqrt(1 + 1/n)."""
     found = json.loads((CURVES / "curves.json").read_text())
     factor = t_quantile(found["seeds"] - 1) * (1 + 1 / found["seeds"]) ** 0.5
     for terms in found["stages"].values():
@@ -234,8 +256,9 @@ def draw_curves(path: Path, own: dict[str, dict]):
     found = reference_curves()
     panels = [(stage, term) for stage, terms in found["stages"].items() for term in terms if not own or stage in own]
     columns = min(4, len(panels))
-    figure, grid = pyplot.subplots(-(-len(panels) // columns), columns, figsize=(3.6 * columns, 2.8 * -(-len(panels) // columns)),
-                                   layout="constrained", squeeze=False)
+    lines = -(-len(panels) // columns)
+    figure, grid = pyplot.subplots(lines, columns, figsize=(3.6 * columns, 2.8 * lines), layout="constrained",
+                                   squeeze=False)
     for axes, (stage, term) in zip(grid.flat, panels):
         band = found["stages"][stage][term]
         steps = EVERY * (1 + np.arange(len(band["mean"])))
@@ -252,12 +275,13 @@ def draw_curves(path: Path, own: dict[str, dict]):
 
 
 def compare_curves(log: Path) -> str:
-    """One line: which share of the points of each term lies in the band. Points that follow one another go together, so a
-    good run may well have fewer than 95 of 100; under 70 it is said to leave the band."""
+    """One line: which share of the points of each term lies in the band. Points that follow one another go together, so
+    a good run may well have fewer than 95 of 100; under 70 it is said to leave the band."""
     stage = log.resolve().parent.name
     found = reference_curves()
     if stage not in found["stages"]:
-        raise SystemExit(f"{log}: its folder is not named as one of {', '.join(found['stages'])}, so there is nothing to compare with")
+        raise SystemExit(f"{log}: its folder is not named as one of {', '.join(found['stages'])}, "
+                         f"so there is nothing to compare with")
     own, shares = read_curves(log), {}
     for term, band in found["stages"][stage].items():
         values = np.array(own.get(term, [])[:len(band["mean"])])
@@ -275,7 +299,8 @@ def compare_curves(log: Path) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--page", action="store_true")
     parser.add_argument("--curves", type=Path, metavar="LOG")
     parser.add_argument("--make-curves", action="store_true")
