@@ -26,7 +26,7 @@ EVERY = 5
 # --------------------------------------------------------------------------------------------------------- the tables
 def filled_or_not(lines: list[str]) -> str:
     """A table, or a sentence where it has a head and no row yet."""
-    return "\n".join(lines) if len(lines) > 2 else "No cell yet."
+    return "\n".join(lines) if len(lines) > 2 else "No row has a seed in common with its rival yet."
 
 
 def unpack(outcomes: str) -> np.ndarray:
@@ -47,7 +47,8 @@ def question_table(cells: dict, key: str) -> str:
         made = [line for cell, line in cells.items() if cell.setting == setting and cell.row in named]
         text = "No cell yet."
         if made:
-            text = f"{makers(made)}\n\n{table(cells, question.rival, question.rows, setting)}"
+            lines = table(cells, question.rival, question.rows, setting).splitlines()
+            text = f"{makers(made)}\n\n{filled_or_not(lines)}"
         parts.append(f"**{setting.capitalize()}.** {text}")
     return "\n\n".join(parts)
 
