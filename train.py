@@ -1077,7 +1077,8 @@ def wrap(run, objective) -> nn.Module:
         if cfg.recompute == "blocks":
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         if cfg.recompute == "cheap":
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=keep_products)
+            block.forward = partial(
+                checkpoint, block.forward, use_reentrant=False, context_fn=keep_products)
 
     if cfg.fsdp:
         for module in [*blocks, objective]:
