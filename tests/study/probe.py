@@ -82,7 +82,6 @@ def gradients(ckpt, world, stage1, base, at: str) -> dict:
     objective = train.Objective(model, tokenizer, stage, cfg, 1)
     train.freeze(objective, bf16=False)
     loader = train.training_loader(run, stage, model, tokenizer)
-    objective.measure_features(loader)
     batch, norms = loader.micro_batch(range(32)), {}
     for name, weight in stage.losses.items():
         objective.zero_grad(set_to_none=True)
