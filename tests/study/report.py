@@ -241,6 +241,8 @@ def make_curves(out: Path):
 def reference_curves() -> dict:
     """What is in curves.json, numbers as arrays. `low` and `high` hold a new seed 95 times in 100: the mean of n seeds
     -+ t(n - 1) sd sqrt(1 + 1/n)."""
+    if not (CURVES / "curves.json").is_file():
+        raise SystemExit(f"{CURVES} is not made yet: report.py --make-curves, from three seeds of full")
     found = json.loads((CURVES / "curves.json").read_text())
     factor = t_quantile(found["seeds"] - 1) * (1 + 1 / found["seeds"]) ** 0.5
     for terms in found["stages"].values():
