@@ -614,10 +614,13 @@ def starting_point(cfg) -> Start:
         source = finished_checkpoint(cfg.init or beside / f"stage{cfg.stage - 1}", "--init", stages)
 
     recorded = read_state(source)["base"]
+    given = finished_checkpoint(cfg.base, "--base", stages=(0,)) if cfg.base else None
+    if recorded is None and given and fingerprint(given) != fingerprint(source):
+        raise DataError(f"--base {cfg.base} does nothing: --init {cfg.init} holds all weights itself; give one of them")
     if recorded is None:
         base = source
-    elif cfg.base:
-        base = finished_checkpoint(cfg.base, "--base", stages=(0,))
+    elif given:
+        base = given
     else:
         there = newest_checkpoint(source.parent / recorded)
         base = there or finished_checkpoint(beside / "stage0", "--base", stages=(0,))
@@ -1418,16 +1421,16 @@ def finished_checkpoint(place, flag, stages):
 
 def refuse_misfits(cfg, model, tokenizer, start):
     """A tokenizer of another vocabulary, or weights of another preset."""
-    if tokenizer.size > model.cfg.vocab:
-        raise DataError(f"{tokenizer.path}: {tokenizer.size} pieces, the decoder {model.cfg.vocab}: "
-                        f"pass its --tokenizer")
     published = (start.base / "config.json").is_file()
-    sizes = replace(model.cfg, mapping="none", lora=False)
-    if not published and sizes != PRESETS[cfg.preset]:
-        raise DataError(f"{start.source} has other sizes than --preset {cfg.preset}: pass its own preset")
     if cfg.stage == 0 and not published:
         raise DataError(f"--base {cfg.base}: stage 0 at 7b trains the ego half of published weights, and these are "
                         f"a run's")
+    if tokenizer.size > model.cfg.vocab:
+        raise DataError(f"{tokenizer.path}: {tokenizer.size} pieces, the decoder {model.cfg.vocab}: "
+                        f"pass its --tokenizer")
+    sizes = replace(model.cfg, mapping="none", lora=False)
+    if not published and sizes != PRESETS[cfg.preset]:
+        raise DataError(f"{start.source} has other sizes than --preset {cfg.preset}: pass its own preset")
 
 
 def resume_checkpoint(run, model):
@@ -1728,7 +1731,8 @@ def describe(run, objective, loader, length, log):
     print(f"\n== stage {run.cfg.stage}: {stage.name} == {length} steps x {stage.batch} "
           f"of {loader.samples} samples ({arithmetic})")
     if run.start:
-        print(f"   starts from {run.start.source}, untouched weights are those of {run.start.base}")
+        source, base = map(os.path.normpath, run.start[:2])
+        print(f"   starts from {source}, untouched weights are those of {base}")
     # Parameters of each part, trained and frozen.
     parts = [*objective.model.named_children(), ("extra", objective.extra)]
     for name, module in parts:

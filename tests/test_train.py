@@ -652,8 +652,7 @@ def test_bad_input_gets_one_sentence(toy, tmp_path, capsys, args, words):
     with pytest.raises(SystemExit) as ended:
         go(*base, *args, *steps, *outside)
     assert ended.value.code == 2 and words.format(toy=toy) in capsys.readouterr().err
-    # What was trained before a clip failed is kept; all else is refused before the first step.
-    assert (newest_checkpoint(tmp_path / "out") is not None) == ("missing" in str(args))
+    assert newest_checkpoint(tmp_path / "out") is None
 
 
 def test_more_processes_than_gpus_is_one_sentence(monkeypatch, capsys):
@@ -681,6 +680,19 @@ def test_the_base_is_the_one_given_then_the_one_recorded_then_stage0(toy, tmp_pa
     assert start(2, "--init", tmp_path / "far/away/stage1").base == newest_checkpoint(tmp_path / "stage0")
     # Init is whole: it is the base of stage 1.
     assert start(1, "--init", toy / "stage0").base == newest_checkpoint(toy / "stage0")
+
+
+def test_a_base_that_init_does_not_need_is_refused(toy, tmp_path):
+    shutil.copytree(toy / "stage0", tmp_path / "other")
+    file = newest_checkpoint(tmp_path / "other") / "model.safetensors"
+    with open(file, "r+b") as opened:
+        opened.seek(-1, 2)
+        opened.write(b"?")
+    cfg = train.parse([str(a) for a in [*flags(toy, 1), "--base", tmp_path / "other"]])
+    with pytest.raises(data.DataError, match="other does nothing: --init .*stage0 holds all weights itself"):
+        train.starting_point(cfg)
+    shutil.copytree(toy / "stage0", tmp_path / "same")
+    assert train.starting_point(replace(cfg, base=str(tmp_path / "same"))).base == newest_checkpoint(toy / "stage0")
 
 
 def test_an_unfinished_stage_0_is_no_base(toy, tmp_path):
