@@ -29,7 +29,9 @@ def circumstances():
     limits = {name: resource.getrlimit(getattr(resource, name)) for name in dir(resource) if name.startswith("RLIMIT_")}
     umask = os.umask(0o077)
     os.umask(umask)
-    variables = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    # The first is pytest's. torch sets the second, when it compiles, to what a new process would set it to.
+    others = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR")
+    variables = {name: value for name, value in os.environ.items() if name not in others}
     return variables, limits, umask, os.nice(0), os.sched_getaffinity(0)
 
 
