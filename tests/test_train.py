@@ -789,7 +789,7 @@ def test_the_plain_command_goes_on_after_kill_9(toy, tmp_path):
 
 @pytest.mark.parametrize("number, nohup", [(signal.SIGTERM, False), (signal.SIGHUP, False), (signal.SIGHUP, True), (signal.SIGUSR1, False)])
 def test_a_signal_ends_a_run_between_two_steps_and_saves(toy, tmp_path, number, nohup):
-    args = [str(a) for a in [*flags(toy, 1), "--steps", 14, "--batch", 8, "--no-eval", "--out", tmp_path / "o", "--save-every", 99]]
+    args = [str(a) for a in [*flags(toy, 1), "--steps", 60, "--batch", 8, "--no-eval", "--out", tmp_path / "o", "--save-every", 99]]
     ignored = (lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) if nohup else None
     one = subprocess.Popen([sys.executable, REPO / "train.py", *args], stderr=subprocess.PIPE, text=True, preexec_fn=ignored)
     deadline = time.time() + 120
@@ -801,9 +801,9 @@ def test_a_signal_ends_a_run_between_two_steps_and_saves(toy, tmp_path, number, 
     done = len(log(tmp_path / "o"))
     assert saved_steps(tmp_path / "o") == [done]
     if nohup:
-        assert one.returncode == 0 and done == 14
+        assert one.returncode == 0 and done == 60
     else:
-        assert one.returncode == 1 and f"stopped at step {done}, saved: the same command goes on" in said and done < 14
+        assert one.returncode == 1 and f"stopped at step {done}, saved: the same command goes on" in said and done < 60
 
 
 @pytest.mark.parametrize("failure", ["nan", "bug", "update"])
