@@ -643,7 +643,8 @@ def test_egoplan2_by_hand(tmp_path):
     (tmp_path / "EgoPlan-Bench2.json").write_text(json.dumps([record, record | rest]))
     items = read_items(tmp_path, "egoplan2")
     eval.place_clips(items, tmp_path, False, False)
-    assert [(i.clips[0]["start"], i.clips[0]["end"]) for i in items] == pytest.approx([(61 / 25, 602 / 25), (11 / 25, 602 / 25)])
+    assert [items[0].clips[0][key] for key in ("start", "end")] == pytest.approx([61 / 25, 602 / 25])
+    assert [items[1].clips[0][key] for key in ("start", "end")] == pytest.approx([11 / 25, 602 / 25])
     assert [(i.kind, i.goal, i.answer) for i in items] == [("Work", "clean the sink", 1), ("Hobbies", "cleaning the sink", 1)]
     said = [{"scores": [0, 1, 2, 3]}, {"scores": [0, 1, 2, 1]}]                            # wrong; right by its twin
     figures = eval.summarise(eval.BENCHES["egoplan2"], items, said, Namespace(answer="likelihood", bench="egoplan2"))
