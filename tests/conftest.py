@@ -1,10 +1,8 @@
 """A micro-world of a few scenes and a stage 0 of a few steps, made once: enough for every promise but quality."""
-import atexit
 import os
 import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -65,30 +63,4 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "upstream: what holds in this repository alone: line budgets, README's counts (forks: -m 'not upstream')")
-
-
-begun = {}
-
-
-def begin(name, *words):
-    """Start a command at low priority, once: (process, file with what it prints)."""
-    if name not in begun:
-        env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        said = tempfile.TemporaryFile("w+")
-        process = subprocess.Popen(["nice", sys.executable, *words], cwd=REPO, env=env, stdout=said, stderr=subprocess.STDOUT)
-        atexit.register(process.kill)                           # an interrupted pytest leaves nothing behind
-        begun[name] = process, said
-    return begun[name]
-
-
-def pytest_collection_modifyitems(items):
-    """What runs beside the other tests is awaited last."""
-    items.sort(key=lambda item: hasattr(item.module, "begin_early"))
-
-
-def pytest_collection_finish(session):
-    """What takes minutes in a process of its own, if it is asked for, runs beside the other tests from the start."""
-    if sys.platform == "linux" and not session.config.option.collectonly:
-        for item in session.items:
-            if hasattr(item.module, "begin_early"):
-                item.module.begin_early(item)
+    config.addinivalue_line("markers", "xdist_group(name): tests that one worker of pytest-xdist runs, for they share something dear")

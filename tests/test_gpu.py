@@ -1,31 +1,14 @@
-"""The script for a GPU's few minutes runs from end to end, beside the other tests; only the card is missing."""
+"""The script for a GPU's few minutes runs from end to end; only the card is missing."""
 import json
 import sys
-import tempfile
-from pathlib import Path
 
 import pytest
-from conftest import REPO, begin, run
-
-FOLDER = tempfile.TemporaryDirectory()
-
-
-def start():
-    return begin("gpu", REPO / "tests/gpu.py", "--out", FOLDER.name, "--dry")
-
-
-def begin_early(item):
-    if item.name.startswith("test_every_part"):
-        start()
-
+from conftest import REPO, run
 
 @pytest.mark.skipif(sys.platform != "linux", reason="triton runs on Linux only")
-def test_every_part_runs_dry_and_its_findings_make_a_table():
-    process, said = start()
-    code = process.wait(timeout=1200)
-    said.seek(0)
-    assert code == 0, said.read()[-3000:]
-    found = Path(FOLDER.name) / "gpu.jsonl"
+def test_every_part_runs_dry_and_its_findings_make_a_table(tmp_path):
+    run(REPO / "tests/gpu.py", "--out", tmp_path, "--dry", timeout=1200)
+    found = tmp_path / "gpu.jsonl"
     rows = [json.loads(line) for line in found.read_text().splitlines()]
     assert {row["part"] for row in rows} == {"correct", "speed", "tiles", "step", "compile", "stages", "data", "run", "answer"}
     assert all(row["ok"] and row["torch"] and row["triton"] for row in rows)

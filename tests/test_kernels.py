@@ -2,8 +2,7 @@
 
 They take minutes and what they test changes seldom, so a suite is skipped while tests/kernels/stamp.json holds the hash
 of all that its result depends on: code, the suite itself, the versions of Python, torch and triton. A suite that passes
-writes its hash there, and nothing else does. `pytest --kernels` skips none; a few small cases always run. What runs begins
-when pytest begins, beside the other tests (conftest.py); here its result is awaited, and what passed is counted.
+writes its hash there, and nothing else does. `pytest --kernels` skips none; a few small cases always run.
 """
 import ast
 import hashlib
@@ -15,7 +14,7 @@ import sys
 from importlib.metadata import version
 
 import pytest
-from conftest import REPO, begin
+from conftest import REPO, run
 
 sys.path.insert(0, str(REPO / "tests/kernels"))
 import mutants
@@ -62,24 +61,13 @@ def write_stamp(suite, passed):
     STAMP.write_text(json.dumps(stamps | {suite: passed}, indent=1, sort_keys=True) + "\n")
 
 
-def start(suite, *more):
-    return begin(suite, "-m", "pytest", "-s", "--disable-warnings", f"tests/kernels/{suite}.py", *more)
-
-
-def begin_early(item):
-    suite = getattr(item, "callspec", None) and item.callspec.params["suite"]
-    if suite and not stamped(suite, item.config):
-        start(suite)
-
-
-def passed_of(process, said):
-    """How many tests of a suite that has begun have passed; what it said is printed (pytest -rP shows it)."""
-    code = process.wait(timeout=1200)
-    said.seek(0)
-    text = said.read()
-    print(text[-30000:])
+def passed_of(suite, *more):
+    """How many tests of a suite pass; what it says is printed (pytest -rP shows it)."""
+    words = ["-m", "pytest", "-s", "--disable-warnings", f"tests/kernels/{suite}.py", *more]
+    code, said, _ = run(*words, check=False, timeout=1200)
+    print(said[-30000:])
     assert code == 0
-    return int(re.search(r"= (\d+) passed", text)[1])
+    return int(re.search(r"= (\d+) passed", said)[1])
 
 
 @on_linux
@@ -89,15 +77,14 @@ def test_suite(suite, pytestconfig):
     if stamped(suite, pytestconfig):
         pytest.skip("has passed as it is (tests/kernels/stamp.json); --kernels runs it again")
     tested = hash_of(suite)
-    assert passed_of(*start(suite)) == SUITES[suite]
+    assert passed_of(suite) == SUITES[suite]
     assert hash_of(suite) == tested, "the code has changed while it was tested"
     write_stamp(suite, tested)
 
 
 @on_linux
 def test_small_cases():
-    words = ["-m", "pytest", "-s", "--disable-warnings", "tests/kernels/interpreter.py", "-k", SMALL]
-    assert passed_of(*begin("small cases", *words)) == 3
+    assert passed_of("interpreter", "-k", SMALL) == 3
 
 
 def test_a_stamp_knows_what_it_stands_for(tmp_path, monkeypatch):
