@@ -1485,9 +1485,8 @@ class KVCache:
         """Append each sequence's new keys and values to its old ones; returns all of them, in packed order."""
         if layer in self.layers:
             past_k, past_v = self.layers[layer]
-            past_lens = [total - new for total, new in zip(seg.k_lens, seg.q_lens)]
-            k = interleave(past_k.split(past_lens), k.split(seg.q_lens))
-            v = interleave(past_v.split(past_lens), v.split(seg.q_lens))
+            k = append_packed(past_k, k, seg)
+            v = append_packed(past_v, v, seg)
         self.layers[layer] = k, v
         return k, v
 
@@ -1517,8 +1516,18 @@ class SharedPrefix(KVCache):
         return k, v
 
 
+def append_packed(past, new, seg) -> Tensor:
+    """Packed (past tokens, HK, D) and (new tokens, HK, D) -> the past of each sequence, followed by its new tokens."""
+    past_lens = [total - own for total, own in zip(seg.k_lens, seg.q_lens)]
+    # Equal lengths, such as answers to one question: one copy, not two per sequence.
+    if len(set(past_lens)) == len(set(seg.q_lens)) == 1:
+        past, new = (rearrange(t, "(b t) h d -> b t h d", b=len(past_lens)) for t in (past, new))
+        return rearrange(torch.cat([past, new], dim=1), "b t h d -> (b t) h d")
+    return interleave(past.split(past_lens), new.split(seg.q_lens))
+
+
 def interleave(past, new) -> Tensor:
-    """The past of each sequence, followed by its new tokens."""
+    """One piece of the past, one that is new, and so on."""
     pieces = []
     for old_piece, new_piece in zip(past, new):
         pieces += [old_piece, new_piece]

@@ -615,8 +615,6 @@ def starting_point(cfg) -> Start:
 
     recorded = read_state(source)["base"]
     given = finished_checkpoint(cfg.base, "--base", stages=(0,)) if cfg.base else None
-    if recorded is None and given and fingerprint(given) != fingerprint(source):
-        raise DataError(f"--base {cfg.base} does nothing: --init {cfg.init} holds all weights itself; give one of them")
     if recorded is None:
         base = source
     elif given:
@@ -645,6 +643,7 @@ def initial_model(run, change=None):
         tokenizer = Tokenizer(toy_tokenizer(cfg.toy_folder))
     else:
         run.start = starting_point(cfg)
+        refuse_an_idle_base(cfg, run.start)
         source, base, added = run.start
         model, state = load_checkpoint(source, base, cfg.vision, **added)
         if change:
@@ -1417,6 +1416,15 @@ def finished_checkpoint(place, flag, stages):
         raise DataError(f"{flag} {place} is of stage {state['stage']} at step {step} of {steps}; "
                         f"a finished stage {wanted} is needed here")
     return folder
+
+
+def refuse_an_idle_base(cfg, start):
+    """A --base beside a source that needs none, being whole, unless both are the same."""
+    if cfg.base and start.base == start.source:
+        given = finished_checkpoint(cfg.base, "--base", stages=(0,))
+        if fingerprint(given) != fingerprint(start.source):
+            raise DataError(f"--base {cfg.base} does nothing: --init {cfg.init} holds all weights itself; give one of "
+                            f"them")
 
 
 def refuse_misfits(cfg, model, tokenizer, start):

@@ -689,9 +689,12 @@ def test_a_base_that_init_does_not_need_is_refused(toy, tmp_path):
     file.write_bytes(held[:-1] + bytes([held[-1] ^ 1]))
     cfg = train.parse([str(a) for a in [*flags(toy, 1), "--base", tmp_path / "other"]])
     with pytest.raises(data.DataError, match="other does nothing: --init .*stage0 holds all weights itself"):
-        train.starting_point(cfg)
+        train.refuse_an_idle_base(cfg, train.starting_point(cfg))
     shutil.copytree(toy / "stage0", tmp_path / "same")
-    assert train.starting_point(replace(cfg, base=str(tmp_path / "same"))).base == newest_checkpoint(toy / "stage0")
+    cfg = replace(cfg, base=str(tmp_path / "same"))
+    start = train.starting_point(cfg)
+    train.refuse_an_idle_base(cfg, start)
+    assert start.base == newest_checkpoint(toy / "stage0")
 
 
 def test_an_unfinished_stage_0_is_no_base(toy, tmp_path):
