@@ -56,6 +56,7 @@ from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, replace
 from fractions import Fraction
 from functools import cache, lru_cache, partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args, get_type_hints
 
@@ -2015,6 +2016,7 @@ FONT = np.unpackbits(np.frombuffer(bytes.fromhex(      # 5 x 8 dots per letter, 
     "2745454539" "3c4a494931" "4121110907" "3649494936" "464949291e" "0000606000" "0080703000" "0000140000"
     "0201590906" "00005f0000" "0008070300" "0808080808" "001c224100" "0041221c00" "2010080402" "0000000000"),
     np.uint8).reshape(-1, 5, 1), axis=2, bitorder="little").astype(bool)
+GREY = (110, 110, 110)
 LETTER = 12                     # width of a letter in pixels; a dot is two pixels wide
 
 
@@ -2028,29 +2030,40 @@ def written(text, width, colour):
     return repeat(dots, "h w c -> (h up) (w across) c", up=2, across=2)
 
 
-def contact_sheet(path: AnyPath, items: list):
-    """A PNG of items (clips, lines) in two columns: each clip (T, 3, S, S) is a strip of frames, one below
-    the other, and the lines of (text, RGB) stand below them."""
+def contact_sheet(path: AnyPath, items: list, title: str):
+    """A PNG of items (clips, lines) in two columns under a title. `clips`: {what a clip is: (T, 3, S, S)}, strips of
+    frames one below the other; the lines of (text, RGB) stand below them."""
     tiles = [_tile(clips, lines) for clips, lines in items]
-    # Pages have the height of the highest tile; blank ones fill the last row.
-    height = max(map(len, tiles))
-    pages = [np.pad(tile, ((0, height - len(tile)), (0, 0), (0, 0)), constant_values=255) for tile in tiles]
-    if len(pages) % 2:
-        pages.append(np.full_like(pages[0], 255))
-    sheet = rearrange(pages, "(r c) h w k -> (r h) (c w) k", c=2)
-    Path(path).write_bytes(encode_png(sheet))
+    blank = np.full_like(tiles[0][:1], 255)
+    sheet = [written(title, 2 * blank.shape[1], GREY)]
+    for pair in zip_longest(tiles[::2], tiles[1::2], fillvalue=blank):
+        # Both tiles of a row get the height of the higher one.
+        height = max(map(len, pair))
+        pages = [np.pad(tile, ((0, height - len(tile)), (0, 0), (0, 0)), constant_values=255) for tile in pair]
+        sheet.append(np.concatenate(pages, axis=1))
+    Path(path).write_bytes(encode_png(np.concatenate(sheet)))
 
 
 def _tile(clips, lines):
     """One item of a contact sheet, (H, W, 3), with a white margin to the right and below."""
-    # Enlarge small frames, and put them side by side.
-    zoom = max(1, 96 // clips[0].shape[-1])
-    strips = repeat(clips, "n t c h w -> (n h up) (t w across) c", up=zoom, across=zoom)
-    width = strips.shape[1]
-    parts = [strips]
+    parts = []
+    for name, clip in clips.items():
+        strip = film_strip(clip)
+        if name:
+            parts.append(written(name, strip.shape[1], GREY))
+        parts.append(strip)
+    width = strip.shape[1]
     for line, colour in lines:
         parts += [written(text, width, colour) for text in _wrapped(line, width // LETTER - 1)]
     return np.pad(np.concatenate(parts), ((0, 16), (0, 8), (0, 0)), constant_values=255)
+
+
+def film_strip(clip):
+    """Frames (T, 3, S, S) side by side, a white line behind each, small ones enlarged -> (H, W, 3)."""
+    zoom = max(1, 96 // clip.shape[-1])
+    frames = repeat(clip, "t c h w -> t (h up) (w across) c", up=zoom, across=zoom)
+    frames = np.pad(frames, ((0, 0), (0, 0), (0, 4), (0, 0)), constant_values=255)
+    return rearrange(frames, "t h w c -> h (t w) c")
 
 
 def _wrapped(text, most):
@@ -2081,12 +2094,14 @@ def command_show(args):
         raise DataError(f"--n {args.n}: 1 or more is needed")
     items = []
     for row in spread(rows, args.n):
-        clips = [read_row_clip(clip, num_frames=4, size=96) for clip in clips_of(row)]
+        cameras = ["ego"] if "ego" in row else []
+        cameras += [f"exo {number}" for number in range(len(row.get("exo", [])))]
+        clips = {camera: read_row_clip(clip, num_frames=4, size=96) for camera, clip in zip(cameras, clips_of(row))}
         lines = [(row.get("text", ""), (0, 0, 0))]
         for turn in row.get("turns", [])[:2]:
-            lines += [(f"Q: {turn['user']}", (0, 70, 160)), (f"A: {turn['assistant']}", (90, 90, 90))]
+            lines += [(f"Q: {turn['user']}", (0, 70, 160)), (f"A: {turn['assistant']}", GREY)]
         items.append((clips, lines))
-    contact_sheet(args.out, items)
+    contact_sheet(args.out, items, f"{len(items)} rows of {Path(args.manifest).name}")
     print(f"{args.out}: {len(items)} rows of {args.manifest}")
 
 

@@ -37,11 +37,10 @@ from string import ascii_uppercase
 import numpy as np
 import torch
 import torch.nn.functional as nnf
-from einops import rearrange
 from torch import Tensor
 
-from data import (CLIPS, COLOURS, CUE, NARRATE, PATTERNS, VERBS, DataError, Loader, Screen, Tokenizer,
-                  chats_of, clips_of, contact_sheet, convert, encode_png, file_lock, progress,
+from data import (CLIPS, COLOURS, CUE, GREY, NARRATE, PATTERNS, VERBS, DataError, Loader, Screen, Tokenizer,
+                  chats_of, clips_of, contact_sheet, convert, encode_png, file_lock, film_strip, progress,
                   read_manifest, read_manifests, read_row_clip, read_text, spread, time_of_frame, toy_split,
                   verbalise_wearer, write_jsonl, write_text_atomic, written)
 from model import (VIDEO, Exo2Ego, KVCache, SharedPrefix, autocast,
@@ -245,7 +244,7 @@ def toy_benchmark(model: Exo2Ego, tokenizer: Tokenizer, data: str, stage: int, o
         truth = {key: row[key] for key in ("id", "text", "turns")}
         predictions.append(truth | dict(zip(columns, values)))
     write_jsonl(out / "predictions.jsonl", predictions)
-    show_samples(out / "samples.png", rows, predictions)
+    show_samples(out / "samples.png", rows, predictions, f"After stage {stage}: {view} clips of unseen scenes")
 
     # The run that this stage started from has a score to compare with, if it read clips of the same view.
     before = content_of(Path(source), "eval").get(f"{view}_em") if source else None
@@ -597,17 +596,15 @@ def next_command(stage, out, world=None):
     return f"python eval.py --ckpt {out} --video {video} --ask 'What am I doing?'"
 
 
-# The colours of a sample's text: right, wrong, the truth.
+# The colours of a sample's text: right, wrong; the truth is grey.
 GREEN = (20, 130, 50)
 RED = (190, 40, 40)
-GREY = (110, 110, 110)
-
 
 def show_transfer(path, rows, orders):
     """Six moments, a row each: the ego clip, its exo clip, and the three exo clips that are nearest to F(x), the true
     one in a green frame."""
     titles = ("ego: x", "exo: y", "nearest to F(x)", "second", "third")
-    width = 2 * 96 + 16
+    width = 2 * (96 + 4) + 16
     sheet = [np.concatenate([written(title, width, GREY) for title in titles], axis=1)]
     ranks = own_ranks(orders)
     for i in spread(range(len(rows)), 6):
@@ -616,15 +613,14 @@ def show_transfer(path, rows, orders):
         clips = [rows[i]["ego"], *(rows[number]["exo"][0] for number in [i, *near])]
         for clip, number in zip(clips, [None, None, *near]):
             tile = np.full((96 + 16, width, 3), GREEN if number == i else 255, np.uint8)
-            frames = read_row_clip(clip, num_frames=2, size=96)
-            tile[8:-8, 8:-8] = rearrange(frames, "t c h w -> h (t w) c")
+            tile[8:-8, 8:-8] = film_strip(read_row_clip(clip, num_frames=2, size=96))
             tiles.append(tile)
         caption = f"rank {ranks[i]} of {len(rows)}: {rows[i]['text']}"
         sheet += [np.concatenate(tiles, axis=1), written(caption, len(tiles) * width, GREY)]
     path.write_bytes(encode_png(np.concatenate(sheet)))
 
 
-def show_samples(path, rows, predictions):
+def show_samples(path, rows, predictions, title):
     """Eight clips of a toy benchmark, evenly spread."""
     shown = []
     for row, prediction in spread(list(zip(rows, predictions)), 8):
@@ -633,10 +629,10 @@ def show_samples(path, rows, predictions):
             turn = row["turns"][0]
             answers.append((f"{turn['user']} ", turn["assistant"], prediction["reply"]))
         shown.append((clips_of(row)[0], answers))
-    show_answers(path, shown, miss="WRONG")
+    show_answers(path, shown, title, miss="WRONG")
 
 
-def show_answers(path, shown, miss):
+def show_answers(path, shown, title, miss):
     """Clips and the answers about them, on the screen and as a contact sheet.
 
     `shown`: (clip, its (question, truth or None, what the model said)); `miss` is the word before what is not the
@@ -657,8 +653,8 @@ def show_answers(path, shown, miss):
             else:
                 lines += [(f"{miss}: {line}", RED), (f"true: {truth}", GREY)]
                 print(f"  {miss:5} {line}   (true: {truth})")
-        items.append(([read_row_clip(clip, num_frames=4, size=96)], lines))
-    contact_sheet(path, items)
+        items.append(({"": read_row_clip(clip, num_frames=4, size=96)}, lines))
+    contact_sheet(path, items, title)
 
 
 # ---------------------------------------------------------------------------------------------------------- B commands
@@ -1902,7 +1898,7 @@ def show_own(path, predictions):
     for error in errors[:5]:
         print(f"not shown: {error}")
     if shown:
-        show_answers(path, spread(shown, 5), miss="said")
+        show_answers(path, spread(shown, 5), "What the model says, and where it differs the truth", miss="said")
 
 
 def show_own_samples(model, tokenizer, rows, stage, out):
