@@ -526,7 +526,7 @@ def bench_decode(args):
     from transformers import DynamicCache
     model, rows = small_model(), []
     theirs, decoder = as_transformers(model), model.decoder
-    for batch, context in ((1, 256), (1, 1024), (1, 2000), (8, 256), (8, 1024)):
+    for batch, context in ((1, 256), (1, 1024), (1, 2000), (8, 256), (8, 1024), (125, 80)):
         ids = torch.randint(0, 32000, (batch, context + 16))
         start = model_file.KVCache(batch)
         decoder(decoder.embed(ids[:, :context].flatten()), Segments.cached([context] * batch, [context] * batch),

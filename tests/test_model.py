@@ -102,10 +102,11 @@ def test_packed_equals_one_by_one():
         assert torch.allclose(total[k], one[0], atol=1e-4)
 
 
-def test_cache_equals_no_cache():
+@pytest.mark.parametrize("lens", [(3, 9, 4), (6, 6, 6)])
+def test_cache_equals_no_cache(lens):
     torch.manual_seed(0)
     model = Exo2Ego(TOY).eval()
-    visual, ids = prompts(model, (3, 9, 4))
+    visual, ids = prompts(model, lens)
     fast = model.generate(visual, ids, eos=2, max_new=12)
     for k, written in enumerate(ids):                           # the slow way: all tokens again for every new one
         slow = []

@@ -22,7 +22,7 @@ REPO = Path(__file__).parents[1]
 sys.path.insert(0, str(REPO))
 import train
 from data import NARRATE, Loader, Tokenizer, read_manifest, read_row_clip, toy_split
-from eval import CLIPS, encode_clips, exo_features, generate_answers, own_ranks, rank_exo_clips
+from eval import CLIPS, encode_clips, exo_features, generate_answers, rank_exo_clips
 from model import IGNORE, PRESETS, VIDEO, Exo2Ego, feature_kl, load_checkpoint, newest_checkpoint
 
 PAGE = REPO / "tests/WALK.md"
