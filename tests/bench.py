@@ -553,8 +553,8 @@ def bench_decode(args):
 
 def bench_all(args):
     """Everything that fits one sitting of about an hour: attention, data, score, generate, decode, step, parts, scaling, run."""
-    return sum((bench(args) for bench in (bench_attention, bench_data, bench_score, bench_generate, bench_decode, bench_step, bench_parts,
-                                          bench_scaling, bench_run)), [])
+    names = ("attention", "data", "score", "generate", "decode", "step", "parts", "scaling", "run")
+    return sum((BENCHES[name](parser().parse_args([name, "--rounds", str(args.rounds)])) for name in names), [])
 
 
 def as_transformers(model):
@@ -702,7 +702,9 @@ def composed_step(stage, batch, dtype, preset="small", device="cpu", checkpointe
             x, y = grid(ego, batch.ego[batch.ego_of]), grid(exo, batch.exo)             # an ego clip again for each view
             loss = text_loss(torch.cat([ego_connector(x), exo_connector(model.F(x))], 1), batch)
             loss = loss + 5 * model_file.feature_kl(exo_connector(y), exo_connector(model.F(x))).mean()
-            loss = loss + 0.1 * ((model.G(model.F(x)) - x).abs().mean() + (model.F(model.G(y)) - y).abs().mean())
+            for there, here in ((model.G(model.F(x)), x), (model.F(model.G(y)), y)):
+                a, b = (F.layer_norm(t.float(), t.shape[-1:]) for t in (there, here))
+                loss = loss + 3 * (a - b).abs().mean()
         return loss
 
     def step(batch=batch):
@@ -736,13 +738,13 @@ def computed(dtype):
     return dtype if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
-def step_worker(pipe, side, stage, dtype, clips):
+def step_worker(pipe, side, stage, dtype, clips, preset):
     """One side in a process of its own: answers "loss", "memory", "time", and "peak" (FLOP/s of a matmul)."""
     torch.set_num_threads(1)
     if side != "composition":
         train.tune_malloc()                                                   # as train.py does
-    batch = make_batch(stage, PRESETS["small"], clips)
-    _, step = STEP_SIDES[side](stage, batch, torch.float32 if side.endswith("float32") else dtype)
+    batch = make_step_batch(stage, preset, clips)
+    _, step = STEP_SIDES[side](stage, batch, torch.float32 if side.endswith("float32") else dtype, preset=preset)
     while request := pipe.recv():
         if request == "time":
             began = time.process_time()
@@ -758,18 +760,25 @@ def step_worker(pipe, side, stage, dtype, clips):
             pipe.send(step() if request == "loss" else peak_of(step))
 
 
+def make_step_batch(stage, preset, clips):
+    """What the sides of `step` are given: at small texts of 8 to 199 tokens, at toy of 20 to 39, as the micro-world has them."""
+    return make_batch(stage, PRESETS[preset], clips, text=(20, 40) if preset == "toy" else (8, 200))
+
+
 def bench_step(args):
-    """A training step of stages 1, 2, 3 at preset small, 8 clips with texts of 8-200 tokens, one thread: ours, eager
-    and compiled, beside the library composition, eager (stage 2: the literal recipe), as it is and with our setting of
-    glibc's heap; share of the matmul peak."""
+    """A training step of stages 1, 2, 3 at preset small (8 clips with texts of 8 to 199 tokens) or toy (32 clips), one thread:
+    ours, eager and compiled, beside the library composition, eager (stage 2: the literal recipe), as it is and with our
+    setting of glibc's heap; share of the matmul peak."""
+    preset = args.preset
+    clips = args.clips or (32 if preset == "toy" else 8)
     context, rows, dtype = multiprocessing.get_context("spawn"), [], getattr(torch, args.dtype)
     print(f"connector of the composition: {'timm' if importlib.util.find_spec('timm') else 'ours, timm is not installed'}")
     for stage in args.stages:
-        batch, pipes = make_batch(stage, PRESETS["small"], args.clips), {}
+        batch, pipes = make_step_batch(stage, preset, clips), {}
         for side in STEP_SIDES:
             if dtype == torch.bfloat16 or not side.endswith("float32"):
                 pipes[side], other = context.Pipe()
-                context.Process(target=step_worker, args=(other, side, stage, dtype, args.clips), daemon=True).start()
+                context.Process(target=step_worker, args=(other, side, stage, dtype, clips, preset), daemon=True).start()
 
         def ask(request):
             answers = {}
@@ -783,14 +792,14 @@ def bench_step(args):
         for _ in range(args.rounds):
             rounds.append(ask("time"))
             peaks.append(ask("peak")["ours"])                               # the best round is the peak: the machine is noisy
-        cfg = train.parse(["--stage", str(stage), "--preset", "small", "--optimizer", "adamw", "--micro-batch", str(args.clips)])
+        cfg = train.parse(["--stage", str(stage), "--preset", preset, "--optimizer", "adamw", "--batch", str(clips)])
         run, phase = train.Run(cfg, 0, 1, torch.device("cpu"), False), train.stages_of(cfg)[0]
-        flops = step_flops(run, phase, stage, batch, "small")
-        print(f"stage {stage}, {args.dtype}, {args.clips} clips: {flops / 1e9:.0f} GFLOP; first losses "
+        flops = step_flops(run, phase, stage, batch, preset)
+        print(f"stage {stage}, {preset}, {args.dtype}, {clips} clips: {flops / 1e9:.0f} GFLOP; first losses "
               f"{ {side: round(value, 5) for side, value in loss.items()} }; matmul peak ({str(computed(dtype))[6:]}) {max(peaks) / 1e9:.0f} GFLOP/s")
         for side in pipes:
             ratios, seconds = [r["composition"] / r[side] for r in rounds], statistics.median(r[side] for r in rounds)
-            rows.append(dict(bench="step", stage=stage, dtype=args.dtype, clips=args.clips, side=side, seconds=seconds,
+            rows.append(dict(bench="step", stage=stage, preset=preset, dtype=args.dtype, clips=clips, side=side, seconds=seconds,
                              ratio=statistics.median(ratios), low=min(ratios), high=max(ratios), memory=memory[side],
                              memory_ratio=memory[side] / memory["composition"], flops=flops, share=flops / seconds / max(peaks)))
             print("    {side:16} {seconds:7.2f} s a step, the composition {ratio:.2f}x ({low:.2f}-{high:.2f}); {mb:5.0f} MB, {memory_ratio:.2f}x; "
@@ -821,8 +830,8 @@ def bench_parts(args):
     rows = []
     for stage in args.stages:
         batch = make_batch(stage, PRESETS["small"])
-        objective, step = our_step(stage, batch)
-        step()
+        objective, trained, run = our_objective(stage, "small")
+        make_step(objective, trained, run, batch)()
         spent, stack = {}, []
         for name, module in objective.model.named_children():
             def before(*_, name=name):
@@ -843,7 +852,6 @@ def bench_parts(args):
         began = time.process_time()
         loss.backward()
         spent["backward"] = time.process_time() - began
-        trained = {n: p for n, p in objective.named_parameters() if p.requires_grad}
         optimizers = train.make_optimizers(trained, {n: 1e-4 for n in trained}, replace(run.cfg, optimizer="adamw"))
         began = time.process_time()
         torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
@@ -950,26 +958,41 @@ def bench_run(args):
     return rows
 
 
+BENCHES = {"plan": bench_plan, "attention": bench_attention, "full": bench_full, "step": bench_step, "parts": bench_parts,
+           "scaling": bench_scaling, "run": bench_run, "score": bench_score, "generate": bench_generate, "decode": bench_decode,
+           "data": bench_data, "all": bench_all}
+
+
+def parser():
+    """Each bench has flags, and a --help, of its own."""
+    whole = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    benches = whole.add_subparsers(dest="bench", required=True, metavar="BENCH", help=", ".join(BENCHES))
+    one = {}
+    for name, bench in BENCHES.items():
+        one[name] = benches.add_parser(name, description=bench.__doc__, allow_abbrev=False)
+        one[name].add_argument("--json", metavar="FILE", help="append one JSON line a measurement")
+        if name not in ("plan", "full"):
+            one[name].add_argument("--rounds", type=int, default=3, help="how often the sides take turns (3)")
+    for name in ("plan", "full"):
+        one[name].add_argument("--stage", type=int, default=1, choices=(0, 1, 2, 3))
+    for name in ("step", "parts"):
+        one[name].add_argument("--stages", type=int, nargs="*", default=(1, 2, 3))
+    plan, step = one["plan"], one["step"]
+    plan.add_argument("--preset", default="7b", choices=PRESETS)
+    plan.add_argument("--ranks", type=int, default=1, help="processes, a card each (1)")
+    plan.add_argument("--memory", type=float, help="GB of a card: what fits?")
+    plan.add_argument("--micro-batch", type=int, help="clips per forward (as train.py's)")
+    plan.add_argument("--tflops", type=float, default=400, help="what a card does per second (400)")
+    step.add_argument("--preset", default="small", choices=("toy", "small"))
+    step.add_argument("--clips", type=int, help="8; at toy 32")
+    step.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    one["scaling"].add_argument("--plot", metavar="PNG", help="a picture on log axes")
+    return whole
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    benches = {"attention": bench_attention, "plan": bench_plan, "full": bench_full, "data": bench_data, "score": bench_score, "generate": bench_generate,
-               "decode": bench_decode, "step": bench_step, "parts": bench_parts, "scaling": bench_scaling, "run": bench_run, "all": bench_all}
-    parser.add_argument("bench", choices=benches)
-    parser.add_argument("--stage", type=int, default=1, choices=(0, 1, 2, 3), help="of `plan` and `full`")
-    parser.add_argument("--preset", default="7b", choices=PRESETS, help="of `plan`")
-    parser.add_argument("--ranks", type=int, default=1, help="of `plan`: processes, a card each")
-    parser.add_argument("--memory", type=float, help="of `plan`: GB of a card")
-    parser.add_argument("--micro-batch", type=int, help="of `plan`: clips per forward (as train.py's)")
-    parser.add_argument("--tflops", type=float, default=400, help="of `plan`: what a card does per second (400)")
-    parser.add_argument("--stages", type=int, nargs="*", default=(1, 2, 3), help="of `step` and `parts`")
-    parser.add_argument("--clips", type=int, default=8, help="of `step`")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of `step`")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--plot", metavar="PNG", help="of `scaling`: a picture on log axes")
-    parser.add_argument("--json", metavar="FILE", help="append one JSON line a measurement")
-    args = parser.parse_args()
-    rows = benches[args.bench](args)
+    args = parser().parse_args()
+    rows = BENCHES[args.bench](args)
     if args.json:
         with open(args.json, "a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
