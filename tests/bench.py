@@ -865,7 +865,7 @@ def bench_parts(args):
             log.step(10, 10, train.StepCounts(samples=8, tokens=len(batch.ids)), {"loss": float(loss.detach())}, {"step": 10, "lr": 1e-4, "grad_norm": 1.0, "skipped": 0})
             spent["logging"] = time.process_time() - began
             phase = train.stages_of(train.parse(["--stage", str(stage)]))[0]
-            manifest = data.toy_split(folder, phase.split, data.World(**{phase.split: 8, "exo_cams": 2 if stage == 2 else 1}))
+            manifest = data.toy_split(Path(folder) / "toy", phase.split, data.World(**{phase.split: 8, "exo_cams": 2 if stage == 2 else 1}))
             loader = data.Loader(data.read_manifest(manifest), PRESETS["small"], toy_words(folder), view=phase.view, supervise=phase.supervise, batch=8)
             began = time.process_time()
             loader.batch(0)

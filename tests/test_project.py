@@ -11,12 +11,12 @@ import tokenize
 from functools import cache
 
 import pytest
-from conftest import REPO, flags, run
+from conftest import REPO, run
 
 FILES = ("model.py", "data.py", "eval.py", "train.py")          # each imports from those before it
 PACKAGES = {"torch", "numpy", "einops", "av", "sentencepiece", "safetensors"}
 README = (REPO / "README.md").read_text()
-PAGES = ("README.md", "tests/README.md", "tests/LEDGER.md", "tests/study/README.md", "tests/WALK.md")
+PAGES = ("README.md", "tests/README.md", "tests/LEDGER.md", "tests/study/README.md", "tests/WALK.md", "tests/study/TRIED.md")
 STOP = "# ===== a first reader can stop here ====="
 STORY = {"model.py": 820, "data.py": 730, "train.py": 780, "eval.py": 540}      # lines above the stop line, at most
 STORIES, STORIES_CONTENT = 2870, 11_000
