@@ -360,18 +360,19 @@ def bench_full(args):
     return [dict(bench="full", stage=args.stage, seconds=seconds, bytes=peak, planned=stored + most, flops=flops)]
 
 
-def make_take(path, seconds=180, fps=30, size=448):
-    """A 3-minute H.264 take with a key frame every 250 frames: a textured scene that a shaking camera pans over."""
+def make_take(path, seconds, width, height, fps=30):
+    """An H.264 take with a key frame every 250 frames: a textured scene that a shaking camera pans over."""
     rng = np.random.default_rng(0)
-    coarse = rng.integers(0, 255, (60, 60, 3), np.uint8).repeat(20, 0).repeat(20, 1)
+    cells = width // 20 + 40
+    coarse = rng.integers(0, 255, (cells, cells, 3), np.uint8).repeat(20, 0).repeat(20, 1)
     scene = np.clip(coarse.astype(int) + rng.integers(-20, 20, coarse.shape), 0, 255).astype(np.uint8)
     with av.open(str(path), "w") as out:
         stream = out.add_stream("libx264", rate=fps, options={"preset": "veryfast", "g": "250", "bf": "2"})
-        stream.width = stream.height = size
+        stream.width, stream.height = width, height
         stream.pix_fmt, stream.codec_context.thread_count = "yuv420p", 1
         for i in range(seconds * fps):
             x, y = (int(300 + 250 * math.sin(i / 97 + k) + rng.integers(-2, 3)) for k in (0, 1))
-            out.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(scene[y:y + size, x:x + size]), format="rgb24")))
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(scene[y:y + height, x:x + width]), format="rgb24")))
         out.mux(stream.encode())
 
 
@@ -399,10 +400,12 @@ def decord_clip(video, start, end, frames, size):
 
 
 def bench_data(args):
-    """Random 0.7 s clips, 16 frames at 336 pixels, one core: decoded from the file's start, or sought."""
+    """Random 0.7 s clips, 16 frames at 336 pixels, one core, from a 3-minute take of 448 pixels: decoded from the file's
+    start, or sought; and from a take of 1080p."""
     with tempfile.TemporaryDirectory() as folder:
-        take, rng = Path(folder) / "take.mp4", np.random.default_rng(0)
-        make_take(take)
+        take, large, rng = Path(folder) / "take.mp4", Path(folder) / "1080p.mp4", np.random.default_rng(0)
+        make_take(take, 180, 448, 448)
+        make_take(large, 34, 1920, 1080)                        # four key frames: as far from the last one as in a long take
         starts = rng.uniform(0, 179, 12)
         sides = {"from the start": partial(from_start, take), "read_clip": partial(data.read_clip, take)}
         if importlib.util.find_spec("decord"):
@@ -419,6 +422,11 @@ def bench_data(args):
                 began = time.process_time()
                 read(start, start + 0.7, 16, 336)
                 times[name].append(time.process_time() - began)
+        times["read_clip, 1080p"] = []
+        for start in starts:
+            began = time.process_time()
+            data.read_clip(large, start % 33, start % 33 + 0.7, 16, 336)
+            times["read_clip, 1080p"].append(time.process_time() - began)
     out = []
     for name, runs in times.items():
         ratio = sum(runs) / sum(times["read_clip"])

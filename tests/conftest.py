@@ -63,4 +63,19 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "upstream: what holds in this repository alone: line budgets, README's counts (forks: -m 'not upstream')")
-    config.addinivalue_line("markers", "xdist_group(name): tests that one worker of pytest-xdist runs, for they share something dear")
+
+
+# Files that take long, longest first: of two workers none is left alone with one of them at the end.
+LONG = ["test_train.py", "test_large.py", "test_rehearsal.py", "test_gpu.py", "test_bench.py", "test_study.py"]
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """`pytest -n 2`: the tests of a file stay together, since they share what is dear to make; files in the order above."""
+    from xdist.scheduler import LoadFileScheduling
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)

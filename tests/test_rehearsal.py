@@ -29,8 +29,6 @@ from data import encode_png, write_video
 from eval import BENCHES
 from model import load_checkpoint, load_delta, newest_checkpoint, read_state
 
-# Under pytest-xdist one worker types the commands, once.
-pytestmark = pytest.mark.xdist_group("rehearsal")
 mistral_common = pytest.importorskip("mistral_common")
 TOKENIZER = Path(mistral_common.__file__).parent / "data/tokenizer.model.v1"
 END = 2                                                         # the number of </s> among its pieces

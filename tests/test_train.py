@@ -793,8 +793,9 @@ def test_the_plain_command_goes_on_after_kill_9(toy, tmp_path):
 @pytest.mark.parametrize("number, nohup", [(signal.SIGTERM, False), (signal.SIGHUP, False), (signal.SIGHUP, True), (signal.SIGUSR1, False)])
 def test_a_signal_ends_a_run_between_two_steps_and_saves(toy, tmp_path, number, nohup):
     args = [str(a) for a in [*flags(toy, 1), "--steps", 60, "--batch", 8, "--no-eval", "--out", tmp_path / "o", "--save-every", 99]]
-    ignored = (lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) if nohup else None
-    one = subprocess.Popen([sys.executable, REPO / "train.py", *args], stderr=subprocess.PIPE, text=True, preexec_fn=ignored)
+    at_first = signal.SIG_IGN if nohup else signal.SIG_DFL      # whoever starts these tests may be under nohup itself
+    one = subprocess.Popen([sys.executable, REPO / "train.py", *args], stderr=subprocess.PIPE, text=True,
+                           preexec_fn=lambda: signal.signal(signal.SIGHUP, at_first))
     deadline = time.time() + 120
     while not ((tmp_path / "o/log.jsonl").is_file() and log(tmp_path / "o")) and time.time() < deadline:
         time.sleep(0.02)
