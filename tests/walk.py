@@ -7,10 +7,12 @@ The losses that the page shows in three lines each are functions of this file: w
 """
 import argparse
 import ast
+import copy
 import inspect
 import json
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -214,7 +216,8 @@ def draw_views(moment, file):
         for i, (panel, frame) in enumerate(zip(panels, read_row_clip(clip, frames, 96))):
             panel.imshow(rearrange(frame, "c h w -> h w c"))
             panel.set(xticks=[], yticks=[], xlabel=f"{start + length * (i + 0.5) / frames:.3f} s")
-        panels[0].set_title(title, loc="left", fontsize=11)
+        # A title over all four panels, which must not push the first one away from the others.
+        panels[0].set_title(title, loc="left", fontsize=11).set_in_layout(False)
     figure.savefig(file, dpi=90)
     pyplot.close(figure)
 
@@ -254,7 +257,9 @@ def token_lines(moment):
             if video and kind == "read" and f"<video> x {video}" not in lines[kind]:
                 lines[kind].append(f"<video> x {video}")
             lines[kind].append(f"{token} {words.sp.id_to_piece(token)!r}")
-    return "\n".join(f"{kind + ':':12}" + "  ".join(lines[kind]) for kind in lines)
+    # A space inside a token's entry must not end a line.
+    told = [f"{kind}: " + "  ".join(entry.replace(" ", "\xa0") for entry in lines[kind]) for kind in lines]
+    return "\n".join(textwrap.fill(line, 118, subsequent_indent=4 * " ") for line in told).replace("\xa0", " ")
 
 
 def make_page(moment, pictures):
@@ -266,6 +271,8 @@ def make_page(moment, pictures):
     draw_views(moment, pictures / "walk.png")
     draw_imagined(moment, found, pictures / "walk-f.png")
 
+    tokens_before, tokens_after = (per_token for _, _, per_token, _ in found.values())
+    fallen = sum(after < before for before, after in zip(tokens_before, tokens_after))
     nearest = []
     for when, (order, distances, _, rank) in found.items():
         told = "; ".join(f"{distances[i]:.2f} {moment.rows[i]['text'].removeprefix('Camera-wearer ')}" for i in order[:3])
@@ -273,8 +280,9 @@ def make_page(moment, pictures):
 
     labels = moment.batch(model).labels
     pieces = [moment.words.sp.id_to_piece(token) for token in labels[labels != IGNORE].tolist()]
-    words = [f"| `{piece}` | {alone:.3f} | {both:.3f} |" for piece, alone, both in
-             zip(pieces, moment.probabilities(moment.alone), moment.probabilities(model))]
+    chances = list(zip(pieces, moment.probabilities(moment.alone), moment.probabilities(model)))
+    words = [f"| `{piece}` | {alone:.3f} | {both:.3f} |" for piece, alone, both in chances]
+    decides, _, _ = max(chances, key=lambda piece: piece[2] - piece[1])
 
     logged = read_lines(out / "stage2/log.jsonl")
     last = {name: np.mean([line[name] for line in logged if name in line][-20:]) for name in moment.stage.losses}
@@ -294,13 +302,14 @@ def make_page(moment, pictures):
     both, alone = (sum(right) for right in moment.right)
     gained = sum(a > b for a, b in zip(*moment.right))
     lost = sum(a < b for a, b in zip(*moment.right))
-    shown = {key: value for key, value in row.items() if key != "where"}
+    # The row as it stands in the file: paths from its folder.
+    shown = copy.deepcopy({key: value for key, value in row.items() if key != "where"})
     for clip in (shown["ego"], *shown["exo"]):
         clip["video"] = str(Path(clip["video"]).relative_to(Path(out / "toy").resolve()))
     return f"""# A walk through one moment
 
 Ten minutes, one moment, top to bottom: a second of video that no stage has seen, from its bytes to its answer. The numbers
-and pictures were computed by `python tests/walk.py` from a run of README's commands (seed 0, {len(moment.right[0]):,} test moments:
+and pictures were computed by `python tests/walk.py` from a run of README's commands (seed 0, one thread, {len(moment.right[0]):,} test moments:
 demonstrator {percent("stage1", "exo_em")} exact after stage 1; learner {percent("stage2", "ego_em")} after stage 2, {percent("stage3", "ego_em")} after stage 3; the own exo clip nearest to F(x)
 in {percent("stage2", "transfer_top1")}). Each step links to the code that does it.
 
@@ -317,7 +326,8 @@ One line of a manifest, rendered by [`data.py: make_scene`], checked by [`data.p
 
 ## 2 Two cameras, one second
 [`data.py: read_clip`] cuts the second into {model.cfg.frames} equal spans and takes the frame that a viewer sees in the middle of each (in training:
-at a random time, the same for both cameras). The hand and the block look alike in neither view; the words are the same.
+at a random time, the same for both cameras). The fixed camera stands opposite: left and right are swapped, and what the head
+sees large and half covered is small and whole. The words are the same.
 
 ![four frames of the head's camera, four of the fixed one](assets/walk.png)
 
@@ -346,13 +356,14 @@ clip each and rank them by their distance to F(x), the loss's own: [`model.py: f
 
 ![the exo clips that are nearest to F(x), and the KL of each visual token, before and after stage 2](assets/walk-f.png)
 
-Before stage 2 F is random, so its nearest clips have nothing to do with the moment. Afterwards the KL has fallen in every
-visual token, not in one.
+Before stage 2 F is random, so its nearest clips have nothing to do with the moment. Afterwards the KL is lower in {fallen} of the
+{len(tokens_after)} visual tokens.
 
 ## 6 The LLM reads [x ; F(x)], then the words
 [`model.py: Exo2Ego.insert_visual_tokens`] puts {2 * model.cfg.visual_tokens} visual tokens where the prompt has `<video>`: {model.cfg.visual_tokens} of con_ego(x), then {model.cfg.visual_tokens} of con_exo(F(x)).
 [`model.py: Exo2Ego.stream`] then takes the likeliest word, again and again. With F it says "{moment.said["[x ; F(x)]"]}",
-the model without F says "{moment.said["x alone"]}" The probability of each piece of the true answer, given the pieces before it:
+the model without F says "{moment.said["x alone"]}" The probability of each piece of the true answer, given the
+pieces before it, shows where they part, at `{decides}`:
 
 | piece | x alone | [x ; F(x)] |
 |---|---|---|
