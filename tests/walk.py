@@ -246,15 +246,15 @@ def draw_imagined(moment, found, file):
 
 # ------------------------------------------------------------------------------------------------------- the page
 def token_lines(moment):
-    """Ids beside their words, a line each for what is read and what is supervised."""
+    """Ids beside their words: of the prompt, and of the answer, which is supervised."""
     batch, words = moment.batch(moment.after), moment.words
-    lines = {"read": [], "supervised": []}
+    lines = {"prompt": [], "answer": []}
     video = 0
     for token, label in zip(batch.ids.tolist(), batch.labels.tolist()):
         video += token == VIDEO
         if token != VIDEO:
-            kind = "read" if label == IGNORE else "supervised"
-            if video and kind == "read" and f"<video> x {video}" not in lines[kind]:
+            kind = "prompt" if label == IGNORE else "answer"
+            if video and kind == "prompt" and f"<video> x {video}" not in lines[kind]:
                 lines[kind].append(f"<video> x {video}")
             lines[kind].append(f"{token} {words.sp.id_to_piece(token)!r}")
     # A space inside a token's entry must not end a line.
@@ -309,13 +309,14 @@ def make_page(moment, pictures):
     return f"""# A walk through one moment
 
 Ten minutes, one moment, top to bottom: a second of video that no stage has seen, from its bytes to its answer. The numbers
-and pictures were computed by `python tests/walk.py` from a run of README's commands (seed 0, one thread, {len(moment.right[0]):,} test moments:
-demonstrator {percent("stage1", "exo_em")} exact after stage 1; learner {percent("stage2", "ego_em")} after stage 2, {percent("stage3", "ego_em")} after stage 3; the own exo clip nearest to F(x)
-in {percent("stage2", "transfer_top1")}). Each step links to the code that does it.
+and pictures were computed by `python tests/walk.py` from a run of README's commands and one more (`--no-mapping`), with seed 0
+in one thread; another number of threads rounds otherwise and ends a few points apart. Its scores: demonstrator {percent("stage1", "exo_em")} of {scores["stage1"]["exo_em_n"]:,} exo clips exact after stage 1; learner
+{percent("stage2", "ego_em")} of {len(moment.right[0]):,} ego clips after stage 2, {percent("stage3", "ego_em")} after stage 3; the own exo clip nearest to F(x) in {percent("stage2", "transfer_top1")} of
+{scores["stage2"]["transfer_top1_n"]} moments. Each step links to the code that does it.
 
-We chose the moment to show what F is for: it is the first one of a scene that the model with F narrates rightly, and a model
-trained on x alone (`--no-mapping`) wrongly. That is not the rule: of all moments {both:,} are right with F and {alone:,} without;
-{gained:,} are gained, {lost:,} lost.
+We chose the moment to show what F is for: among the moments that open a scene it is the first that the model with F narrates
+rightly, and a model trained on x alone (`--no-mapping`) wrongly. That is not the rule: of all moments {both:,} are right with F
+and {alone:,} without; {gained:,} are gained, {lost:,} lost.
 
 ## 1 A row
 One line of a manifest, rendered by [`data.py: make_scene`], checked by [`data.py: read_manifest`]. Times are seconds.
@@ -326,14 +327,14 @@ One line of a manifest, rendered by [`data.py: make_scene`], checked by [`data.p
 
 ## 2 Two cameras, one second
 [`data.py: read_clip`] cuts the second into {model.cfg.frames} equal spans and takes the frame that a viewer sees in the middle of each (in training:
-at a random time, the same for both cameras). The fixed camera stands opposite: left and right are swapped, and what the head
-sees large and half covered is small and whole. The words are the same.
+at a random time, the same for both cameras). The fixed camera stands opposite, so left and right are swapped; it sees the
+whole scene from one place, while the head moves. The words are the same.
 
 ![four frames of the head's camera, four of the fixed one](assets/walk.png)
 
 ## 3 Words become tokens
-[`data.py: Tokenizer.chat`] puts the question around the video and the answer behind it. The model reads all of it; only the
-answer and the `</s>` that ends it are supervised. `<video>` is a place for one visual token, filled in step 6.
+[`data.py: Tokenizer.chat`] puts the question around the video and the answer behind it. The model reads both; only the answer
+and the `</s>` that ends it are supervised. `<video> x N` are the places of N visual tokens, filled in step 6.
 
 ```
 {token_lines(moment)}
@@ -347,8 +348,8 @@ answer and the `</s>` that ends it are supervised. `<video>` is a place for one 
 x is what the *learner* sees, y what the *demonstrator* sees of the same second: the same shape, from the exo ViT.
 
 ## 5 What F imagines
-F sees x alone and says what the exo ViT would give. Is that the exo clip of this moment? Of {len(moment.rows)} scenes we take one exo
-clip each and rank them by their distance to F(x), the loss's own: [`model.py: feature_kl`], ranked by [`eval.py: rank_exo_clips`].
+F sees x alone and says what the exo ViT would give. Which exo clip comes nearest to that? Of {len(moment.rows)} scenes we take one each, and
+rank them by the loss's own distance, KL(con_exo(y) || con_exo(F(x))): [`model.py: feature_kl`], [`eval.py: rank_exo_clips`].
 
 | | the true clip's rank | the three nearest: KL, what happens in them |
 |---|---|---|
@@ -356,16 +357,17 @@ clip each and rank them by their distance to F(x), the loss's own: [`model.py: f
 
 ![the exo clips that are nearest to F(x), and the KL of each visual token, before and after stage 2](assets/walk-f.png)
 
-Before stage 2 F is random, so its nearest clips have nothing to do with the moment. Afterwards the KL is lower in {fallen} of the
-{len(tokens_after)} visual tokens.
+Before stage 2 F is random, so its nearest clips have nothing to do with the moment. Afterwards the KL is lower in {fallen} of {len(tokens_after)}
+visual tokens.
 
 ## 6 The LLM reads [x ; F(x)], then the words
+In full: [con_ego(x) ; con_exo(F(x))].
 [`model.py: Exo2Ego.insert_visual_tokens`] puts {2 * model.cfg.visual_tokens} visual tokens where the prompt has `<video>`: {model.cfg.visual_tokens} of con_ego(x), then {model.cfg.visual_tokens} of con_exo(F(x)).
-[`model.py: Exo2Ego.stream`] then takes the likeliest word, again and again. With F it says "{moment.said["[x ; F(x)]"]}",
+[`model.py: Exo2Ego.stream`] then takes the likeliest token, again and again. With F it says "{moment.said["[x ; F(x)]"]}",
 the model without F says "{moment.said["x alone"]}" The probability of each piece of the true answer, given the
 pieces before it, shows where they part, at `{decides}`:
 
-| piece | x alone | [x ; F(x)] |
+| piece | the `--no-mapping` model | [x ; F(x)] |
 |---|---|---|
 {chr(10).join(words)}
 
@@ -392,7 +394,7 @@ CCL teaches F and G alone: x and y are given to it without their gradients. Whic
 
 ## 9 Stage 3: a question
 Instruction tuning moves the ego ViT, F and a LoRA on the LLM ([`model.py: LoRALinear`]). Asked "{turn["user"]}" the learner now answers
-"{answer}" (the truth: "{turn["assistant"]}"), and still narrates: "{narrated}"
+"{answer}" (the truth: "{turn["assistant"]}"), and asked to narrate: "{narrated}"
 
 Ask it yourself: `python eval.py --video out/toy/{shown["ego"]["video"]} --start {row["ego"]["start"]:g} --end {row["ego"]["end"]:g} --ask "{turn["user"]}"`
 """

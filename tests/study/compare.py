@@ -135,13 +135,18 @@ def comparisons(cells: dict, rival: str, rows, setting: str) -> dict[tuple[str, 
     return dict(zip(differences, compare_table(list(differences.values()))))
 
 
-def said(comparison: Comparison | None) -> str:
-    """A comparison as a cell of a table."""
+def said(comparison: Comparison | None, difference: float) -> str:
+    """A comparison as a cell of a table; `difference` is that of the two numbers which the table prints."""
     if comparison is None:
         return ""
     if comparison.low is None:
-        return f"{comparison.mean:+.1f}, too few seeds"
-    return f"{comparison.mean:+.1f} [{comparison.low:+.1f}, {comparison.high:+.1f}] {comparison.verdict}"
+        return f"{difference:+.1f}, too few seeds"
+    return f"{difference:+.1f} [{comparison.low:+.1f}, {comparison.high:+.1f}] {comparison.verdict}"
+
+
+def printed(scores) -> float:
+    """The mean of per-seed scores as tables print it."""
+    return round(float(np.mean(scores)), 1)
 
 
 def table(cells: dict, rival: str, rows, setting: str) -> str:
@@ -161,7 +166,11 @@ def table(cells: dict, rival: str, rows, setting: str) -> str:
         nearest = [found["transfer_top1"] for found in figures if "transfer_top1" in found]
         columns = [row, PAPER.get(row, ""), len(seeds), f"{100 * np.mean(nearest):.1f}" if nearest else ""]
         for stage in ("stage2", "stage3"):
-            scores = [score(line, stage) for line in own if stage in line["figures"]]
-            columns += [f"{np.mean(scores):.1f}" if scores else "", said(compared.get((row, stage)))]
+            if stage not in own[0]["figures"]:
+                columns += ["", ""]
+                continue
+            mean = printed([score(line, stage) for line in own])
+            beside = printed([score(cells[rival, setting, seed], stage) for seed in seeds])
+            columns += [f"{mean:.1f}", said(compared.get((row, stage)), mean - beside)]
         lines.append("| " + " | ".join(map(str, columns)) + " |")
     return "\n".join(lines)
