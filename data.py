@@ -2101,7 +2101,8 @@ def command_show(args):
         for turn in row.get("turns", [])[:2]:
             lines += [(f"Q: {turn['user']}", (0, 70, 160)), (f"A: {turn['assistant']}", GREY)]
         items.append((clips, lines))
-    contact_sheet(args.out, items, f"{len(items)} rows of {Path(args.manifest).name}")
+    # There is room for 67 letters.
+    contact_sheet(args.out, items, f"{len(items)} rows of {Path(args.manifest).name}"[:67])
     print(f"{args.out}: {len(items)} rows of {args.manifest}")
 
 

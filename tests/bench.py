@@ -405,7 +405,7 @@ def bench_data(args):
     with tempfile.TemporaryDirectory() as folder:
         take, large, rng = Path(folder) / "take.mp4", Path(folder) / "1080p.mp4", np.random.default_rng(0)
         make_take(take, 180, 448, 448)
-        make_take(large, 34, 1920, 1080)                        # four key frames: as far from the last one as in a long take
+        make_take(large, 34, 1920, 1080)                        # five key frames: as far from the last one as in a long take
         starts = rng.uniform(0, 179, 12)
         sides = {"from the start": partial(from_start, take), "read_clip": partial(data.read_clip, take)}
         if importlib.util.find_spec("decord"):

@@ -461,8 +461,10 @@ def test_a_folder_of_other_things_is_no_micro_world(tmp_path):
     assert [f.name for f in tmp_path.iterdir() if f.name[0] != "."] == ["own.mp4"]
 
 
-def test_contact_sheet_shows_pictures_and_text(toy, tmp_path):
-    run(REPO / "data.py", "show", toy / "toy" / "val.jsonl", "--n", 4, "--out", tmp_path / "s.png")
+@pytest.mark.parametrize("name", ["val", 90 * "a"])
+def test_contact_sheet_shows_pictures_and_text(toy, tmp_path, name):
+    (tmp_path / f"{name}.jsonl").write_bytes((toy / "toy/val.jsonl").read_bytes())
+    run(REPO / "data.py", "show", tmp_path / f"{name}.jsonl", "--root", toy / "toy", "--n", 4, "--out", tmp_path / "s.png")
     import av
     with av.open(str(tmp_path / "s.png")) as png:
         image = next(png.decode(video=0)).to_ndarray(format="rgb24")

@@ -20,6 +20,7 @@ def test_links_lead_to_the_lines_of_the_code():
     assert len(re.findall(r"\.py#L", PAGE)) >= 20 and len(PAGE.splitlines()) <= 200
 
 
+@pytest.mark.upstream
 def test_shapes_and_losses_are_those_of_the_code():
     assert walk.with_lines(walk.shape_table()) in PAGE
     assert walk.source(walk.vtg, walk.kl, walk.ccl) in PAGE

@@ -137,7 +137,9 @@ class Moment:
         self.right = [[line["said"] == line["text"] for line in lines] for lines in (said, said_alone)]
         self.scenes = list(range(0, min(len(rows), 200 * CLIPS), CLIPS))
         gained = (number for number in self.scenes if self.right[0][number] > self.right[1][number])
-        self.number = next(gained, 0)
+        self.number = next(gained, None)
+        self.is_gained = self.number is not None
+        self.number = self.number or 0
         self.row, self.rows = rows[self.number], [rows[number] for number in self.scenes]
         self.said = {"[x ; F(x)]": said[self.number]["said"], "x alone": said_alone[self.number]["said"]}
 
@@ -302,6 +304,10 @@ def make_page(moment, pictures):
     both, alone = (sum(right) for right in moment.right)
     gained = sum(a > b for a, b in zip(*moment.right))
     lost = sum(a < b for a, b in zip(*moment.right))
+    chosen = ("We chose the moment to show what F is for: among the moments that open a scene it is the first that the model with F\n"
+              "narrates rightly, and a model trained on x alone (`--no-mapping`) wrongly. That is not the rule:")
+    if not moment.is_gained:
+        chosen = "It is the first moment: none that opens a scene is narrated rightly with F and wrongly without (`--no-mapping`);"
     # The row as it stands in the file: paths from its folder.
     shown = copy.deepcopy({key: value for key, value in row.items() if key != "where"})
     for clip in (shown["ego"], *shown["exo"]):
@@ -310,13 +316,12 @@ def make_page(moment, pictures):
 
 Ten minutes, one moment, top to bottom: a second of video that no stage has seen, from its bytes to its answer. The numbers
 and pictures were computed by `python tests/walk.py` from a run of README's commands and one more (`--no-mapping`), with seed 0
-in one thread; another number of threads rounds otherwise and ends a few points apart. Its scores: demonstrator {percent("stage1", "exo_em")} of {scores["stage1"]["exo_em_n"]:,} exo clips exact after stage 1; learner
-{percent("stage2", "ego_em")} of {len(moment.right[0]):,} ego clips after stage 2, {percent("stage3", "ego_em")} after stage 3; the own exo clip nearest to F(x) in {percent("stage2", "transfer_top1")} of
+in one thread; another number of threads rounds otherwise and ends a few points apart. Its scores: demonstrator
+{percent("stage1", "exo_em")} of {scores["stage1"]["exo_em_n"]:,} exo clips exact after stage 1; learner {percent("stage2", "ego_em")} of {len(moment.right[0]):,} ego clips after stage 2, {percent("stage3", "ego_em")} after stage 3; the own exo clip nearest to F(x) in {percent("stage2", "transfer_top1")} of
 {scores["stage2"]["transfer_top1_n"]} moments. Each step links to the code that does it.
 
-We chose the moment to show what F is for: among the moments that open a scene it is the first that the model with F narrates
-rightly, and a model trained on x alone (`--no-mapping`) wrongly. That is not the rule: of all moments {both:,} are right with F
-and {alone:,} without; {gained:,} are gained, {lost:,} lost.
+{chosen} of all moments
+{both:,} are right with F and {alone:,} without; {gained:,} are gained, {lost:,} lost.
 
 ## 1 A row
 One line of a manifest, rendered by [`data.py: make_scene`], checked by [`data.py: read_manifest`]. Times are seconds.
@@ -413,7 +418,8 @@ def main():
     missing = [folder for folder in NEEDED if not (args.out / folder / "eval.json").is_file()]
     if missing:
         commands = "\n    ".join(NEEDED[folder] for folder in NEEDED if folder in missing)
-        sys.exit(f"walk.py: {args.out / missing[0]} holds no finished run. These commands make what is missing:\n    {commands}")
+        sys.exit(f"walk.py: {args.out / missing[0]} holds no finished run. "
+                 f"These commands make what is missing, in out/:\n    {commands}")
     torch.set_num_threads(1)
     pictures = args.page.parent / "assets"
     pictures.mkdir(exist_ok=True)
