@@ -210,16 +210,16 @@ def draw_views(moment, file):
     """What both cameras see, with words inside the picture."""
     from matplotlib import pyplot
     frames = moment.after.cfg.frames
-    figure, axes = pyplot.subplots(2, frames, figsize=(2 * frames, 4.6), layout="constrained")
+    figure = pyplot.figure(figsize=(2 * frames, 4.8), layout="constrained")
     views = {"ego: the camera on the head, what the learner sees": moment.row["ego"],
              "exo: a fixed camera, for the demonstrator, in training only": moment.row["exo"][0]}
-    for panels, (title, clip) in zip(axes, views.items()):
+    for part, (title, clip) in zip(figure.subfigures(2, 1), views.items()):
+        part.suptitle(title, x=0.01, ha="left", fontsize=11)
+        panels = part.subplots(1, frames)
         start, length = clip["start"], clip["end"] - clip["start"]
         for i, (panel, frame) in enumerate(zip(panels, read_row_clip(clip, frames, 96))):
             panel.imshow(rearrange(frame, "c h w -> h w c"))
             panel.set(xticks=[], yticks=[], xlabel=f"{start + length * (i + 0.5) / frames:.3f} s")
-        # A title over all four panels, which must not push the first one away from the others.
-        panels[0].set_title(title, loc="left", fontsize=11).set_in_layout(False)
     figure.savefig(file, dpi=90)
     pyplot.close(figure)
 
