@@ -1,6 +1,7 @@
 """The study's arithmetic: intervals that mean something, cells that hold only for the code that made them."""
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -182,6 +183,25 @@ def test_the_newest_checkpoint_of_a_run_is_taken(tmp_path, monkeypatch):
     line = study.run_cell(Cell("full", ALL_TOLD, 0), tmp_path)
     assert line["git"] == "step 150" and line["cycle"] == dict(constant=1.0, first=2.0, last=1.25)
     assert report.unpack(line["outcomes"]["stage2"]).tolist() == [1]
+
+
+def test_minutes_that_are_too_few_are_said(tmp_path, monkeypatch, capsys):
+    """No cell is started that would end later, judged by the last one: the first may have taken an hour. What is left is named."""
+    clock, seconds = [0.0], iter((6000, 60, 60, 60))
+
+    def run_cell(cell, out):
+        took = next(seconds)
+        clock[0] += took
+        return cell._asdict() | dict(seconds=took, figures={})
+    monkeypatch.setattr(study.time, "time", lambda: clock[0])
+    for name, new in dict(run_cell=run_cell, append=lambda line: None, finished=dict, ThreadPoolExecutor=lambda cores: ThreadPoolExecutor(1)).items():
+        monkeypatch.setattr(study, name, new)
+    cells = [Cell("full", ALL_TOLD, seed) for seed in range(5)]
+    study.run_cells(cells[:4], minutes=240, out=tmp_path)
+    assert "are left" not in capsys.readouterr().out
+    clock[0], seconds = 0.0, iter((60, 60, 60))
+    study.run_cells(cells, minutes=3.5, out=tmp_path)
+    assert "2 cells are left, for which 3.5 minutes were too few: the same call goes on" in capsys.readouterr().out
 
 
 def test_cells_that_begin_alike_share_their_stages(tmp_path):

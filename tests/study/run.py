@@ -398,7 +398,8 @@ def run_cells(cells: list[Cell], minutes: float, out: Path):
     began, taken = time.time(), []                          # seconds of each finished cell
 
     def work(cell):
-        if time.time() - began + max(taken, default=0) > minutes * 60:
+        # As long as the last one took: the first ones also made what later ones share.
+        if time.time() - began + (taken[-1] if taken else 0) > minutes * 60:
             return
         line = run_cell(cell, out)
         append(line)
@@ -410,6 +411,9 @@ def run_cells(cells: list[Cell], minutes: float, out: Path):
               f"({line['seconds']} s; all done in {minutes_left:.0f} min)", flush=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:        # one thread per process, a process per core
         list(pool.map(work, left))
+    if len(taken) < len(left):
+        print(f"{len(left) - len(taken)} cells are left, for which {minutes:g} minutes were too few: the same call goes on",
+              flush=True)
 
 
 def main():
