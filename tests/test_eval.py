@@ -422,6 +422,6 @@ def test_the_picture_of_transfer_frames_the_true_clip_alone(toy, tmp_path, monke
     monkeypatch.setattr(evaluation, "encode_png", lambda image: images.append(image) or b"")
     evaluation.show_transfer(tmp_path / "a.png", rows, [[0, 1, 2, 3], [0, 1, 2, 3], [3, 1, 0, 2], [0, 1, 2, 3]])
     green = (images[0] == evaluation.GREEN).all(-1)
-    # Titles are 26 pixels high, a row 112 and its caption 26; tiles are 208 wide: rank 1, 2, 4 and 4.
-    corners = [[bool(green[26 + 138 * row, 208 * column]) for column in range(5)] for row in range(4)]
+    # Titles are 26 pixels high, a row 112 and its caption 26; tiles are 216 wide: rank 1, 2, 4 and 4.
+    corners = [[bool(green[26 + 138 * row, 216 * column]) for column in range(5)] for row in range(4)]
     assert corners == [[False, False, True, False, False], [False, False, False, True, False], [False] * 5, [False] * 5]
