@@ -600,6 +600,7 @@ def next_command(stage, out, world=None):
 GREEN = (20, 130, 50)
 RED = (190, 40, 40)
 
+
 def show_transfer(path, rows, orders):
     """Six moments, a row each: the ego clip, its exo clip, and the three exo clips that are nearest to F(x), the true
     one in a green frame."""

@@ -5,6 +5,7 @@ import sys
 import pytest
 from conftest import REPO, run
 
+
 @pytest.mark.skipif(sys.platform != "linux", reason="triton runs on Linux only")
 def test_every_part_runs_dry_and_its_findings_make_a_table(tmp_path):
     run(REPO / "tests/gpu.py", "--out", tmp_path, "--dry", timeout=1200)

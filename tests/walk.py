@@ -123,12 +123,13 @@ class Moment:
 
     def __init__(self, out):
         self.out = out
-        toy, words = out / "toy", Tokenizer(newest_checkpoint(out / "stage2"))
+        toy = out / "toy"
+        self.words = Tokenizer(newest_checkpoint(out / "stage2"))
         self.cfg = train.parse(["--stage", "2", "--data", str(toy), "--init", str(out / "stage1"),
                                 "--base", str(out / "stage0"), "--out", str(out / "stage2")])
         self.stage, = train.stages_of(self.cfg)
         # As stage 2 begins, and as it ends.
-        self.before, self.words = train.initial_model(train.Run(self.cfg, 0, 1, torch.device("cpu"), False))[0], words
+        self.before, _ = train.initial_model(train.Run(self.cfg, 0, 1, torch.device("cpu"), False))
         self.after, self.alone, self.tuned = (
             load_checkpoint(out / folder)[0].eval() for folder in ("stage2", "x/stage2", "stage3"))
         # One moment per scene takes part in the search for the nearest exo clip.
@@ -136,11 +137,11 @@ class Moment:
         said, said_alone = (read_lines(out / folder / "predictions.jsonl") for folder in ("stage2", "x/stage2"))
         self.right = [[line["said"] == line["text"] for line in lines] for lines in (said, said_alone)]
         self.scenes = list(range(0, min(len(rows), 200 * CLIPS), CLIPS))
-        gained = (number for number in self.scenes if self.right[0][number] > self.right[1][number])
-        self.number = next(gained, None)
-        self.is_gained = self.number is not None
-        self.number = self.number or 0
-        self.row, self.rows = rows[self.number], [rows[number] for number in self.scenes]
+        gained = [number for number in self.scenes if self.right[0][number] > self.right[1][number]]
+        self.is_gained = bool(gained)
+        self.number = gained[0] if gained else 0
+        self.row = rows[self.number]
+        self.rows = [rows[number] for number in self.scenes]
         self.said = {"[x ; F(x)]": said[self.number]["said"], "x alone": said_alone[self.number]["said"]}
 
     def batch(self, model):
@@ -191,7 +192,8 @@ class Moment:
         return norms
 
     def imagined(self, model):
-        """-> the exo clips of all scenes from near to far, their KL to F(x), and the KL of each visual token."""
+        """-> the exo clips of all scenes from near to far, their KL to F(x), the KL of each visual token, and the rank of
+        the moment's own clip."""
         y, fx, _ = exo_features(model, self.words, self.rows)
         own = self.scenes.index(self.number)
         order, = rank_exo_clips(y, fx[own:own + 1])
@@ -229,7 +231,7 @@ def draw_imagined(moment, found, file):
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(2, 5, figsize=(11, 4.8), layout="constrained", width_ratios=[1, 1, 1, 1, 2])
     highest = max(max(per_token) for _, _, per_token, _ in found.values())
-    for panels, (when, (order, _, per_token, rank)) in zip(axes, found.items()):
+    for panels, (when, (order, _, per_token, _)) in zip(axes, found.items()):
         clips = [(f"{when}\nthe true exo clip", moment.row)]
         for place, number in zip(("nearest to F(x)", "second", "third"), order):
             mark = " (the true one)" if moment.rows[number] == moment.row else ""
