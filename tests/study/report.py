@@ -119,7 +119,7 @@ def scores_table(cells: dict) -> str:
                                   ("stage3", "mcq_intra", "full: text to one of five clips, same scene, %"),
                                   ("stage3", "qa", "full: questions, %")):
             add(label, setting, [100 * figures[key] for figures in figures_of(cells, "full", setting, stage)], ".1f")
-        for row in ("full", "F, text alone", "no KL", "shuffled pairs"):
+        for row in ("full", "no KL, no cycle", "no KL", "shuffled pairs"):
             for key, words in (("kl_true", "true partners"), ("kl_shuffled", "shuffled partners")):
                 found = [figures[key] for figures in figures_of(cells, row, setting, "stage2")]
                 add(f"{row}: KL of {words}, 600 validation clips", setting, found, ".3f")

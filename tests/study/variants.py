@@ -2,8 +2,8 @@
 
     python tests/study/variants.py Distillation --stage 2 --no-cycle --data DIR ...     # then train.py's flags
 
-A variant is a class of losses, or a function that changes the model before training, or both. train.py does all else:
-the loop, saving, resuming, the log, the benchmark.
+A variant is a class of losses, a function that changes the model before training, another row of the stage table, or
+several of them. train.py does all else: the loop, saving, resuming, the log, the benchmark.
 """
 import json
 import sys
@@ -89,11 +89,14 @@ class Variant:
     objective: type = train.Objective
     change: object = None
     score: object = None
+    view: str = "pair"                  # what a sample of stage 2 shows; "ego": a told ego clip, as with --no-mapping
 
 
 VARIANTS = {
-    "Identity": Variant(change=identity),
-    "FrozenF": Variant(objective=FrozenF),
+    "TextAlone": Variant(view="ego"),
+    "Identity": Variant(change=identity, view="ego"),
+    "FrozenF": Variant(objective=FrozenF, view="ego"),
+    "IdentityWithKL": Variant(change=identity),
     "Distillation": Variant(objective=Distillation, change=no_mapping),
     "Oracle": Variant(objective=Oracle, score=score_oracle),
 }
@@ -104,6 +107,7 @@ def main(argv=None):
     if name not in VARIANTS:
         sys.exit(f"variant {name!r}: choose one of {', '.join(VARIANTS)}")
     variant = VARIANTS[name]
+    train.TOY[2] = tuple(replace(stage, view=variant.view) for stage in train.TOY[2])
     flags += ["--no-eval"] if variant.score else []
     train.main(flags, objective=variant.objective, change=variant.change)
     if variant.score:
