@@ -83,9 +83,10 @@ def test_seeds_that_agree_to_the_digit():
 def line_of(row, seed, code="new", setting=ALL_TOLD, cpu="AVX2", em=(50.0, 60.0)):
     """A line of results.jsonl as run.run_cell makes it, with what tables read."""
     figures = {f"stage{stage}": dict(ego_em=value / 100) for stage, value in zip((2, 3), em)}
-    flags = json.loads(json.dumps(study.asdict(study.ROWS[row])))
+    trained = (study.ROWS | study.CANDIDATES)[row]
+    flags = json.loads(json.dumps(study.asdict(trained)))
     return dict(row=row, setting=setting, seed=seed, flags=flags, world=study.SETTINGS[setting], code=code, git="abc", cpu=cpu,
-                variant_code=study.variant_hash(study.ROWS[row].variant), cycle={}, figures=figures)
+                variant_code=study.variant_hash(trained.variant), cycle={}, figures=figures)
 
 
 def write_results(monkeypatch, tmp_path, lines):
@@ -149,6 +150,14 @@ def test_what_matters_most_is_made_first():
     assert all(cell.seed >= 3 for cell in cells[first_late:]), "seeds 0 to 2 of all questions come before the others"
 
 
+def test_the_search_shows_each_candidate_in_its_row_and_column():
+    lines = [line_of(f"full, {change}", 100, setting=FEW_TOLD, em=(60 + i, 0)) for i, change in enumerate(study.SHORT_LIST["full"])]
+    lines += [line_of("x only, three times the rate", 100, setting=FEW_TOLD, em=(55, 0)), line_of("full", 0, setting=FEW_TOLD, em=(10, 0))]
+    head, _, *rows = report.search_table(cells_of(*lines)).splitlines()
+    assert rows == ["| x only |  |  | 55.0 |  |  |", "| full | 60.0 | 61.0 | 62.0 | 63.0 | 64.0 |"]
+    assert head == "| few told, seed 100 | as it is | a third of the rate | three times the rate | KL at 0.5 | KL at 0.05 |"
+
+
 def test_outcomes_survive_writing():
     bits = [0, 0, 1, 0, 1, 1]
     assert report.unpack(study.pack(bits)).tolist() == bits
@@ -157,7 +166,7 @@ def test_outcomes_survive_writing():
 def test_rows_are_flags_that_exist_and_settings_too():
     import data
     import train
-    for row in study.ROWS.values():
+    for row in [*study.ROWS.values(), *study.CANDIDATES.values()]:
         for stage in (1, 2, 3):
             train.parse(["--stage", str(stage), *getattr(row, f"stage{stage}").split()])
         assert row.variant == "" or row.variant in variants.VARIANTS

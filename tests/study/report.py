@@ -15,7 +15,21 @@ from pathlib import Path
 
 import numpy as np
 from compare import FEWEST_SEEDS, t_quantile, table
-from run import ALL_TOLD, CPU, FEW_TOLD, QUESTIONS, REPO, ROWS, SEEDS, Cell, finished, places, recorded
+from run import (
+    ALL_TOLD,
+    CPU,
+    FEW_TOLD,
+    QUESTIONS,
+    REPO,
+    ROWS,
+    SEARCH_SEED,
+    SEEDS,
+    SHORT_LIST,
+    Cell,
+    finished,
+    places,
+    recorded,
+)
 
 CURVES = Path(__file__).with_name("curves")
 PAGE = Path(__file__).with_name("README.md")
@@ -105,6 +119,18 @@ def cycle_table(cells: dict) -> str:
     return filled_or_not(lines)
 
 
+def search_table(cells: dict) -> str:
+    """Markdown: exact ego narrations after stage 2 of each candidate of the search, %."""
+    changes = list(SHORT_LIST["full"])
+    lines = [f"| {FEW_TOLD}, seed {SEARCH_SEED} | {' | '.join(changes)} |", "|---" * (1 + len(changes)) + "|"]
+    for row in SHORT_LIST:
+        found = [cells.get(Cell(f"{row}, {change}", FEW_TOLD, SEARCH_SEED)) for change in changes]
+        scores = [f"{100 * line['figures']['stage2']['ego_em']:.1f}" if line else "" for line in found]
+        if any(scores):
+            lines.append(f"| {row} | {' | '.join(scores)} |")
+    return filled_or_not(lines)
+
+
 def scores_table(cells: dict) -> str:
     """Markdown: the other scores of `full`, and the two KLs of some rows."""
     lines = ["| what | setting | mean | lowest to highest seed |", "|---|---|---|---|"]
@@ -188,6 +214,7 @@ def sections(cells: dict) -> dict[str, str]:
     return tables | {
         "default scores": default_table(cells),
         "cycle": cycle_table(cells),
+        "search": search_table(cells),
         "scores": scores_table(cells),
         "stages": stages_table(cells),
         "inside": inside(),

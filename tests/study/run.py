@@ -3,6 +3,7 @@
     python tests/study/run.py --rows "no KL" "x only" --seeds 0 1 2     # rows beside their rival, with intervals
     python tests/study/run.py --question b --minutes 90     # all that a question of the argument needs
     python tests/study/run.py --minutes 90                  # all of it, in the order of importance
+    python tests/study/run.py --search                      # the rate and the KL's weight of full and of its controls
     python tests/study/run.py --probes                      # what is inside the models that are still cached
     python tests/study/run.py --verify full                 # after a change of code: are the numbers still the same?
 
@@ -23,7 +24,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -77,6 +78,24 @@ ROWS = {
     "without stage 1": Row(stage1="--steps 1 --lr 1e-9"),
     "contrastive": Row(stage2="--contrastive 0.1"),
 }
+
+# The search: what full and its controls may choose from, the same short list for all, on a world that no table has.
+# --lr is the rate of the fastest part: F, or the ego encoder where there is no F.
+RATE = {"a third of the rate": "--lr 3.3e-3", "three times the rate": "--lr 3e-2"}
+RATE_OF_X = {"a third of the rate": "--lr 3.3e-4", "three times the rate": "--lr 3e-3"}
+WEIGHT = {"KL at 0.5": "--kl-weight 0.5", "KL at 0.05": "--kl-weight 0.05"}
+AS_IT_IS = {"as it is": ""}
+SHORT_LIST = {
+    "KL without F": AS_IT_IS | WEIGHT,
+    "F = identity, with KL": AS_IT_IS | WEIGHT,
+    "x only": AS_IT_IS | RATE_OF_X,
+    "F, text alone": AS_IT_IS | RATE,
+    "full": AS_IT_IS | RATE | WEIGHT,
+}
+CANDIDATES = {
+    f"{row}, {change}": replace(ROWS[row], stage2=f"{ROWS[row].stage2} {flags}".strip(), stages=(1, 2))
+    for row, changes in SHORT_LIST.items() for change, flags in changes.items()}
+SEARCH_SEED = 100
 
 # What data.py toy is told. README's commands and the study share the default world: every pair has a narration.
 ALL_TOLD = "all told"
@@ -246,7 +265,7 @@ def finished() -> dict[Cell, dict]:
 
 def holds(line: dict) -> bool:
     """Whether a cell was made with the flags and the variant that its row has now."""
-    row = ROWS.get(line["row"])
+    row = (ROWS | CANDIDATES).get(line["row"])
     if row is None or line["setting"] not in SETTINGS:
         return False
     # As a file gives it back: a tuple is a list there.
@@ -303,7 +322,7 @@ def places(row: Row, setting: str, seed: int, out: Path) -> tuple[Path, dict[int
 
 def run_cell(cell: Cell, out: Path) -> dict:
     """World, stages and scores of one cell; whatever is there already is not made again."""
-    row, began = ROWS[cell.row], time.time()
+    row, began = (ROWS | CANDIDATES)[cell.row], time.time()
     world, stages = places(row, cell.setting, cell.seed, out)
     # The world that stage 0 sees, and the cell's own; they may be one.
     plain = stages[0].with_name("toy")
@@ -350,10 +369,11 @@ def probe(out: Path):
     """Look inside the trained models of `full` and of two controls, at every seed whose stages are still cached."""
     there = {(line["probe"], line["seed"]) for line in recorded() if "probe" in line and line["code"] == code_hash()}
     for cell in finished():
-        world, stages = places(ROWS[cell.row], cell.setting, cell.seed, out)
         wanted = cell.setting == ALL_TOLD and cell.row in ("full", "no KL", "shuffled pairs")
-        wanted = wanted and (cell.row, cell.seed) not in there
-        if wanted and (stages[3] / "eval.json").is_file():
+        if not wanted or (cell.row, cell.seed) in there:
+            continue
+        world, stages = places(ROWS[cell.row], cell.setting, cell.seed, out)
+        if (stages[3] / "eval.json").is_file():
             words = [word for stage, folder in stages.items() for word in (f"--stage{stage}", folder)]
             words += ["--only-features"] if cell.row != "full" else []
             done = subprocess.run([sys.executable, "tests/study/probe.py", "--world", world, *words],
@@ -424,6 +444,7 @@ def main():
     what.add_argument("--rows", nargs="+", choices=ROWS, help="these rows and their rival")
     what.add_argument("--question", choices=QUESTIONS, help="the rows of one question")
     what.add_argument("--verify", choices=ROWS, metavar="ROW", help="make its latest cell again: equal to the digit?")
+    what.add_argument("--search", action="store_true", help=f"rates and weights, where few are told, seed {SEARCH_SEED}")
     what.add_argument("--probes", action="store_true", help="look inside models that are still cached")
     parser.add_argument("--rival", choices=ROWS, default="full", help="of --rows (full)")
     parser.add_argument("--setting", choices=SETTINGS, default=ALL_TOLD, help=f"of --rows ({ALL_TOLD})")
@@ -436,6 +457,8 @@ def main():
         return verify(out, args.verify)
     if args.probes:
         return probe(out)
+    if args.search:
+        return run_cells([Cell(row, FEW_TOLD, SEARCH_SEED) for row in CANDIDATES], args.minutes, out)
     if not args.rows:
         return run_cells(cells_of([args.question] if args.question else ORDER, args.seeds), args.minutes, out)
     # A table of one's own: the rival, and the rows beside it.
