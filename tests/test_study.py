@@ -265,6 +265,36 @@ def test_without_a_loss_on_pairs_no_exo_clip_is_read(toy, tmp_path):
     assert {"vtg", "loss"} <= log_of(toy / "variant-no-exo")[-1].keys()
 
 
+def test_told_pairs_are_drawn_alone_or_every_second_time():
+    rows = [dict(id=i) | (dict(text="told") if i % 5 == 0 else {}) for i in range(100)]
+    assert [row["id"] for row in variants.told_alone(rows)] == list(range(0, 100, 5))
+    half = variants.half_told(rows)
+    assert len(half) == 160 and sum("text" in row for row in half) == 80 and {row["id"] for row in half} == set(range(100))
+    assert variants.half_told(rows[::5]) == rows[::5], "where all are told, each is drawn once"
+
+
+def test_a_variant_does_not_void_its_neighbours(tmp_path, monkeypatch):
+    """Another entry of VARIANTS changes no hash but its own; what a variant reaches changes its own."""
+    source = (REPO / "tests/study/variants.py").read_text()
+    names = list(variants.VARIANTS)
+
+    def hashes(text):
+        (tmp_path / "tests/study").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "tests/study/variants.py").write_text(text)
+        study.variant_hash.cache_clear()
+        return {name: study.variant_hash(name) for name in names}
+    monkeypatch.setattr(study, "REPO", tmp_path)
+    before = hashes(source)
+    assert len(set(before.values())) == len(names)
+    assert hashes(source.replace('VARIANTS = {', 'VARIANTS = {\n    "Mine": Variant(change=no_mapping),')) == before
+    after = hashes(source.replace('model.F = model.G = None', 'model.F = None'))
+    assert {name for name in names if after[name] != before[name]} == {"Distillation"}
+    after = hashes(source.replace("train.main(flags", "train.main(flags * 1"))
+    assert all(after[name] != before[name] for name in names)
+    monkeypatch.undo()
+    study.variant_hash.cache_clear()
+
+
 def test_a_frozen_F_stays_as_it_began(toy, variant_runs):
     """It equals the F of another run of that seed before its first step, and the ego encoder has learned behind it."""
     begun, frozen = tensors_of(variant_runs["Identity"]), tensors_of(variant_runs["FrozenF"])

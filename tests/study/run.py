@@ -74,6 +74,9 @@ ROWS = {
     "forward cycle only": Row(stage2="--forward-cycle-only"),
     "no G, no cycle": Row(stage2="--no-cycle"),
     "FC blocks": Row(stage2="--mapping mlp"),
+    # (f) where few are told: which pairs are drawn?
+    "full, told pairs alone": Row(variant="ToldAlone"),
+    "full, half told": Row(variant="HalfTold"),
     # our own
     "without stage 1": Row(stage1="--steps 1 --lr 1e-9"),
     "contrastive": Row(stage2="--contrastive 0.1"),
@@ -91,6 +94,8 @@ SHORT_LIST = {
     "x only": AS_IT_IS | RATE_OF_X,
     "F, text alone": AS_IT_IS | RATE,
     "full": AS_IT_IS | RATE | WEIGHT,
+    "full, told pairs alone": AS_IT_IS,
+    "full, half told": AS_IT_IS,
 }
 CANDIDATES = {
     f"{row}, {change}": replace(ROWS[row], stage2=f"{ROWS[row].stage2} {flags}".strip(), stages=(1, 2))
@@ -146,6 +151,11 @@ QUESTIONS = {
         rival="full",
         rows=("no LoRA", "forward cycle only", "no G, no cycle", "no KL", "FC blocks"),
         settings=(ALL_TOLD,)),
+    "f": Question(
+        asks="Where few are told: which pairs are drawn?",
+        rival="F, text alone",
+        rows=("full", "full, half told", "full, told pairs alone"),
+        settings=(FEW_TOLD,)),
     "own": Question(
         asks="What do stage 1 and InfoNCE do?",
         rival="full",
@@ -158,7 +168,7 @@ QUESTIONS = {
         settings=tuple(SETTINGS)[2:], seeds=2),
 }
 # What is not reached is what matters least.
-ORDER = ("b", "a", "d", "c", "e", "own", "knobs")
+ORDER = ("b", "f", "a", "d", "c", "e", "own", "knobs")
 
 
 class Cell(NamedTuple):
@@ -182,9 +192,9 @@ def cells_of(questions, seeds=None) -> list[Cell]:
 
 
 # ------------------------------------------------------------------------------------------- which code, which cells
-def reachable(files, todo) -> dict[str, ast.AST]:
+def reachable(files, todo, without=()) -> dict[str, ast.AST]:
     """The top-level definitions (functions, classes, constants, tables) of `files` that `todo`, pairs of a file and a
-    name, can reach by name, each under "file: name"."""
+    name, can reach by name, each under "file: name"; the names in `without` are passed over."""
     # name -> [(file, node)]: a name may be in several files
     defined = {}
     for file in files:
@@ -202,7 +212,7 @@ def reachable(files, todo) -> dict[str, ast.AST]:
     while todo:
         home, name = todo.pop()
         for file, node in defined.get(name, ()):
-            if name == "main" and file != home or f"{file}: {name}" in found:
+            if name in without or name == "main" and file != home or f"{file}: {name}" in found:
                 continue
             found[f"{file}: {name}"] = node
             for leaf in ast.walk(node):
@@ -235,9 +245,15 @@ def code_hash() -> str:
 
 @cache
 def variant_hash(name: str) -> str:
-    """Of variants.py, which a variant adds to that; "" for a row that is flags alone."""
+    """Of what a variant of variants.py adds to that, its neighbours aside; "" for a row that is flags alone."""
+    if not name:
+        return ""
     file = "tests/study/variants.py"
-    return hash_of(reachable([file], [(file, "main")])) if name else ""
+    every = reachable([file], [(file, "VARIANTS")])[f"{file}: VARIANTS"].value
+    entry = next(value for key, value in zip(every.keys, every.values) if key.value == name)
+    words = [leaf.id for leaf in ast.walk(entry) if isinstance(leaf, ast.Name)]
+    found = reachable([file], [(file, word) for word in ("main", *words)], without={"VARIANTS"})
+    return hash_of(found | {name: entry})
 
 
 def recorded() -> list[dict]:

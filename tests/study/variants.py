@@ -82,6 +82,19 @@ def score_oracle(cfg):
     (Path(cfg.out) / "eval.json").write_text(json.dumps(figures, indent=1))
 
 
+# ------------------------------------------------------------------------------------------- what pairs stage 2 draws
+def told_alone(rows):
+    """The pairs that have a narration."""
+    return [row for row in rows if row.get("text")]
+
+
+def half_told(rows):
+    """All pairs, those that have a narration so often that they are every second sample."""
+    told = told_alone(rows)
+    untold = [row for row in rows if not row.get("text")]
+    return untold + told * max(1, round(len(untold) / len(told)))
+
+
 # -------------------------------------------------------------------------------------------------------- all of them
 @dataclass(frozen=True)
 class Variant:
@@ -90,6 +103,7 @@ class Variant:
     change: object = None
     score: object = None
     view: str = "pair"                  # what a sample of stage 2 shows; "ego": a told ego clip, as with --no-mapping
+    rows: object = list                 # of the rows of stage 2 those that it reads
 
 
 VARIANTS = {
@@ -97,6 +111,8 @@ VARIANTS = {
     "Identity": Variant(change=identity, view="ego"),
     "FrozenF": Variant(objective=FrozenF, view="ego"),
     "IdentityWithKL": Variant(change=identity),
+    "ToldAlone": Variant(rows=told_alone),
+    "HalfTold": Variant(rows=half_told),
     "Distillation": Variant(objective=Distillation, change=no_mapping),
     "Oracle": Variant(objective=Oracle, score=score_oracle),
 }
@@ -107,11 +123,14 @@ def main(argv=None):
     if name not in VARIANTS:
         sys.exit(f"variant {name!r}: choose one of {', '.join(VARIANTS)}")
     variant = VARIANTS[name]
-    train.TOY[2] = tuple(replace(stage, view=variant.view) for stage in train.TOY[2])
     flags += ["--no-eval"] if variant.score else []
+    cfg, read = train.parse(flags), train.read_manifests
+    train.TOY[2] = tuple(replace(stage, view=variant.view) for stage in train.TOY[2])
+    if cfg.stage == 2:
+        train.read_manifests = lambda *given: variant.rows(read(*given))
     train.main(flags, objective=variant.objective, change=variant.change)
     if variant.score:
-        variant.score(train.parse(flags))
+        variant.score(cfg)
 
 
 if __name__ == "__main__":
