@@ -15,6 +15,7 @@ sys.path.insert(0, str(REPO / "tests/study"))
 import compare
 import report
 import run as study
+import target
 import variants
 from run import ALL_TOLD, FEW_TOLD, Cell
 
@@ -360,6 +361,27 @@ def test_a_run_is_laid_over_the_band_of_five_seeds(tmp_path, monkeypatch):
         assert (tmp_path / f"own{shift}/stage1/curves.png").stat().st_size > 5000
     with pytest.raises(SystemExit, match="its folder is not named as one of stage0, stage1, stage2, stage3"):
         report.compare_curves(tmp_path / "log.jsonl")
+
+
+def test_a_target_is_a_mean_of_all_five_seeds(tmp_path, monkeypatch, capsys):
+    """Four good seeds are no record, and a mean below the target leaves the table as it is."""
+    monkeypatch.setattr(target, "TARGETS", tmp_path / "targets.jsonl")
+    monkeypatch.setattr(sys, "argv", ["target.py", "--machine", "a laptop", "--out", str(tmp_path)])
+
+    def play(*exact):
+        left = iter(exact)
+        monkeypatch.setattr(target, "run_seed", lambda seed, out: dict(seed=seed, seconds=100.0 + seed, steps=540, exact=next(left), git="abc"))
+        target.main()
+    with pytest.raises(SystemExit, match="not reached, so targets.jsonl stays as it is"):
+        play(*[target.TARGET - 0.1] * 4, target.TARGET)
+    assert target.records() == []
+    play(*[target.TARGET - 1] * 2, *[target.TARGET + 1] * 3)
+    assert f"| {target.TARGET + 0.2:.1f} |" in target.target_table(target.records()) and "| 540 | 102 | a laptop | abc |" in capsys.readouterr().out
+    assert not target.reached([dict(seed=seed, exact=100) for seed in range(4)])
+    (tmp_path / "seed0/stage1").mkdir(parents=True)
+    monkeypatch.undo()
+    with pytest.raises(SystemExit, match="what is there takes no time: choose another --out"):
+        target.run_seed(0, tmp_path / "seed0")
 
 
 def test_the_page_is_made_of_the_recorded_cells():

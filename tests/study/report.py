@@ -30,6 +30,7 @@ from run import (
     places,
     recorded,
 )
+from target import records, target_table
 
 CURVES = Path(__file__).with_name("curves")
 PAGE = Path(__file__).with_name("README.md")
@@ -215,6 +216,7 @@ def sections(cells: dict) -> dict[str, str]:
         "default scores": default_table(cells),
         "cycle": cycle_table(cells),
         "search": search_table(cells),
+        "target": target_table(records()) if records() else "No row yet.",
         "scores": scores_table(cells),
         "stages": stages_table(cells),
         "inside": inside(),
