@@ -132,7 +132,7 @@ TOY = {
         batch=32, steps=120),),
     2: (Stage(
         name="demonstrator-learner guidance",
-        trains=dict(ego_vit=1e-3, ego_connector=1e-3, F=1e-2, G=1e-2),
+        trains=dict(ego_vit=3e-3, ego_connector=3e-3, F=1e-2, G=1e-2),
         split="pairs", view="pair", losses=dict(vtg=1, kl=5, ccl=3),
         batch=32, steps=480),),
     3: (Stage(

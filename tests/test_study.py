@@ -87,7 +87,7 @@ def line_of(row, seed, code="new", setting=ALL_TOLD, cpu="AVX2", em=(50.0, 60.0)
     trained = (study.ROWS | study.CANDIDATES)[row]
     flags = json.loads(json.dumps(study.asdict(trained)))
     return dict(row=row, setting=setting, seed=seed, flags=flags, world=study.SETTINGS[setting], code=code, git="abc", cpu=cpu,
-                variant_code=study.variant_hash(trained.variant), cycle={}, figures=figures)
+                variant_code=study.variant_hash(study.variant_of(trained, setting)), cycle={}, figures=figures)
 
 
 def write_results(monkeypatch, tmp_path, lines):
@@ -152,11 +152,12 @@ def test_what_matters_most_is_made_first():
 
 
 def test_the_search_shows_each_candidate_in_its_row_and_column():
-    lines = [line_of(f"full, {change}", 100, setting=FEW_TOLD, em=(60 + i, 0)) for i, change in enumerate(study.SHORT_LIST["full"])]
-    lines += [line_of("x only, three times the rate", 100, setting=FEW_TOLD, em=(55, 0)), line_of("full", 0, setting=FEW_TOLD, em=(10, 0))]
+    changes = study.SHORT_LIST["full"][1]
+    lines = [line_of(f"full, {change}", 100, setting=FEW_TOLD, em=(60 + i, 0)) for i, change in enumerate(changes)]
+    lines += [line_of("x only, nine times", 100, setting=FEW_TOLD, em=(55, 0)), line_of("full", 0, setting=FEW_TOLD, em=(10, 0))]
     head, _, *rows = report.search_table(cells_of(*lines)).splitlines()
-    assert rows == ["| x only |  |  | 55.0 |  |  |", "| full | 60.0 | 61.0 | 62.0 | 63.0 | 64.0 |"]
-    assert head == "| few told, seed 100 | as it is | a third of the rate | three times the rate | KL at 0.5 | KL at 0.05 |"
+    assert head == "| few told, seed 100 | as it is | a third of the rate | three times | nine times | KL at 0.5 | KL at 0.05 |"
+    assert rows == ["| x only |  |  |  | 55.0 |  |  |", "| full | 60.0 | 61.0 | 62.0 |  | 63.0 | 64.0 |"]
 
 
 def test_outcomes_survive_writing():
@@ -174,7 +175,8 @@ def test_rows_are_flags_that_exist_and_settings_too():
     knobs = {"--" + name.replace("_", "-") for name in data.World.__dataclass_fields__}
     for words in study.SETTINGS.values():
         assert set(words.split()[::2]) <= knobs
-    assert {row.variant for row in study.ROWS.values()} - {""} == set(variants.VARIANTS), "no class that no row uses"
+    used = {study.variant_of(row, setting) for row in study.ROWS.values() for setting in study.BOTH}
+    assert used - {""} == set(variants.VARIANTS), "no variant that no row uses"
 
 
 def test_the_newest_checkpoint_of_a_run_is_taken(tmp_path, monkeypatch):
@@ -272,6 +274,7 @@ def test_told_pairs_are_drawn_alone_or_every_second_time():
     half = variants.half_told(rows)
     assert len(half) == 160 and sum("text" in row for row in half) == 80 and {row["id"] for row in half} == set(range(100))
     assert variants.half_told(rows[::5]) == rows[::5], "where all are told, each is drawn once"
+    assert study.variant_of(study.ROWS["full"], FEW_TOLD) == "HalfTold" and study.variant_of(study.ROWS["full"], ALL_TOLD) == ""
 
 
 def test_a_variant_does_not_void_its_neighbours(tmp_path, monkeypatch):

@@ -122,7 +122,7 @@ def cycle_table(cells: dict) -> str:
 
 def search_table(cells: dict) -> str:
     """Markdown: exact ego narrations after stage 2 of each candidate of the search, %."""
-    changes = list(SHORT_LIST["full"])
+    changes = list(dict.fromkeys(change for _, changes in SHORT_LIST.values() for change in changes))
     lines = [f"| {FEW_TOLD}, seed {SEARCH_SEED} | {' | '.join(changes)} |", "|---" * (1 + len(changes)) + "|"]
     for row in SHORT_LIST:
         found = [cells.get(Cell(f"{row}, {change}", FEW_TOLD, SEARCH_SEED)) for change in changes]

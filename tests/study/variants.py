@@ -89,7 +89,7 @@ def told_alone(rows):
 
 
 def half_told(rows):
-    """All pairs, those that have a narration so often that they are every second sample."""
+    """All pairs, those that have a narration so often that they are every second sample, or once where all have one."""
     told = told_alone(rows)
     untold = [row for row in rows if not row.get("text")]
     return untold + told * max(1, round(len(untold) / len(told)))
@@ -103,7 +103,7 @@ class Variant:
     change: object = None
     score: object = None
     view: str = "pair"                  # what a sample of stage 2 shows; "ego": a told ego clip, as with --no-mapping
-    rows: object = list                 # of the rows of stage 2 those that it reads
+    rows: object = half_told            # of the rows of stage 2 those that it reads
 
 
 VARIANTS = {
@@ -111,8 +111,9 @@ VARIANTS = {
     "Identity": Variant(change=identity, view="ego"),
     "FrozenF": Variant(objective=FrozenF, view="ego"),
     "IdentityWithKL": Variant(change=identity),
+    "HalfTold": Variant(),
     "ToldAlone": Variant(rows=told_alone),
-    "HalfTold": Variant(rows=half_told),
+    "AllAlike": Variant(rows=list),
     "Distillation": Variant(objective=Distillation, change=no_mapping),
     "Oracle": Variant(objective=Oracle, score=score_oracle),
 }
