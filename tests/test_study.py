@@ -1,5 +1,6 @@
 """The study's arithmetic: intervals that mean something, cells that hold only for the code that made them."""
 import json
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
