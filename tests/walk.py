@@ -307,9 +307,9 @@ def make_page(moment, pictures):
     gained = sum(a > b for a, b in zip(*moment.right))
     lost = sum(a < b for a, b in zip(*moment.right))
     chosen = ("We chose the moment to show what F is for: among the moments that open a scene it is the first that the model with F\n"
-              "narrates rightly, and a model trained on x alone (`--no-mapping`, at its own best rate) wrongly. That is not the rule:")
+              "narrates rightly, and a model trained on x alone (`--no-mapping`, at the rate of the study) wrongly. That is not the rule:")
     if not moment.is_gained:
-        chosen = "It is the first moment: none that opens a scene is narrated rightly with F and wrongly without (`--no-mapping`, at its own best rate);"
+        chosen = "It is the first moment: none that opens a scene is narrated rightly with F and wrongly without (`--no-mapping`, at the rate of the study);"
     # The row as it stands in the file: paths from its folder.
     shown = copy.deepcopy({key: value for key, value in row.items() if key != "where"})
     for clip in (shown["ego"], *shown["exo"]):

@@ -39,9 +39,9 @@ EVERY = 5
 
 
 # --------------------------------------------------------------------------------------------------------- the tables
-def filled_or_not(lines: list[str]) -> str:
+def filled_or_not(lines: list[str], empty="No row has a seed in common with its rival yet.") -> str:
     """A table, or a sentence where it has a head and no row yet."""
-    return "\n".join(lines) if len(lines) > 2 else "No row has a seed in common with its rival yet."
+    return "\n".join(lines) if len(lines) > 2 else empty
 
 
 def unpack(outcomes: str) -> np.ndarray:
@@ -129,7 +129,7 @@ def search_table(cells: dict) -> str:
         scores = [f"{100 * line['figures']['stage2']['ego_em']:.1f}" if line else "" for line in found]
         if any(scores):
             lines.append(f"| {row} | {' | '.join(scores)} |")
-    return filled_or_not(lines)
+    return filled_or_not(lines, "No candidate has run yet.")
 
 
 def scores_table(cells: dict) -> str:

@@ -47,8 +47,9 @@ def exact_exo_narrations(ckpt, world) -> float:
 def run_seed(seed, out) -> dict:
     """Both stages of one seed: their seconds, their steps, what they reach."""
     world, base, run = out / "toy", out / "stage0", out / "stage1"
-    if run.exists():
-        raise SystemExit(f"{run} is there already, and what is there takes no time: choose another --out")
+    for folder in (base, run):
+        if folder.exists():
+            raise SystemExit(f"{folder} is there already, and what is there takes no time: choose another --out")
     command("data.py", "toy", "--out", world, "--seed", seed)
     words = ["--data", world, "--seed", seed, "--no-eval"]
     seconds = command("train.py", "--stage", 0, "--out", base, *words)
