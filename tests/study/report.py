@@ -216,7 +216,7 @@ def sections(cells: dict) -> dict[str, str]:
         "default scores": default_table(cells),
         "cycle": cycle_table(cells),
         "search": search_table(cells),
-        "target": target_table(records()) if records() else "No row yet.",
+        "target": filled_or_not(target_table(records()).splitlines(), "No row yet."),
         "scores": scores_table(cells),
         "stages": stages_table(cells),
         "inside": inside(),

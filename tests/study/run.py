@@ -86,17 +86,17 @@ ROWS = {
 # The search, on a world that no table has: rates beside train.py's for three rows, weights of the KL for three; a row of
 # ROWS has what was best. --lr is the rate of the fastest part, with which the others go: F's, or the ego encoder's where
 # there is no F.
-AS_IT_IS = {"train.py's": ""}
+PLAIN = {"train.py's": ""}
 RATES = {"a third of its rates": "--lr 3.3e-3", "three times": "--lr 3e-2"}
 RATES_OF_X = {"a third of its rates": "--lr 1e-3", "three times": "--lr 9e-3", "nine times": "--lr 2.7e-2"}
 WEIGHTS = {"KL at 0.5": "--kl-weight 0.5", "KL at 0.05": "--kl-weight 0.05"}
 # row -> its flags of stage 2 without what is searched, the short list
 SHORT_LIST = {
-    "x only": ("--no-mapping", AS_IT_IS | RATES_OF_X),
-    "F, text alone": ("--no-kl --no-cycle", AS_IT_IS | RATES),
-    "full": ("", AS_IT_IS | RATES | WEIGHTS),
-    "KL without F": ("--no-cycle", AS_IT_IS | WEIGHTS),
-    "F = identity, with KL": ("--no-cycle", AS_IT_IS | WEIGHTS),
+    "x only": ("--no-mapping", PLAIN | RATES_OF_X),
+    "F, text alone": ("--no-kl --no-cycle", PLAIN | RATES),
+    "full": ("", PLAIN | RATES | WEIGHTS),
+    "KL without F": ("--no-cycle", PLAIN | WEIGHTS),
+    "F = identity, with KL": ("--no-cycle", PLAIN | WEIGHTS),
 }
 CANDIDATES = {
     f"{row}, {change}": replace(ROWS[row], stage2=f"{flags} {more}".strip(), stages=(1, 2))
