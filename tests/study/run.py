@@ -83,7 +83,7 @@ ROWS = {
     "contrastive": Row(stage2="--contrastive 0.1"),
 }
 
-# The search, on a world that no table has: rates beside train.py's for three rows, weights of the KL for three; a row of
+# The search, on a world that no table has: rates beside train.py's for five rows, weights of the KL for three; a row of
 # ROWS has what was best. --lr is the rate of the fastest part, with which the others go: F's, or the ego encoder's where
 # there is no F.
 PLAIN = {"train.py's": ""}
@@ -95,6 +95,8 @@ SHORT_LIST = {
     "x only": ("--no-mapping", PLAIN | RATES_OF_X),
     "F, text alone": ("--no-kl --no-cycle", PLAIN | RATES),
     "full": ("", PLAIN | RATES | WEIGHTS),
+    "no KL, no cycle": ("--no-kl --no-cycle", PLAIN | RATES),
+    "oracle [x ; y]": ("--no-kl --no-cycle", PLAIN | RATES),
     "KL without F": ("--no-cycle", PLAIN | WEIGHTS),
     "F = identity, with KL": ("--no-cycle", PLAIN | WEIGHTS),
 }

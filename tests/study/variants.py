@@ -115,7 +115,7 @@ VARIANTS = {
     "ToldAlone": Variant(rows=told_alone),
     "AllAlike": Variant(rows=list),
     "Distillation": Variant(objective=Distillation, change=no_mapping),
-    "Oracle": Variant(objective=Oracle, score=score_oracle),
+    "Oracle": Variant(objective=Oracle, score=score_oracle, rows=told_alone),
 }
 
 
