@@ -11,7 +11,7 @@ from warm import Warm
 
 REPO = Path(__file__).parent.parent
 sys.path.insert(0, str(REPO))
-# The study's world (--noise 1), in which the tolerances of the tests were found.
+# A wild head (--noise 1), with which the tolerances of the tests were found.
 TINY = ["--corpus", "60", "--ego", "30", "--pairs", "30", "--instruct", "30", "--val", "20", "--test", "20",
         "--exo-test", "20", "--noise", "1"]
 os.environ["CUDA_VISIBLE_DEVICES"] = ""     # what is promised to the bit is promised on a CPU; a GPU has tests/gpu.py
@@ -26,7 +26,7 @@ warm = Warm()
 def run(*args, cwd=None, check=True, env=None, timeout=300, input=None, fork=True):
     """A command of the repository, as a user types it: (exit code, stdout, stderr).
 
-    One of the four files runs in a fork of one warm process (warm.py): it is a process of its own in all but its start.
+    One of the four files (or warm.FILES) runs in a fork of one warm process: it is a process of its own in all but its start.
     With an environment of its own, under torchrun, after a change of what processes inherit (environment, limits, umask)
     and with fork=False, which is for questions about memory and signals, a command is a process from its start.
     """

@@ -423,10 +423,9 @@ def test_accumulation_and_ranks_equal_one_batch(toy, tmp_path, stage):
     """1 x 8 == 4 x 2 == 2 ranks x 4, in float32, over four steps."""
     args = [*flags(toy, stage), "--steps", 4, "--batch", 8, "--no-eval", "--optimizer", "adamw", "--lr", 1e-4,
             "--save-every", 1, "--keep", 9]
-    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     run(REPO / "train.py", *args, "--out", tmp_path / "plain")
     run(REPO / "train.py", *args, "--out", tmp_path / "micro", "--micro-batch", 2)
-    run(*ranks, REPO / "train.py", *args, "--out", tmp_path / "ranks")
+    run(REPO / "tests/ranks.py", 2, REPO / "train.py", *args, "--out", tmp_path / "ranks")
     agree(tmp_path / "plain", tmp_path / "micro")
     agree(tmp_path / "plain", tmp_path / "ranks")
 

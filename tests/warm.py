@@ -1,4 +1,4 @@
-"""A process that has imported torch and the four files; commands of tests run in forks of it (conftest.py: run).
+"""A process that has imported torch and the four files; their commands run in forks of it (conftest.py: run).
 
 A fork is a process of its own, with output, folder, time limit and exit status of its own, and does what
 `python FILE ARGS` does. It saves what Python takes to start, to import and to end. The warm process itself computes
@@ -20,7 +20,8 @@ from functools import partial
 from pathlib import Path
 
 REPO = Path(__file__).parent.parent
-PROGRAMS = {str(REPO / f"{name}.py"): name for name in ("model", "data", "eval", "train")}
+FILES = ("model.py", "data.py", "eval.py", "train.py", "tests/study/variants.py", "tests/ranks.py")
+PROGRAMS = {str(REPO / file): Path(file).stem for file in FILES}
 
 
 def circumstances():
@@ -49,7 +50,7 @@ class Warm:
         theirs.close()
 
     def takes(self, words, folder):
-        """Whether a fork does the same as a new process: one of the four files, nothing changed since the start."""
+        """Whether a fork does the same as a new process: one of FILES, nothing changed since the start."""
         if sys.platform != "linux" or str(Path(folder, words[0]).resolve()) not in PROGRAMS:
             return False
         if self.requests is None:
@@ -136,6 +137,14 @@ def play(words, programs):
     return 0
 
 
+def end(status):
+    """The end of a Python process, but for taking two thousand modules apart."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(status & 0xFF)
+
+
 def main():
     signal.signal(signal.SIGINT, signal.SIG_IGN)                # Ctrl-C is for the tests and for the forks
     sys.path[0] = str(REPO)
@@ -151,12 +160,7 @@ def main():
     assert len(os.listdir("/proc/self/task")) == 1, "an import has started a thread, which forks would lack"
     # What the garbage collector leaves alone stays shared among all forks.
     gc.freeze()
-    status = play(serve(socket.socket(fileno=int(sys.argv[1]))), programs)
-    # The end of a Python process, but for taking two thousand modules apart.
-    threading._shutdown()
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    os._exit(status & 0xFF)
+    end(play(serve(socket.socket(fileno=int(sys.argv[1]))), programs))
 
 
 if __name__ == "__main__":
