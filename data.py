@@ -524,7 +524,7 @@ class World:
     test: int = 2000            # ego + exo: for results of the learner
     exo_test: int = 1000        # exo: for results of the demonstrator
     exo_cams: int = 2           # fixed exo cameras of a training pair
-    noise: float = 0.4          # head motion, roll, zoom, light of the ego camera; 0 = a steady head, 1 = tests/study
+    noise: float = 0.4          # head motion, roll, zoom, light of the ego camera; 0 = a steady head, 1 = a wild one
     fov: float = 1.0            # field of view of the ego camera; smaller sees less
     scale: float = 1.0          # multiplies the training clips
     narrated: float = 1.0       # share of the pairs that have a text: synchronized video is the cheaper part

@@ -307,7 +307,7 @@ def make_page(moment, pictures):
     gained = sum(a > b for a, b in zip(*moment.right))
     lost = sum(a < b for a, b in zip(*moment.right))
     chosen = ("We chose the moment to show what F is for: among the moments that open a scene it is the first that the model with F\n"
-              "narrates rightly, and a model trained on x alone (`--no-mapping`, at the rate of the study) wrongly. That is not the rule:")
+              "narrates rightly after stage 2, and a model trained on x alone (`--no-mapping`, at the rate of the study) wrongly. It is an exception:")
     if not moment.is_gained:
         chosen = "It is the first moment: none that opens a scene is narrated rightly with F and wrongly without (`--no-mapping`, at the rate of the study);"
     # The row as it stands in the file: paths from its folder.
