@@ -65,9 +65,9 @@ ROWS = {
     "no KL, no cycle": Row(stage2="--no-kl --no-cycle"),
     "no KL": Row(stage2="--no-kl"),
     "shuffled pairs": Row(stage2="--shuffle-pairs"),
-    # (c) is it the mapping?
-    "KL without F": Row(stage2="--no-cycle", variant="Distillation"),
-    "F = identity, with KL": Row(stage2="--no-cycle", variant="IdentityWithKL"),
+    # (c) is it the mapping? The weight of the KL is each row's best of the search.
+    "KL without F": Row(stage2="--no-cycle --kl-weight 0.05", variant="Distillation"),
+    "F = identity, with KL": Row(stage2="--no-cycle --kl-weight 0.5", variant="IdentityWithKL"),
     # (d) how far from the oracle?
     "oracle [x ; y]": Row(stage2="--no-kl --no-cycle", variant="Oracle", stages=(1, 2)),
     # (e) the paper's ablations
