@@ -77,6 +77,15 @@ def test_what_a_process_inherits_makes_a_command_a_process(monkeypatch):
     assert warm.takes(["train.py"], REPO)
 
 
+def test_ranks_know_their_numbers_and_one_that_fails_ends_the_others(tmp_path):
+    """As torchrun does it; ranks.py starts the ranks of tests that do not ask about torchrun."""
+    (tmp_path / "rank.py").write_text("import os, sys, time\nrank = int(os.environ['RANK'])\nprint(rank, os.environ['WORLD_SIZE'], flush=True)\n"
+                                      "time.sleep(1 if rank else 60)\nsys.exit(3)")
+    began = time.monotonic()
+    code, out, _ = run("tests/ranks.py", 2, tmp_path / "rank.py", check=False)
+    assert code == 3 and sorted(out.splitlines()) == ["0 2", "1 2"] and time.monotonic() - began < 30
+
+
 def without_times(text):
     """What a command prints, but for seconds, rates and folders."""
     return re.sub(r"/\S+|[\d.,]+ (s|GB|MB|clips)\b\S*|\d+ a second", "#", text)
