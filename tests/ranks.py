@@ -22,12 +22,21 @@ def free_port():
 
 def main():
     count, words = int(sys.argv[1]), sys.argv[2:]
-    given = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count))
+    # The last of them is torchrun's sign: a rank that has it ends with the process that started it.
+    given = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count),
+                 TORCHELASTIC_RUN_ID="ranks.py")
     ranks, worst = set(), 0
+
+    def end_all(number):
+        for rank in ranks:
+            os.kill(rank, number)
+    # Whoever has not ended this long after another's failure is killed.
+    signal.signal(signal.SIGALRM, lambda *_: end_all(signal.SIGKILL))
     sys.path[0] = str(Path(words[0]).resolve().parent)
     for rank in range(count):
         child = os.fork()
         if child == 0:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
             os.environ.update(given, RANK=str(rank), LOCAL_RANK=str(rank))
             end(play(words, {}))
         ranks.add(child)
@@ -37,8 +46,8 @@ def main():
         code = os.waitstatus_to_exitcode(status)
         if code and not worst:
             worst = code
-            for other in ranks:
-                os.kill(other, signal.SIGTERM)
+            end_all(signal.SIGTERM)
+            signal.alarm(30)
     sys.exit(worst)
 
 

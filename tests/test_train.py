@@ -425,7 +425,8 @@ def test_accumulation_and_ranks_equal_one_batch(toy, tmp_path, stage):
             "--save-every", 1, "--keep", 9]
     run(REPO / "train.py", *args, "--out", tmp_path / "plain")
     run(REPO / "train.py", *args, "--out", tmp_path / "micro", "--micro-batch", 2)
-    run(REPO / "tests/ranks.py", 2, REPO / "train.py", *args, "--out", tmp_path / "ranks")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    run(*(torchrun if stage == 1 else [REPO / "tests/ranks.py", 2]), REPO / "train.py", *args, "--out", tmp_path / "ranks")
     agree(tmp_path / "plain", tmp_path / "micro")
     agree(tmp_path / "plain", tmp_path / "ranks")
 
