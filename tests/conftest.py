@@ -21,12 +21,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)       # a shell's backg
 
 
 warm = Warm()
+# Two ranks: as a user starts them, and as forks, for tests that ask what ranks compute.
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+RANKS = [REPO / "tests/ranks.py", 2]
 
 
 def run(*args, cwd=None, check=True, env=None, timeout=300, input=None, fork=True):
     """A command of the repository, as a user types it: (exit code, stdout, stderr).
 
-    One of the four files (or warm.FILES) runs in a fork of one warm process: it is a process of its own in all but its start.
+    One of warm.FILES runs in a fork of one warm process: it is a process of its own in all but its start.
     With an environment of its own, under torchrun, after a change of what processes inherit (environment, limits, umask)
     and with fork=False, which is for questions about memory and signals, a command is a process from its start.
     """

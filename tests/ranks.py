@@ -32,6 +32,7 @@ def main():
             os.kill(rank, number)
     # Whoever has not ended this long after another's failure is killed.
     signal.signal(signal.SIGALRM, lambda *_: end_all(signal.SIGKILL))
+    # As where Python starts the program itself: what lies beside it is found first.
     sys.path[0] = str(Path(words[0]).resolve().parent)
     for rank in range(count):
         child = os.fork()

@@ -8,16 +8,13 @@ from functools import cache
 import bench
 import pytest
 import torch
-from conftest import REPO, flags, run
+from conftest import RANKS, REPO, TORCHRUN, flags, run
 from safetensors.torch import load_file, save_file
 from test_train import agree, go, log, weights
 from test_weights import videollama2            # noqa: F401 (a fixture)
 
 from data import Tokenizer
 from model import PRESETS, Exo2Ego, autocast, load_checkpoint, newest_checkpoint
-
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-RANKS = [REPO / "tests/ranks.py", 2]
 
 
 @pytest.mark.parametrize("stage", (2, 3))

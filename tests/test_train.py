@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import REPO, flags, run
+from conftest import RANKS, REPO, TORCHRUN, flags, run
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -425,8 +425,7 @@ def test_accumulation_and_ranks_equal_one_batch(toy, tmp_path, stage):
             "--save-every", 1, "--keep", 9]
     run(REPO / "train.py", *args, "--out", tmp_path / "plain")
     run(REPO / "train.py", *args, "--out", tmp_path / "micro", "--micro-batch", 2)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-    run(*(torchrun if stage == 1 else [REPO / "tests/ranks.py", 2]), REPO / "train.py", *args, "--out", tmp_path / "ranks")
+    run(*(TORCHRUN if stage == 1 else RANKS), REPO / "train.py", *args, "--out", tmp_path / "ranks")
     agree(tmp_path / "plain", tmp_path / "micro")
     agree(tmp_path / "plain", tmp_path / "ranks")
 

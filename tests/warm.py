@@ -1,4 +1,4 @@
-"""A process that has imported torch and the four files; their commands run in forks of it (conftest.py: run).
+"""A process that has imported torch and the four files; commands of tests run in forks of it (conftest.py: run).
 
 A fork is a process of its own, with output, folder, time limit and exit status of its own, and does what
 `python FILE ARGS` does. It saves what Python takes to start, to import and to end. The warm process itself computes
