@@ -40,7 +40,6 @@ from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 if sys.version_info < (3, 11):
     sys.exit(f"Exo2Ego needs Python 3.11 or newer, this is {sys.version.split()[0]}: make a virtual environment of a "
@@ -883,10 +882,15 @@ def _attend_together(kernel, q, k, v, sequences, causal, window, scale):
 
 def _attend_padded(kernel, q, k, v, lens, window, scale):
     """Padding stands at the end, where causal rows never see it."""
-    q, k, v = (pad_sequence(t.split(lens), batch_first=True) for t in (q, k, v))
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    out = kernel(q, k, v, True, window, scale).transpose(1, 2)
-    return torch.cat([sequence[:length] for sequence, length in zip(out, lens)])
+    # Where each token lies when all sequences are as long as the longest.
+    longest = max(lens)
+    places = torch.cat([torch.arange(length) + i * longest for i, length in enumerate(lens)]).to(q.device)
+
+    def pad(t):
+        room = t.new_zeros(len(lens) * longest, *t.shape[1:])
+        return rearrange(room.index_copy(0, places, t), "(b t) h d -> b h t d", b=len(lens))
+    out = kernel(pad(q), pad(k), pad(v), True, window, scale)
+    return rearrange(out, "b h t d -> (b t) h d").index_select(0, places)
 
 
 def _attend_each(kernel, q, k, v, seg, causal, window, scale):
