@@ -977,10 +977,10 @@ def _in_natural_order(files):
     """Files sorted by the numbers in their names."""
     def key(number, file):
         parts = re.split(rf"({number})", file.stem)
-        return [Fraction(part) if i % 2 else part for i, part in enumerate(parts)] + [file.suffix]
+        return tuple(Fraction(part) if i % 2 else part for i, part in enumerate(parts)), file.suffix
     # 0.5 is a decimal number, but 1.10 may be the tenth picture of part 1: then 1.1 is there as well, which is equal.
     keys = [key(r"\d+(?:\.\d+)?", file) for file in files]
-    if len(set(map(tuple, keys))) < len(keys):
+    if len(set(keys)) < len(keys):
         keys = [key(r"\d+", file) for file in files]
     return [file for _, file in sorted(zip(keys, files))]
 
@@ -1787,7 +1787,7 @@ def read_text(path: AnyPath) -> str:
 def atomic_write(path: AnyPath):
     """A temporary name to write to; it becomes `path` at the end: a killed write never looks finished, and one that
     ends with an error leaves nothing."""
-    part = Path(f"{path}.part")
+    part = Path(f"{path}.{os.getpid()}.part")                   # torchrun's ranks may write one file at once
     part.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield part
@@ -2035,7 +2035,8 @@ def contact_sheet(path: AnyPath, items: list, title: str):
     frames one below the other; the lines of (text, RGB) stand below them."""
     tiles = [_tile(clips, lines) for clips, lines in items]
     blank = np.full_like(tiles[0][:1], 255)
-    sheet = [written(title, 2 * blank.shape[1], GREY)]
+    width = 2 * blank.shape[1]
+    sheet = [written(line, width, GREY) for line in _wrapped(title, width // LETTER - 1)]
     for pair in zip_longest(tiles[::2], tiles[1::2], fillvalue=blank):
         # Both tiles of a row get the height of the higher one.
         height = max(map(len, pair))
@@ -2101,8 +2102,7 @@ def command_show(args):
         for turn in row.get("turns", [])[:2]:
             lines += [(f"Q: {turn['user']}", (0, 70, 160)), (f"A: {turn['assistant']}", GREY)]
         items.append((clips, lines))
-    # There is room for 67 letters.
-    contact_sheet(args.out, items, f"{len(items)} rows of {Path(args.manifest).name}"[:67])
+    contact_sheet(args.out, items, f"{len(items)} rows of {Path(args.manifest).name}")
     print(f"{args.out}: {len(items)} rows of {args.manifest}")
 
 
@@ -2441,13 +2441,16 @@ def ego_exo4d(files, options):
     split_of = files.json("annotations/splits.json")["take_uid_to_split"]
     # The narrations of the splits, take by take.
     splits = ("train", "val") if options.split == "all" else (options.split,)
-    read = [files.json(f"annotations/atomic_descriptions_{split}.json")["annotations"] for split in splits]
-    annotated = [record for one in read for record in one.items()]          # (take uid, its annotations)
+    annotated = []                                              # (file, take uid, its annotations)
+    for split in splits:
+        read = files.json(f"annotations/atomic_descriptions_{split}.json")["annotations"]
+        annotated += [(files.file, uid, annotations) for uid, annotations in read.items()]
     if not 0 < options.alpha < math.inf:
         raise DataError(f"--alpha {options.alpha}: seconds above 0 are needed")
 
     def narrations(record):
-        uid, annotations = record
+        file, uid, annotations = record
+        files.where = f"{file}: take {uid}"
         # A take needs its videos.
         if uid not in takes:
             files.count["take not in takes.json"] += 1
@@ -2467,7 +2470,7 @@ def ego_exo4d(files, options):
             paced = [annotation] if options.beta == "annotator" else annotations
             half = _mean_gap(paced, length, options.alpha) / (2 * options.alpha)
             for i, narrated in enumerate(annotation["descriptions"]):
-                place = f"{files.file}: take {take['take_name']}, annotator {annotation['annotator_id']}, narration {i}"
+                place = f"{file}: take {take['take_name']}, annotator {annotation['annotator_id']}, narration {i}"
                 yield place, take, annotation, i, narrated, half, ego, exo
 
     def rows(record):
@@ -2487,7 +2490,7 @@ def ego_exo4d(files, options):
             "exo": [{"video": video, **span} for video in cameras.values()],
             "text": verbalise_wearer(narrated["text"]),
             "source": "ego-exo4d"}
-    yield from files.rows(files.tolerant(files.each(annotated), narrations), rows)
+    yield from files.rows(files.tolerant(annotated, narrations), rows)
 
 
 def _mean_gap(annotations, length, otherwise):
@@ -2838,6 +2841,8 @@ def conversations(files, options):
     """
     still_images = {*IMAGE_SUFFIXES, *OTHER_IMAGES} - {".gif"}
     roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+    if not options.file:
+        raise DataError("--file is needed: the .json or .jsonl below --root that has the conversations")
     one_per_line = options.file.endswith(".jsonl")
 
     def rows(record):
@@ -2925,9 +2930,9 @@ def command_check(args):
     """
     rows = read_manifest(args.manifest, args.root, args.allow_outside, skip=False)
     # Rows are read in all cores, in any order.
-    with worker_pool() as pool:
-        replies = pool.imap_unordered(partial(_check_videos, limit=args.limit), rows)
-        replies = _until_silence(replies, 2 * args.limit + 5)
+    with worker_pool() as pool, tempfile.NamedTemporaryFile() as begun:
+        replies = pool.imap_unordered(partial(_check_videos, limit=args.limit, begun=begun.name), rows)
+        replies = _until_silence(replies, begun.name, 2 * args.limit + 5)
         problems = dict(progress(replies, len(rows), "rows"))
     tokenizer = args.tokenizer and Tokenizer(args.tokenizer)
     cfg = PRESETS[args.preset]
@@ -2986,18 +2991,25 @@ def _path_from(base, video):
     return video
 
 
-def _until_silence(replies, seconds):
-    """The replies of a pool, until none comes for so long: the workers of the others were killed."""
+def _until_silence(replies, begun, seconds):
+    """The replies of a pool, until for so long none comes and no row begins: the workers of the others were killed.
+    The file `begun` has a byte for each row that began."""
     while True:
+        before = os.path.getsize(begun)
         try:
             yield replies.next(timeout=seconds)
-        except (StopIteration, multiprocessing.TimeoutError):
+        except StopIteration:
             return
+        except multiprocessing.TimeoutError:
+            if os.path.getsize(begun) == before:
+                return
 
 
-def _check_videos(row, limit):
+def _check_videos(row, limit, begun):
     """Read a row's clips once -> its id, and (kind, sentence, video) of everything that is wrong, with (kind,
     sentence) of what is worth a remark."""
+    with open(begun, "ab") as file:
+        file.write(b".")
     # The kernel ends a decoder that hangs. Python could not: its signal handlers wait for the decoder.
     signal.setitimer(signal.ITIMER_REAL, limit)
     found, remarks, lengths, begins, spans = [], [], [], [], set()

@@ -448,6 +448,39 @@ def test_check_outlives_decoders_that_hang_or_crash(tmp_path, monkeypatch, capsy
     assert "g1: hangs or crashes" in out and "g2: hangs or crashes" in out and "g0: hangs" not in out and "g3: hangs" not in out
 
 
+def test_check_waits_while_rows_begin(tmp_path):
+    """Ten rows that each take longer than the limit give no reply, but one after another they begin: a good row behind them is waited for."""
+    import multiprocessing
+    begun, replies = tmp_path / "begun", []
+
+    class Pool:
+        def next(self, timeout):
+            replies.append(timeout)
+            if len(replies) == 11:
+                return "g", ([], [])
+            if len(replies) < 11:
+                begun.write_bytes(b"." * len(replies))
+            raise multiprocessing.TimeoutError
+    begun.touch()
+    assert list(data._until_silence(Pool(), begun, 7)) == [("g", ([], []))] and replies == 12 * [7]
+
+
+def test_a_bad_record_is_of_its_own_split(tmp_path):
+    root = ego_exo(tmp_path)
+    train_file = root / "annotations/atomic_descriptions_train.json"
+    write(root / "annotations/atomic_descriptions_val.json", {"annotations": {}})
+    content = json.loads(train_file.read_text())
+    del content["annotations"]["u1"][0]["descriptions"][0]["ego_visible"]
+    write(train_file, content)
+    with pytest.raises(SystemExit, match="atomic_descriptions_train.json: take cmu_bike_1, annotator p1, narration 0"):
+        build("ego-exo4d", root, "--split", "all")
+
+
+def test_conversations_need_their_file(tmp_path):
+    with pytest.raises(SystemExit, match="--file is needed"):
+        build("conversations", talk(tmp_path))
+
+
 def test_a_folder_of_images_trains(tmp_path, toy):
     """Through the loader, at the row's own rate."""
     from model import PRESETS

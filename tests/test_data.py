@@ -471,6 +471,16 @@ def test_contact_sheet_shows_pictures_and_text(toy, tmp_path, name):
     assert image.shape[1] >= 700 and image.std() > 40
 
 
+def test_a_long_title_of_a_contact_sheet_takes_two_lines(tmp_path):
+    import av
+    heights = []
+    for title in (67 * "a", 68 * "a"):
+        data.contact_sheet(tmp_path / "s.png", 2 * [({"": np.zeros((4, 3, 96, 96), np.uint8)}, [])], title)
+        with av.open(str(tmp_path / "s.png")) as png:
+            heights.append(next(png.decode(video=0)).height)
+    assert heights[1] - heights[0] == 26
+
+
 def test_decoding_uses_one_thread(tmp_path, monkeypatch):
     video, seen = numbered(tmp_path / "v.mp4"), []
     plain = data._frames_at

@@ -350,6 +350,12 @@ def test_a_folder_of_images_in_natural_order_with_strangers(tmp_path):
     assert [number(f) for f in read_clip(tmp_path, None, None, 12, SIDE, fps=1)] == list(range(12))
 
 
+def test_a_name_without_a_number_comes_before_those_with_one(tmp_path):
+    for i, name in enumerate(("frame", "frame1", "frame2", "frame10")):
+        (tmp_path / f"{name}.png").write_bytes(encode_png(picture(i)))
+    assert [number(f) for f in read_clip(tmp_path, None, None, 4, SIDE, fps=1)] == list(range(4))
+
+
 @pytest.mark.parametrize("name", ("12:30 walk.mp4", "50%d.mp4", "pipe:0.mp4", "n\udce9.mp4"))
 def test_names_are_names(tmp_path, monkeypatch, name):
     os.rename(encode(tmp_path / "v.mp4"), tmp_path / name)
