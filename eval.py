@@ -677,6 +677,7 @@ def parse(argv):
     add("--base", help="where the untouched weights are, if they have moved")
     add("--vision", help="where the CLIP directory is, if it has moved")
     add("--data", help="a micro-world's folder (that of the training), a manifest, or the benchmarks' folder")
+    add("--root", help="where the paths of a manifest in --data start (its folder)")
     add("--video", help="ask about this file")
     add("--ask", help="the question; without it, a chat")
     add("--start", type=float, help="seconds, of --video")
@@ -695,7 +696,7 @@ def parse(argv):
     add("--report", action="store_true", help="OUT/report.html from what is in OUT")
     args = parser.parse_args(argv)
     # These flags do nothing without another one.
-    needs = {"video": "ask start end", "data": "bench", "bench": "videos answer template prompt blind limit"}
+    needs = {"video": "ask start end", "data": "bench root", "bench": "videos answer template prompt blind limit"}
     for other, flags in needs.items():
         for flag in flags.split():
             if getattr(args, flag) != parser.get_default(flag) and not getattr(args, other):
@@ -717,7 +718,7 @@ def main(argv=None):
             # A page is made of what earlier calls left: by itself it needs no checkpoint.
             if args.bench or not args.report:
                 use_checkpoint(args)
-            if args.report:
+            else:
                 print(write_report(Path(args.out or "results")))
     except (ValueError, OSError) as error:
         sys.exit(f"eval.py: {error}")
@@ -780,7 +781,7 @@ def score(ckpt, args, out):
     config = state.get("config", {})                # published weights have none
     data = [args.data] if args.data else config.get("data", ["out/toy"])
     if data[0].endswith(".jsonl"):
-        root = None if args.data else config["root"]
+        root = args.root if args.data else config["root"]
         rows = read_manifests(data, root, args.allow_outside or config.get("allow_outside", False))
         if args.data:
             # A name in which nothing is a pattern, and which no other results have.
@@ -807,9 +808,12 @@ def run_benches(ckpt, args):
     for name in names:
         own = {"bench": name, "root": f"{args.data}/{name}", "out": args.out or "results"}
         try:
-            egobench(ckpt, argparse.Namespace(**vars(args) | own))
+            all_done = egobench(ckpt, argparse.Namespace(**vars(args) | own))
         except KeyboardInterrupt:
             sys.exit("\nstopped: what is done is kept, the same command goes on")
+    # Of several ranks the one that ends last makes the page.
+    if args.report and all_done:
+        print(write_report(Path(args.out or "results")))
 
 
 def content_of(folder, name):
@@ -1238,32 +1242,30 @@ class Bench:
 # The paper's Table, and the best open figures that we know of; the list is not complete.
 BENCHES = {
     "egoschema": Bench(egoschema, "choice", "61.3", "77.9 (Qwen2-VL-72B)",
-                       note="ours: the 500 public answers; options not shown, our words"),
+                       note="ours: the 500 public answers"),
     "qaego4d-closed": Bench(qaego4d, "choice", "62.1", "67.2 (EgoThinker-7B)",
-                            note="500 items; options not shown, our words"),
+                            note="500 items"),
     "qaego4d-open": Bench(qaego4d, "open", "28.3 / 2.7", "",
-                          note="the paper: judged by GPT; ours: exact match, ROUGE-L; our words"),
+                          note="the paper: judged by GPT; ours: exact match, ROUGE-L"),
     "egotaskqa-direct": Bench(egotaskqa, "choice", "44.7", "48.7 (MFAS, fine-tuned)",
-                              note="the paper's form is unknown; options not shown, our words"),
+                              note="the paper's form is unknown"),
     "egotaskqa-indirect": Bench(egotaskqa, "choice", "50.3", "45.4 (MFAS, fine-tuned)",
-                                note="the paper's form is unknown; options not shown, our words"),
+                                note="the paper's form is unknown"),
     "charades-ego": Bench(charades, "classes", "70.9", "36.1 (LaViLa-L, fine-tuned)",
                           note="70.9 cannot come from the standard 157-class protocol, which ours is"),
     "ek100-mir": Bench(ek100, "retrieval", "49.7 mAP, 63.6 nDCG", "45.9 / 38.6 zero-shot (EgoVideo)",
                        note="63.6 nDCG is not the standard zero-shot protocol, which ours is"),
-    "egoplan": Bench(egoplan, "choice", "42.7", "47.1 (EgoThinker-7B)",
-                     note="options not shown, our words"),
+    "egoplan": Bench(egoplan, "choice", "42.7", "47.1 (EgoThinker-7B)"),
     "vln-qa": Bench(vln_qa, "choice", "44.5", "54.0 (EgoThinker-7B)",
-                    note="200 items: +- 6.9 points; options not shown, our words"),
+                    note="200 items: +- 6.9 points"),
     "egomcq": Bench(egomcq, "clips", "88.4 inter, 41.2 intra", "91.0 / 63.1 (EgoVLPv2, LaViLa-L)",
                     note="dual encoders choose by similarity, we by likelihood"),
     # These two are outside the paper's average.
-    "egoplan2": Bench(egoplan2, "choice", "none", "", note="not in the paper; options not shown, our words"),
+    "egoplan2": Bench(egoplan2, "choice", "none", "", note="not in the paper"),
     "egoexomem": Bench(egoexomem, "choice", "none", "50.4 ego, 51.2 both (VideoRAG, InternVL)",
-                       note="not in the paper; the Ego-Exo4D part, of the ego video alone; options not shown, our "
-                            "words")}
+                       note="not in the paper; the Ego-Exo4D part, of the ego video alone")}
 # The number of items tells which test EgoTaskQA's choice among five is.
-FIVE_WAY = ("; a choice among five: EgoThinker's has 8,783 items; lmms-eval's has 18,936, on which a 2B model has 96 % "
+FIVE_WAY = ("a choice among five: EgoThinker's has 8,783 items; lmms-eval's has 18,936, on which a 2B model has 96 % "
             "without training")
 # The words around a question, which are ours; --template has a user's own.
 TEMPLATES = {
@@ -1301,13 +1303,14 @@ def read_template(path, item, answer):
 
 # ----------------------------------------------------------------------------------------------------- EgoBench: a run
 def egobench(ckpt, args):
-    """Score the benchmark `args.bench`, whose official files are in `args.root`."""
+    """Score the benchmark `args.bench`, whose official files are in `args.root`; -> whether all of it is done, and
+    summed up."""
     bench = BENCHES[args.bench]
     items = list(convert(bench.reader, args))
     if not items or len({item.id for item in items}) < len(items):
         raise DataError(f"{args.root}: ids repeat, or there are no items")
     settle_answering(bench, items, args)
-    note = bench.note + (FIVE_WAY if items[0].kind == "5-way" else "")
+    note = "; ".join(cautions(bench, items, args))
     if args.limit:
         items = spread(items, args.limit)
     protocol = protocol_of(ckpt, items, bench=args.bench, answer=args.answer, blind=args.blind, prompt=args.prompt,
@@ -1316,15 +1319,28 @@ def egobench(ckpt, args):
 
     name = f"{args.bench}-blind" if args.blind else args.bench
     predictions = share_items(Path(args.out), name, protocol, items,
-                              lambda todo: run_items(ckpt, todo, bench, args))
+                              lambda todo: run_items(ckpt, todo, items, bench, args))
     if predictions is None:
-        return
+        return False
     figures = summarise(bench, items, predictions, args)
     # JSON has no NaN.
     figures = {key: None if value != value else value for key, value in figures.items()}
     path = f"{args.out}/{name}.json"
     keep_figures(path, figures, protocol | {"note": note})
     print(f"   {note}\n{path}", flush=True)
+    return True
+
+
+def cautions(bench, items, args) -> list[str]:
+    """What must be said of a score: the benchmark's own caution, and how its questions were asked."""
+    said = [bench.note] if bench.note else []
+    if items[0].kind == "5-way":
+        said.append(FIVE_WAY)
+    if bench.task == "choice" and args.answer == "likelihood":
+        said.append("options not shown")
+    if bench.task in ("choice", "open") and not args.words:
+        said.append("our words")
+    return said
 
 
 def share_items(out, name, protocol, items, answer):
@@ -1516,8 +1532,9 @@ class PredictionFiles:
         return ordered
 
 
-def run_items(ckpt, items, bench, args):
-    """The predictions of items, one by one; a clip is read once for all consecutive items about it.
+def run_items(ckpt, items, every_item, bench, args):
+    """The predictions of items, of a benchmark's `every_item`, one by one; a clip is read once for all consecutive
+    items about it.
 
     A prediction holds its item and "scores", "reply" or both "reply" and "choice". What cannot be read is an
     "error" in its prediction, which counts as wrong and is counted.
@@ -1525,8 +1542,8 @@ def run_items(ckpt, items, bench, args):
     model, tokenizer = ckpt.model, ckpt.tokenizer
     sides = None
     if items and bench.task == "retrieval":
-        # All items of a retrieval have the same texts.
-        sides = text_side(model, tokenizer, [] if args.blind else items, items[0].options)
+        # All items of a retrieval have the same texts, and one centre, whichever of them are still to do.
+        sides = text_side(model, tokenizer, [] if args.blind else every_item, items[0].options)
     seen = None
     for item in items:
         # The item stands in its prediction, so that a reader or a judge needs no other file. But some share up to
@@ -1661,16 +1678,16 @@ def summarise(bench, items, predictions, args):
 
     # A reply without a letter is wrong, and is counted besides.
     if args.answer == "letter":
-        figures["parser_failures"] = sum(p.get("choice") is None for p in predictions)
+        figures["parser_failures"] = sum(p.get("choice", 0) is None for p in predictions)
 
-    # The score of all items, then one for each kind of them.
-    chance = np.mean([item.chance() for item, _ in known])
-    outcomes = defaultdict(list)
+    # The score of all items, then one for each kind of them, each beside its own chance.
+    outcomes, chances = defaultdict(list), defaultdict(list)
     for item, prediction in known:
         for name in filter(None, ("score", item.kind)):
             outcomes[name].append(outcome(item, prediction))
+            chances[name].append(item.chance())
     for name, rights in outcomes.items():
-        figures |= proportion(name, rights, chance)
+        figures |= proportion(name, rights, np.mean(chances[name]))
     if args.answer == "generate":
         overlaps = [rouge_l(p.get("reply", ""), item.answer) for item, p in known]
         figures |= proportion("rouge_l", overlaps, chance=None)

@@ -1,6 +1,7 @@
 """EgoBench: metrics against independent oracles, and every benchmark through the whole command on tiny files."""
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -16,6 +17,7 @@ import pytest
 import torch
 from conftest import REPO, run
 
+import data
 import eval
 from data import DataError, Tokenizer, read_clip, write_video
 from eval import VideoContext, charades_map, parse_letter, retrieval_metrics, rouge_l
@@ -433,10 +435,11 @@ def test_ranks_share_items_by_their_files_alone(sets, toy, tmp_path, scored):
     """Nobody waits for anybody: whoever ends last sums up, or a later call without torchrun."""
     whole, figures = ((scored / name).read_text() for name in ("vln-qa.jsonl", "vln-qa.json"))
     first, second = ({"RANK": str(rank), "WORLD_SIZE": "2"} for rank in (0, 1))
-    done = bench(sets, tmp_path / "a", toy, "vln-qa", env=first)
-    assert "rank 0 is done" in done.stdout and not (tmp_path / "a/vln-qa.json").exists()
+    done = bench(sets, tmp_path / "a", toy, "vln-qa", "--report", env=first)
+    assert "rank 0 is done" in done.stdout and not (tmp_path / "a/vln-qa.json").exists() and not (tmp_path / "a/report.html").exists()
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    bench(sets, tmp_path / "a", toy, "vln-qa", env=second)
+    bench(sets, tmp_path / "a", toy, "vln-qa", "--report", env=second)
+    assert (tmp_path / "a/report.html").is_file()
     assert "3 of them done" in bench(sets, tmp_path / "b", toy, "vln-qa").stdout
     for out in (tmp_path / "a", tmp_path / "b"):
         assert (out / "vln-qa.jsonl").read_text() == whole and (out / "vln-qa.json").read_text() == figures
@@ -471,7 +474,6 @@ def test_the_last_rank_finds_all_predictions(tmp_path):
 
 
 def test_two_runs_into_one_folder_are_refused(sets, toy, tmp_path):
-    import data
     with data.file_lock(tmp_path / ".vln-qa.lock0", wait=False):
         second = bench(sets, tmp_path, toy, "vln-qa", check=False)
     assert second.returncode and "is in use by process" in second.stderr and not (tmp_path / "vln-qa.jsonl").exists()
@@ -495,6 +497,41 @@ def test_retrieval_under_autocast(learner):
             sides = eval.text_side(model, tokenizer, [], item.options)
             scores.append(np.array(eval.score_texts(VideoContext(model, tokenizer, visual), visual, item.options, sides)))
     assert np.abs(scores[0] - scores[1]).max() < 0.05           # bfloat16 of the features themselves
+
+
+def test_a_retrieval_has_one_centre_whatever_is_still_to_do(learner, toy):
+    """EK-100 compares videos: an item that is answered alone, by a resumed run or another rank, gets the scores that it has among all."""
+    ckpt = Namespace(model=learner[0], tokenizer=learner[1])
+    texts = [f"Camera-wearer {verb} the red plain block with the left hand." for verb in ("cuts", "taps", "pulls")]
+    items = [eval.Item(str(i), [{"video": str(toy / f"toy/val/ego/{i}.mp4")}], "?", texts, [1, 0, 0]) for i in range(4)]
+    args = Namespace(blind=False, answer="likelihood", prompt="base", words=None)
+    answer = lambda todo: list(eval.run_items(ckpt, todo, items, eval.BENCHES["ek100-mir"], args))
+    assert answer(items[3:])[0]["scores"] == answer(items)[3]["scores"]
+
+
+def test_ranks_that_end_together_write_one_file(tmp_path):
+    """Each writes the same content, under a name of its own until it is whole."""
+    with data.atomic_write(tmp_path / "x.json") as part:
+        assert part.name == f"x.json.{os.getpid()}.part"
+
+
+def test_each_kind_of_question_has_its_own_chance_and_an_unread_clip_is_no_reply():
+    items = [eval.Item(f"{kind}{i}", [{}], "?", list("abcde")[:count], 0, kind=kind) for kind, count in (("two", 2), ("five", 5)) for i in range(5)]
+    bench_, args = eval.BENCHES["vln-qa"], Namespace(answer="likelihood", bench="x")
+    figures = eval.summarise(bench_, items, [{"scores": [0.0] * len(item.options)} for item in items], args)
+    for name, chance in (("two", 0.5), ("five", 0.2), ("score", 0.35)):
+        assert figures[name] == figures[f"{name}_chance"] == pytest.approx(chance), name
+    said = [{"error": "gone"}] + [{"reply": "?", "choice": None}] * 2 + [{"reply": "A", "choice": 0}] * 7
+    figures = eval.summarise(bench_, items, said, Namespace(answer="letter", bench="x"))
+    assert (figures["unreadable"], figures["parser_failures"]) == (1, 2)
+
+
+def test_a_note_says_how_the_questions_were_asked():
+    item, = items = [eval.Item("0", [{}], "?", ["a", "b"], 0)]
+    for name, answer, words, want in (
+            ("egoplan", "likelihood", None, ["options not shown", "our words"]), ("egoplan", "letter", None, ["our words"]),
+            ("egoplan", "letter", "{question}{options}", []), ("ek100-mir", "likelihood", None, [eval.BENCHES["ek100-mir"].note])):
+        assert eval.cautions(eval.BENCHES[name], items, Namespace(answer=answer, words=words)) == want
 
 
 def test_unread_videos_are_ranked_last_and_hidden_answers_are_none():
@@ -535,7 +572,7 @@ def test_a_score_that_is_no_number_is_an_item_that_was_not_read(learner, monkeyp
     said = iter((np.array([[0, -1.0], [0, -2.0]]), np.array([[0, math.nan], [0, -2.0]]), np.array([[0, -math.inf], [0, -2.0]])))
     monkeypatch.setattr(VideoContext, "score", lambda *_, **__: next(said))
     args = Namespace(blind=False, answer="likelihood", prompt="base", words=None, bench="x")
-    found = list(eval.run_items(Namespace(model=model, tokenizer=tokenizer), items, eval.BENCHES["vln-qa"], args))
+    found = list(eval.run_items(Namespace(model=model, tokenizer=tokenizer), items, items, eval.BENCHES["vln-qa"], args))
     assert [one.get("error") for one in found] == [None, *["the model's scores are no numbers"] * 2]
     figures = eval.summarise(eval.BENCHES["vln-qa"], items, found, args)
     assert figures["unreadable"] == 2 and figures["score"] == pytest.approx(1 / 3) and json.loads(json.dumps(found, allow_nan=False)) == found
@@ -547,7 +584,7 @@ def test_a_question_that_is_too_long_is_an_error_of_its_item(learner, toy):
     items = [eval.Item("0", [clip], "word " * 300, ["a", "b"], 0), eval.Item("1", [clip], "What?", ["a", "b"], 0)]
     for answer in ("likelihood", "letter", "generate"):
         args = Namespace(blind=False, answer=answer, prompt="base", words=None)
-        long, short = eval.run_items(Namespace(model=model, tokenizer=tokenizer), items, eval.BENCHES["vln-qa"], args)
+        long, short = eval.run_items(Namespace(model=model, tokenizer=tokenizer), items, items, eval.BENCHES["vln-qa"], args)
         assert "a shorter question is needed" in long["error"] and "error" not in short, answer
 
 
