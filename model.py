@@ -503,7 +503,7 @@ def feature_kl(exo: Tensor, estimate: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------------------- 6 decoder
 class LoRALinear(nn.Linear):
-    """A linear layer, plus alpha / rank * dropout(x) A^T B^T once `add_lora` was called. A and B are float32 always.
+    """A linear layer, plus alpha / rank * dropout(x) A^T B^T once `add_lora` was called. A and B train in float32.
     Where the layer's own weight is bfloat16, call it under `autocast`, which multiplies in one dtype."""
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -628,12 +628,13 @@ class Decoder(nn.Module):
             module.add_lora(rank, alpha, dropout)
 
     def merge_lora(self):
-        """Fold the low-rank updates into the weights, which become float32: bfloat16 would round small updates away.
-        The outputs stay the same to float32's rounding."""
+        """Fold the low-rank updates into the weights. All of the decoder becomes float32: bfloat16 would round small
+        updates away. The outputs stay the same to float32's rounding."""
+        self.float()
         for module in self.lora_modules():
             if module.lora_a is not None:
                 update = module.lora_scale * module.lora_b @ module.lora_a
-                module.weight.data = module.weight.data.float() + update
+                module.weight.data = module.weight.data + update
                 module.lora_a = module.lora_b = None
 
     @classmethod
@@ -938,7 +939,7 @@ def _fused(q, k, v, mask, square_causal, scale):
     """torch's scaled_dot_product_attention. Groups of heads share a key, which its kernels take in different ways."""
     kv_heads = k.shape[1]
     # Decoding has one query per head. The r heads of a group see the same keys, so they can be r queries of one head:
-    # (B, g * r, 1, D) -> (B, g, r, D). No mask stands in the way, since the last query sees all keys.
+    # (B, g * r, 1, D) -> (B, g, r, D). A mask (of a window) has one row, which counts for all of them.
     one_query = q.shape[2] == 1
     if one_query:
         q = rearrange(q, "b (g r) 1 d -> b g r d", g=kv_heads)

@@ -515,12 +515,12 @@ def orthogonal(m: Tensor) -> Tensor:
 def make_optimizers(trained, rates, cfg) -> list:
     """Muon for the matrices inside the network, AdamW for the rest: both ends, norms, biases, depthwise filters. With
     --optimizer adamw AdamW for all. `rates` is the peak learning rate of each name."""
-    matrices, others = {}, {}                                   # rate -> parameters
+    matrices, others = {}, {}                                   # (part, rate) -> parameters
     for name, p in trained.items():
         is_end = any(word in name for word in ("embedding", "position", "head", "extra."))
         is_matrix = p.ndim >= 2 and p.shape[1] > 1
-        by_rate = matrices if cfg.optimizer == "muon" and is_matrix and not is_end else others
-        by_rate.setdefault(rates[name], []).append(p)
+        groups = matrices if cfg.optimizer == "muon" and is_matrix and not is_end else others
+        groups.setdefault((part_of(name), rates[name]), []).append(p)
 
     optimizers = []
     if matrices:
@@ -533,9 +533,10 @@ def make_optimizers(trained, rates, cfg) -> list:
     return optimizers
 
 
-def groups_of(by_rate) -> list[dict]:
-    """An optimiser's groups of parameters, one for each peak learning rate."""
-    return [dict(params=params, lr=rate, peak_lr=rate) for rate, params in by_rate.items()]
+def groups_of(groups) -> list[dict]:
+    """An optimiser's groups of parameters, one for each part: a checkpoint numbers its moments in their order, which
+    no change of a rate may change."""
+    return [dict(params=params, lr=rate, peak_lr=rate) for (_, rate), params in groups.items()]
 
 
 def set_rates(optimizers, lr_scale):
@@ -605,23 +606,23 @@ def starting_point(cfg) -> Start:
     """
     beside = Path(cfg.out).parent
     if cfg.stage == 0:
-        source = finished_checkpoint(cfg.base, "--base", stages=(0,))
+        source = finished_checkpoint(cfg, cfg.base, "--base", stages=(0,))
     elif cfg.stage == 1:
         flag = "--base" if cfg.base and not cfg.init else "--init"
-        source = finished_checkpoint(cfg.init or cfg.base or beside / "stage0", flag, stages=(0,))
+        source = finished_checkpoint(cfg, cfg.init or cfg.base or beside / "stage0", flag, stages=(0,))
     else:
         stages = (1,) if cfg.stage == 2 else (2, 3)             # instruction tuning may go on, with other data
-        source = finished_checkpoint(cfg.init or beside / f"stage{cfg.stage - 1}", "--init", stages)
+        source = finished_checkpoint(cfg, cfg.init or beside / f"stage{cfg.stage - 1}", "--init", stages)
 
     recorded = read_state(source)["base"]
-    given = finished_checkpoint(cfg.base, "--base", stages=(0,)) if cfg.base else None
+    given = finished_checkpoint(cfg, cfg.base, "--base", stages=(0,)) if cfg.base else None
     if recorded is None:
         base = source
     elif given:
         base = given
     else:
         there = newest_checkpoint(source.parent / recorded)
-        base = there or finished_checkpoint(beside / "stage0", "--base", stages=(0,))
+        base = there or finished_checkpoint(cfg, beside / "stage0", "--base", stages=(0,))
 
     added = {}
     if cfg.stage == 2 and not cfg.no_mapping:
@@ -710,8 +711,7 @@ def train(cfg, rank=0, world=1, objective=Objective, change=None):
     run.attention = choose_attention(run.device, dtype, model.cfg, first_problem_of_any_rank)
 
     loaders = [training_loader(run, stage, model, tokenizer) for stage in stages]
-    lengths = [stage.steps or max(1, stage.epochs * loader.samples // stage.batch)
-               for stage, loader in zip(stages, loaders)]
+    lengths = [length_of(run, stage, loader) for stage, loader in zip(stages, loaders)]
     run.steps = sum(lengths)
     # Where an earlier call of this command has come.
     folder = resume_checkpoint(run, model)
@@ -746,6 +746,8 @@ def show_result(run, model, tokenizer, rows, was_finished):
         # Read the result: with FSDP this process holds a share of it, and a finished run has trained nothing.
         model, _ = load_checkpoint(cfg.out, base, cfg.vision)
     model.to(run.device)
+    if not run.bf16:
+        model.float()                                           # its base may be stored in half precision
     with autocast(run.device, run.bf16):
         if cfg.toy_folder:
             toy_benchmark(model, tokenizer, cfg.toy_folder, cfg.stage, cfg.out, cfg.init, base)
@@ -832,7 +834,8 @@ STAGE_2_ONLY = {"no_kl", "no_cycle", "forward_cycle_only", "no_mapping", "mappin
 CLASHES = {
     "no_kl": ("kl_weight",),
     "no_cycle": ("ccl_weight", "forward_cycle_only"),
-    "no_mapping": ("kl_weight", "ccl_weight", "forward_cycle_only", "contrastive", "mapping", "shuffle_pairs"),
+    "no_mapping": ("no_kl", "no_cycle", "kl_weight", "ccl_weight", "forward_cycle_only", "contrastive", "mapping",
+                   "shuffle_pairs"),
     "steps": ("epochs",),
     "no_compile": ("compile",)}
 
@@ -1396,15 +1399,18 @@ def record_start(run, model, state):
     run.inherited |= {name for name in model.state_dict() if part_of(name) in ("F", "G")}
 
 
-def finished_checkpoint(place, flag, stages):
+def finished_checkpoint(cfg, place, flag, stages):
     """The last checkpoint of the finished run `place`, of one of these stages; all else is refused, with the way
     out."""
     folder = newest_checkpoint(place)
     if folder is None:
         # Stage 0 gives weights to train from, or somebody has published them; a later stage is trained here.
-        way_out = "there are no weights; pass --base DIR, or train it first:  python train.py --stage 0"
+        command = f"python train.py --stage {stages[0]} --out {place}"
+        if cfg.preset != "toy":
+            command += f" --preset {cfg.preset}"
+        way_out = f"there are no weights; pass --base DIR, or train it first:  {command}"
         if stages[0] > 0:
-            way_out = f"no checkpoint there; python train.py --stage {stages[0]} --out {place}"
+            way_out = f"no checkpoint there; {command}"
         elif flag == "--base":
             way_out = "there are no weights: a folder with VideoLLaMA2's, or a run of stage 0, is needed"
         raise DataError(f"{flag} {place}: {way_out}")
@@ -1421,7 +1427,7 @@ def finished_checkpoint(place, flag, stages):
 def refuse_an_idle_base(cfg, start):
     """A --base beside a source that needs none, being whole, unless both are the same."""
     if cfg.base and start.base == start.source:
-        given = finished_checkpoint(cfg.base, "--base", stages=(0,))
+        given = finished_checkpoint(cfg, cfg.base, "--base", stages=(0,))
         if fingerprint(given) != fingerprint(start.source):
             raise DataError(f"--base {cfg.base} does nothing: --init {cfg.init} holds all weights itself; give one of "
                             f"them")
@@ -1469,7 +1475,7 @@ def refuse_other_ranks(run, folder):
     for number, other in enumerate(ranks):
         for key, value in ranks[0].items():
             if other.get(key) != value and key not in ("base", "vision"):
-                where = f": all machines must see one folder {run.cfg.out}" if key.startswith("step") else ""
+                where = f": all machines must see one folder {run.cfg.out}" if key.startswith("step to") else ""
                 raise DataError(f"rank 0 has {key}={value}, rank {number} has {other.get(key)}: "
                                 f"ranks are one run{where}")
 
@@ -1560,6 +1566,20 @@ def restore_weights(objective, folder, device):
         owner = "" if name.startswith("extra.") else "model."
         tensors[owner + name] = tensor.to(device, copy=True)
     objective.load_state_dict(tensors, strict=False, assign=True)
+
+
+def length_of(run, stage, loader):
+    """Steps of a stage: the table's, or those that its epochs take. A run keeps its length where a skip list, which
+    shortens an epoch, has come since it began."""
+    if stage.steps:
+        return stage.steps
+    cfg, folder = run.cfg, newest_checkpoint(run.cfg.out)
+    state = read_state(folder) if folder else {}
+    skips = state.get("skip_list", run.provenance["skip_list"])
+    asks_the_same = "config" in state and state["config"]["epochs"] == cfg.epochs and not cfg.from_nothing
+    if skips != run.provenance["skip_list"] and asks_the_same:
+        return state["steps"]
+    return max(1, stage.epochs * loader.samples // stage.batch)
 
 
 # -------------------------------------------------------------------------------------------------------------- D log
@@ -1791,10 +1811,11 @@ def validation_loader(run, objective) -> Loader | None:
         return None
     manifest = cfg.val_data or toy_split(cfg.toy_folder, "val")
     rows = read_manifests([manifest], cfg.root, cfg.allow_outside)
-    rows = [row for row in rows if chats_of(row, stage.supervise)]
+    chats = [chats_of(row, stage.supervise) for row in rows]
+    rows = [row for row, own in zip(rows, chats) if own and all("assistant" in turns[-1] for turns in own)]
     rows = rows[:8 * stage.batch]
     if not rows:
-        raise DataError(f"{manifest} has no row with a text: there is nothing to validate on")
+        raise DataError(f"{manifest} has no row with a text or an answer: there is nothing to validate on")
     micro = samples_per_forward(stage, cfg, run.world)
     return make_loader(
         run, stage, objective.model, objective.tokenizer,
@@ -1831,13 +1852,12 @@ def make_missing_stage_0(cfg):
         return
     with file_lock(folder / ".lock", wait=True):
         if missing():
-            train(parse([
-                "--stage", "0",
-                "--preset", cfg.preset,
-                "--data", cfg.toy_folder,
-                "--seed", str(cfg.seed),
-                "--out", str(folder),
-                "--workers", str(cfg.workers)]))
+            flags = ["--stage", "0", "--preset", cfg.preset, "--data", cfg.toy_folder, "--seed", str(cfg.seed),
+                     "--out", str(folder), "--workers", str(cfg.workers)]
+            # This process trains it alone, whatever the number of ranks.
+            with mock.patch.dict(os.environ, WORLD_SIZE="1"):
+                alone = parse(flags)
+            train(alone)
 
 
 def explain(error, cfg, world):

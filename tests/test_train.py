@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import train
-from model import VIDEO, base_checkpoint_of, checkpoints, load_checkpoint, load_delta, newest_checkpoint, read_state
+from model import PRESETS, VIDEO, Exo2Ego, base_checkpoint_of, checkpoints, load_checkpoint, load_delta, newest_checkpoint, read_state
 
 
 CFG = train.TrainConfig(stage=1, out="out")
@@ -342,6 +342,51 @@ def test_a_skip_list_that_appears_between_runs_is_said_and_folders_may_move(toy,
     assert "goes on from step 2; with another list of rows to skip" in out and [row["step"] for row in log(tmp_path / "b/stage1")] == [1, 2, 3]
 
 
+def test_a_skip_list_shortens_no_run_that_has_begun(toy, tmp_path, capsys):
+    """Where epochs say how long a run is, a list of bad rows takes steps away: a run that ended with "data.py check" goes on to its former length."""
+    rows = [json.loads(line) for line in (toy / "toy/pairs.jsonl").read_text().splitlines()][:12]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    samples = sum(len(row["exo"]) for row in rows)
+    args = ["--stage", 1, "--data", tmp_path / "m.jsonl", "--root", toy / "toy", "--base", toy / "stage0", "--batch", 4, "--no-eval"]
+    go(*args, "--epochs", 1, "--out", tmp_path / "o")
+    assert len(log(tmp_path / "o")) == samples // 4
+    (tmp_path / "m.bad.jsonl").write_text("".join(json.dumps({"id": row["id"], "videos": [row["exo"][0]["video"]]}) + "\n" for row in rows[:2]))
+    go(*args, "--epochs", 1, "--out", tmp_path / "o")
+    assert "is finished: nothing to train; with another list of rows to skip" in capsys.readouterr().out
+    # Other epochs are another length, as ever.
+    go(*args, "--epochs", 2, "--out", tmp_path / "o")
+    assert len(log(tmp_path / "o")) == 2 * (samples - 2) // 4        # two clips are bad
+
+
+def test_moments_are_numbered_by_part_and_not_by_rate():
+    """A changed rate in the stage table moves no moment to another parameter."""
+    model = Exo2Ego(replace(PRESETS["toy"], mapping="resnet"))
+    trained = {name: p for name, p in model.named_parameters() if train.part_of(name) in ("ego_vit", "F", "G")}
+    orders = []
+    for rates in (dict(ego_vit=1e-3, F=1e-3, G=1e-2), dict(ego_vit=1e-3, F=1e-2, G=1e-3)):
+        made = train.make_optimizers(trained, {name: rates[train.part_of(name)] for name in trained}, replace(CFG, optimizer="muon"))
+        orders.append([id(p) for optimizer in made for group in optimizer.param_groups for p in group["params"]])
+        assert all(group["lr"] == rates[part] for optimizer in made for part, group in zip(("ego_vit", "F", "G"), optimizer.param_groups))
+    assert orders[0] == orders[1]
+
+
+def test_a_result_of_a_half_precision_base_is_shown_in_float32(toy, tmp_path, monkeypatch):
+    cfg, run_, phase, model, tokenizer = stage_2(toy, "--out", str(tmp_path))
+    dtypes = []
+    monkeypatch.setattr(train, "load_checkpoint", lambda *_: (model.bfloat16(), {}))
+    monkeypatch.setattr(train, "toy_benchmark", lambda shown, *_: dtypes.append({p.dtype for p in shown.parameters()}))
+    train.show_result(run_, model, tokenizer, [], was_finished=True)
+    assert dtypes == [{torch.float32}]
+
+
+def test_stage_0_is_made_by_one_process_for_any_number_of_ranks(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr(train, "train", made.append)
+    train.make_missing_stage_0(train.parse(["--stage", "1", "--batch", "48", "--out", str(tmp_path / "stage1")]))
+    assert made[0].stage == 0 and os.environ["WORLD_SIZE"] == "3"
+
+
 def test_a_bug_is_named_with_its_place(tmp_path):
     with pytest.raises(ValueError) as bug:
         first, second = "one",
@@ -589,6 +634,7 @@ BAD_FLAGS = [
     (["--stage", "3", "--no-mapping"], "--no-mapping is of stage 2"),
     (["--stage", "1", "--kl-weight", "3"], "--kl-weight is of stage 2"),
     (["--stage", "2", "--no-mapping", "--contrastive", "1"], "--contrastive does nothing with --no-mapping"),
+    (["--stage", "2", "--no-mapping", "--no-kl"], "--no-kl does nothing with --no-mapping"),
     (["--stage", "2", "--no-kl", "--kl-weight", "7"], "--kl-weight does nothing with --no-kl: give one of them"),
     (["--stage", "1", "--val-data", "{toy}/toy"], "toy: a manifest is a file that ends in .jsonl"),
     (["--stage", "1", "--steps", "10", "--epochs", "1"], "--epochs does nothing with --steps: give one of them"),
@@ -612,7 +658,8 @@ BAD_FLAGS = [
     (["--stage", "1", "--fsdp"], "--fsdp needs --optimizer adamw")]
 REFUSED = [
     (["--stage", "2", "--init", "{toy}/stage0"], "of stage 0"),
-    (["--stage", "1", "--init", "{toy}/nowhere"], "nowhere: there are no weights"),
+    (["--stage", "1", "--init", "{toy}/nowhere"], "or train it first:  python train.py --stage 0 --out {toy}/nowhere"),
+    (["--stage", "2", "--preset", "small", "--init", "{toy}/nowhere"], "python train.py --stage 1 --out {toy}/nowhere --preset small"),
     (["--stage", "2", "--init", "{toy}/nowhere"], "no checkpoint there; python train.py --stage 1 --out {toy}/nowhere"),
     (["--stage", "0", "--preset", "7b", "--base", "{toy}/stage0", "--data", "{toy}/toy/pairs.jsonl"], "ego half of published weights"),
     (["--stage", "1", "--preset", "small"], "other sizes than --preset small"),
@@ -1004,7 +1051,9 @@ def test_a_validation_that_has_nothing_to_read_is_refused_before_the_first_step(
     (tmp_path / "mute.jsonl").write_text("".join(json.dumps({k: v for k, v in row.items() if k in ("id", "exo")}) + "\n" for row in rows))
     rows[3]["exo"][0]["video"] = "gone.mp4"
     (tmp_path / "gone.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name, words in (("mute", "mute.jsonl has no row with a text"), ("gone", "gone.mp4")):
+    asked = [{"id": row["id"], "exo": row["exo"], "turns": [{"user": "What?"}]} for row in rows]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    for name, words in (("mute", "mute.jsonl has no row with a text"), ("asked", "asked.jsonl has no row with a text or an answer"), ("gone", "gone.mp4")):
         with pytest.raises(SystemExit):
             go(*flags(toy, 1), "--val-data", tmp_path / f"{name}.jsonl", "--root", toy / "toy", "--out", tmp_path / name, "--steps", 2, "--no-eval")
         assert words in capsys.readouterr().err and not (tmp_path / name / "step_000001").exists()
