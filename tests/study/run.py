@@ -145,7 +145,7 @@ QUESTIONS = {
     "b": Question(
         asks="Do partners help?",
         rival="full",
-        rows=("F, text alone", "no KL", "no KL, no cycle", "shuffled pairs")),
+        rows=("F, text alone", "no KL", "no KL, no cycle", "no G, no cycle", "shuffled pairs")),
     "c": Question(
         asks="Is it the mapping?",
         rival="full",
