@@ -1787,7 +1787,9 @@ def read_text(path: AnyPath) -> str:
 def atomic_write(path: AnyPath):
     """A temporary name to write to; it becomes `path` at the end: a killed write never looks finished, and one that
     ends with an error leaves nothing."""
-    part = Path(f"{path}.{os.getpid()}.part")                   # torchrun's ranks may write one file at once
+    # torchrun's ranks may write one file at once.
+    rank = os.environ.get("RANK", 0)
+    part = Path(f"{path}.{rank}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield part

@@ -1,7 +1,6 @@
 """EgoBench: metrics against independent oracles, and every benchmark through the whole command on tiny files."""
 import json
 import math
-import os
 import re
 import shutil
 import signal
@@ -509,10 +508,14 @@ def test_a_retrieval_has_one_centre_whatever_is_still_to_do(learner, toy):
     assert answer(items[3:])[0]["scores"] == answer(items)[3]["scores"]
 
 
-def test_ranks_that_end_together_write_one_file(tmp_path):
+def test_ranks_that_end_together_write_one_file(tmp_path, monkeypatch):
     """Each writes the same content, under a name of its own until it is whole."""
-    with data.atomic_write(tmp_path / "x.json") as part:
-        assert part.name == f"x.json.{os.getpid()}.part"
+    monkeypatch.setenv("RANK", "0")
+    with data.atomic_write(tmp_path / "x.json") as first:
+        first.write_text("same")
+        monkeypatch.setenv("RANK", "1")
+        data.write_text_atomic(tmp_path / "x.json", "same")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 
 def test_each_kind_of_question_has_its_own_chance_and_an_unread_clip_is_no_reply():

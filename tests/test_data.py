@@ -695,7 +695,7 @@ def test_writing_is_done_as_rows_come(tmp_path):
     """Nothing is kept, and an error leaves nothing."""
     def rows():
         for i in range(3):
-            assert (tmp_path / "m.jsonl.part").exists()
+            assert (tmp_path / "m.jsonl.0.part").exists()
             yield {"id": str(i)}
         raise DataError("stop")
     with pytest.raises(DataError, match="stop"):
