@@ -995,7 +995,7 @@ def _places_by_number(files):
     numbers = [int(name[2]) for name in names]
     steps = Counter(after - before for before, after in zip(numbers, numbers[1:]))
     step, times = steps.most_common(1)[0]
-    if step < 1 or 2 * times < len(files) or any(other % step for other in steps):
+    if min(steps) < 1 or 2 * times < len(files) or any(other % step for other in steps):
         return in_order
     return [(number - numbers[0]) // step for number in numbers]
 
@@ -2381,10 +2381,11 @@ class Files:
 
 def _has_swallowed_rows(row, delimiter):
     """Whether a cell holds whole rows, as after a quotation mark that a later row closes. (A text may have several
-    lines, but not as many delimiters per line as a row.)"""
-    for cell in filter(None, row.values()):
-        line_ends = cell.count("\n")
-        if line_ends and cell.count(delimiter) >= line_ends * (len(row) - 1):
+    lines, but not as many delimiters per line as a row; and its last line has not those of the cells before it.)"""
+    for column, cell in enumerate(row.values()):
+        line_ends = (cell or "").count("\n")
+        last_line = (cell or "").rpartition("\n")[2]
+        if line_ends and cell.count(delimiter) >= line_ends * (len(row) - 1) and last_line.count(delimiter) >= column:
             return True
     return False
 
@@ -2443,10 +2444,7 @@ def ego_exo4d(files, options):
     split_of = files.json("annotations/splits.json")["take_uid_to_split"]
     # The narrations of the splits, take by take.
     splits = ("train", "val") if options.split == "all" else (options.split,)
-    annotated = []                                              # (file, take uid, its annotations)
-    for split in splits:
-        read = files.json(f"annotations/atomic_descriptions_{split}.json")["annotations"]
-        annotated += [(files.file, uid, annotations) for uid, annotations in read.items()]
+    annotated = list(_annotated_takes(files, splits))
     if not 0 < options.alpha < math.inf:
         raise DataError(f"--alpha {options.alpha}: seconds above 0 are needed")
 
@@ -2493,6 +2491,14 @@ def ego_exo4d(files, options):
             "text": verbalise_wearer(narrated["text"]),
             "source": "ego-exo4d"}
     yield from files.rows(files.tolerant(annotated, narrations), rows)
+
+
+def _annotated_takes(files, splits):
+    """(file, take uid, its annotations), split by split."""
+    for split in splits:
+        read = files.json(f"annotations/atomic_descriptions_{split}.json")["annotations"]
+        for uid, annotations in read.items():
+            yield files.file, uid, annotations
 
 
 def _mean_gap(annotations, length, otherwise):
@@ -2573,6 +2579,9 @@ def _stream_file(files, take, stream):
     small = full.parent / "downscaled/448" / full.name
     for path in (small, full):
         if (files.root / path).is_file():
+            # A file that was encoded anew may begin or end elsewhere.
+            if abs(frame_rate(files.root / path) - 30) > 0.1:
+                files.count["video whose rate is not 30 frames per second"] += 1
             return str(path)
     files.count["video not downloaded"] += 1
     return str(small)
@@ -2805,8 +2814,8 @@ EGOIT = {
 def egoclip(files, options):
     """EgoClip (EgoVLP's egoclip.csv, tab-separated, 3.8M rows): the Init stage's ego data. The released clip
     times are used, negative ones cut to 0; `--chunk` seconds per file as EgoVLP's script cuts them, a clip that
-    spans two stays in that of its middle. Ids are row numbers from 0, as in EgoVLP. Dropped, if they are there
-    (the released file has none): #unsure, and texts under 3 words, tag included."""
+    spans two stays in that of its middle. Ids are row numbers from 0. Dropped, if they are there (the released file
+    has none): #unsure, and texts under 3 words, tag included."""
     def rows(row):
         start = max(0.0, finite(float(row["clip_start"]), files.where, "clip_start"))
         end = finite(float(row["clip_end"]), files.where, "clip_end")

@@ -185,10 +185,11 @@ def narrate_with_mean_F(model, tokenizer, rows, visual):
     return figures
 
 
-def learner_after_init(source, base, tokenizer, rows):
-    """The narrations of the learner that stage 2 starts from: Init has trained it, stage 1 has left it as it was."""
+def learner_after_init(source, base, tokenizer, rows, half):
+    """The narrations of the learner that stage 2 starts from: Init has trained it, stage 1 has left it as it was. Its
+    weights may stay in half precision where `half` says so."""
     before, _ = load_checkpoint(source, base)
-    before.eval().to(pick_device())
+    before = to_device_and_dtype(before.eval(), pick_device(), half)
     visual = encode_clips(before, tokenizer, rows, "ego")
     figures, _ = exact_narrations("ego_em_init", before, tokenizer, rows, visual)
     return figures
@@ -227,7 +228,8 @@ def toy_benchmark(model: Exo2Ego, tokenizer: Tokenizer, data: str, stage: int, o
     figures, columns = evaluate_narrations(model, tokenizer, rows, visual, view)
     if stage == 2:
         if source:
-            figures |= learner_after_init(source, base, tokenizer, rows)
+            half = any(p.dtype == torch.bfloat16 for p in model.parameters())
+            figures |= learner_after_init(source, base, tokenizer, rows, half)
         if model.F is not None:
             figures |= narrate_with_mean_F(model, tokenizer, rows, visual)
             figures |= kl_true_vs_shuffled(model, tokenizer, read_manifest(toy_split(data, "val")))
@@ -1015,13 +1017,14 @@ def egotaskqa(files, args):
     if args.answer != "generate" and (files.root / "egotaskqa.json").is_file():
         for i, q in enumerate(files.each(files.json("egotaskqa.json"))):
             letters = sorted(q["option"])
+            truth = q["option"][q["a"]].lower()
             yield Item(
                 id=str(i),
                 clips=[{"video": files.video(q["video_path"])}],
                 question=q["q"],
                 options=[q["option"][letter] for letter in letters],
                 answer=letters.index(q["a"]),
-                kind="5-way")
+                kind="5-way, yes or no" if truth in ("yes", "no") else "5-way")
         return
     known = []
     if args.answer != "generate":
@@ -1103,9 +1106,12 @@ def frames_so_far(q, otherwise):
 
 def plan_item(q, clip, kind):
     """The item of a record of either EgoPlan-Bench."""
-    goal = q["task_goal"].strip().rstrip(".").lower()
+    goal = q["task_goal"].strip(" .,;:!?").lower()
+    if "goal" in goal:
+        goal = goal.partition(" to ")[2] or goal                # "the goal is to cook rice"
     # "I want to clean the sink", but "I am cleaning the sink".
-    wish = "I am" if goal.split()[0].endswith("ing") else "I want to"
+    first = goal.split()[0]
+    wish = "I am" if first.endswith("ing") and first not in ("bring", "string", "swing") else "I want to"
     return Item(
         id=str(q["sample_id"]),
         clips=[clip],
@@ -1265,8 +1271,9 @@ BENCHES = {
     "egoexomem": Bench(egoexomem, "choice", "none", "50.4 ego, 51.2 both (VideoRAG, InternVL)",
                        note="not in the paper; the Ego-Exo4D part, of the ego video alone")}
 # The number of items tells which test EgoTaskQA's choice among five is.
-FIVE_WAY = ("a choice among five: EgoThinker's has 8,783 items; lmms-eval's has 18,936, on which a 2B model has 96 % "
-            "without training")
+FIVE_WAY = ("a choice among five, neither direct nor indirect: EgoThinker's has 8,783 items (best open 64.4), of which "
+            "31 % are yes or no among nonsense, so that 50 % is chance; lmms-eval's has 18,936 (on 500 of them a 2B "
+            "model had 96.4)")
 # The words around a question, which are ours; --template has a user's own.
 TEMPLATES = {
     "likelihood": "{question}",
@@ -1312,7 +1319,8 @@ def egobench(ckpt, args):
     settle_answering(bench, items, args)
     note = "; ".join(cautions(bench, items, args))
     if args.limit:
-        items = spread(items, args.limit)
+        # Those that can be scored, if the answers of some are public.
+        items = spread([item for item in items if item.answer is not None] or items, args.limit)
     protocol = protocol_of(ckpt, items, bench=args.bench, answer=args.answer, blind=args.blind, prompt=args.prompt,
                            template=args.words)
     place_clips(items, Path(args.videos or args.root), args.allow_outside, args.blind)
@@ -1334,10 +1342,10 @@ def egobench(ckpt, args):
 def cautions(bench, items, args) -> list[str]:
     """What must be said of a score: the benchmark's own caution, and how its questions were asked."""
     said = [bench.note] if bench.note else []
-    if items[0].kind == "5-way":
+    if items[0].kind.startswith("5-way"):
         said.append(FIVE_WAY)
-    if bench.task == "choice" and args.answer == "likelihood":
-        said.append("options not shown")
+    if bench.task == "choice":
+        said.append("options not shown" if args.answer == "likelihood" else "options in one order")
     if bench.task in ("choice", "open") and not args.words:
         said.append("our words")
     return said
@@ -1669,16 +1677,17 @@ def plain_words(text):
 
 def summarise(bench, items, predictions, args):
     """The score with n, chance and a 95 % interval, and whatever else the benchmark reports."""
-    figures = {"unreadable": sum("error" in p for p in predictions)}
     if bench.task in ("retrieval", "classes"):
+        figures = {"unreadable": sum("error" in p for p in predictions)}
         return figures | ranking_figures(bench, items, predictions)
     known = [(item, p) for item, p in zip(items, predictions) if item.answer is not None]
     if not known:
         raise DataError(f"{args.bench}: none of these {len(items)} items has a public answer")
 
     # A reply without a letter is wrong, and is counted besides.
+    figures = {"unreadable": sum("error" in p for _, p in known)}
     if args.answer == "letter":
-        figures["parser_failures"] = sum(p.get("choice", 0) is None for p in predictions)
+        figures["parser_failures"] = sum(p.get("choice", 0) is None for _, p in known)
 
     # The score of all items, then one for each kind of them, each beside its own chance.
     outcomes, chances = defaultdict(list), defaultdict(list)
@@ -1756,7 +1765,9 @@ td small {display: block; min-width: 13rem} td {min-width: 4.5rem}</style>
 <h1>EgoBench</h1><p>Per cent; intervals are 95 %. In the bars: the interval (blue), the score (black), chance
 (red). The last columns follow protocols of their own. Ours by likelihood: options are not shown, each is scored by
 itself. By letter: all are listed, and the letter that the reply begins with counts. Words around a question are ours,
-but for a template of your own.</p>"""
+but for a template of your own. EgoSchema, QAEgo4D and EgoMCQ are of Ego4D, as EgoClip and EgoTimeQA are on which the
+paper's model is trained, EgoPlan of Ego4D and EPIC-KITCHENS: zero-shot means that no benchmark's training split was
+used.</p>"""
 TABLE = """<div class=wide>
 <table><tr><th>benchmark<th>ours<th><th>n<th>chance<th>blind<th>paper<th>best open<th>protocol</tr>"""
 ROW = ('<tr><td>{name}<td>{percent[score]:.1f} [{percent[score_lo]:.1f}, {percent[score_hi]:.1f}]{parts}'

@@ -665,13 +665,14 @@ def initial_model(run, change=None):
 def training_loader(run, stage, model, tokenizer) -> Loader:
     """The samples of a stage: of its split of the micro-world, or of --data."""
     cfg = run.cfg
-    manifests = cfg.data
+    manifests = known_by = cfg.data
     if cfg.toy_folder:
         manifests = [toy_split(cfg.toy_folder, stage.split)]
+        known_by = [*manifests, Path(cfg.toy_folder) / "world.json"]        # it tells pictures apart, rows do not
     rows = read_manifests(manifests, cfg.root, cfg.allow_outside)
     if cfg.shuffle_pairs and stage.view == "pair":
         rows = shuffle_pairs(rows, cfg.seed)
-    run.provenance.setdefault("manifest", hash_of_manifests(manifests))
+    run.provenance.setdefault("manifest", hash_of_manifests(known_by))
     run.provenance.setdefault("skip_list", hash_of_manifests(skip_lists(manifests)))
     micro = samples_per_forward(stage, cfg, run.world)
     return make_loader(run, stage, model, tokenizer, rows=rows, batch=stage.batch, micro=micro)
@@ -719,6 +720,10 @@ def train(cfg, rank=0, world=1, objective=Objective, change=None):
     done = state["step"]
     log = Log(Path(cfg.out) / "log.jsonl" if rank == 0 else None, done, state["skipped"])
 
+    # What an earlier, shorter run has shown is no result of this one.
+    if rank == 0 and done < run.steps:
+        result_of(cfg).unlink(missing_ok=True)
+
     # One stage after another, those that are not finished. The first of them goes on from the checkpoint.
     earlier = 0
     for stage, loader, steps in zip(stages, loaders, lengths):
@@ -731,15 +736,22 @@ def train(cfg, rank=0, world=1, objective=Objective, change=None):
                 run_stage(run, stage, loader, losses, earlier, steps, folder, log)
             folder = None
         earlier += steps
+    # A signal in the last step: no other step was there to heed it.
+    if run.stop:
+        raise SystemExit(f"stopped at step {run.steps}, saved: the same command goes on")
     if rank == 0 and not cfg.no_eval:
         show_result(run, model, tokenizer, loaders[-1].rows, was_finished=done == run.steps)
+
+
+def result_of(cfg) -> Path:
+    """What `show_result` leaves in the run folder at last."""
+    return Path(cfg.out) / ("eval.json" if cfg.toy_folder else "samples.png")
 
 
 def show_result(run, model, tokenizer, rows, was_finished):
     """The micro-world has a benchmark for every stage; of one's own data a few samples are shown."""
     cfg = run.cfg
-    result = Path(cfg.out) / ("eval.json" if cfg.toy_folder else "samples.png")
-    if was_finished and result.is_file():
+    if was_finished and result_of(cfg).is_file():
         return
     base = run.start.base if run.start else None
     if cfg.fsdp or was_finished:
@@ -1475,7 +1487,9 @@ def refuse_other_ranks(run, folder):
     for number, other in enumerate(ranks):
         for key, value in ranks[0].items():
             if other.get(key) != value and key not in ("base", "vision"):
-                where = f": all machines must see one folder {run.cfg.out}" if key.startswith("step to") else ""
+                where = ""
+                if key.startswith("step to"):
+                    where = f": all machines must see one folder {run.cfg.out}"
                 raise DataError(f"rank 0 has {key}={value}, rank {number} has {other.get(key)}: "
                                 f"ranks are one run{where}")
 
@@ -1573,12 +1587,12 @@ def length_of(run, stage, loader):
     shortens an epoch, has come since it began."""
     if stage.steps:
         return stage.steps
-    cfg, folder = run.cfg, newest_checkpoint(run.cfg.out)
+    folder = newest_checkpoint(run.cfg.out)
     state = read_state(folder) if folder else {}
-    skips = state.get("skip_list", run.provenance["skip_list"])
-    asks_the_same = "config" in state and state["config"]["epochs"] == cfg.epochs and not cfg.from_nothing
-    if skips != run.provenance["skip_list"] and asks_the_same:
-        return state["steps"]
+    now = run.provenance["skip_list"]
+    if state.get("skip_list", now) != now and not run.cfg.from_nothing:
+        if state["config"]["epochs"] == run.cfg.epochs:
+            return state["steps"]
     return max(1, stage.epochs * loader.samples // stage.batch)
 
 

@@ -529,11 +529,26 @@ def test_each_kind_of_question_has_its_own_chance_and_an_unread_clip_is_no_reply
     assert (figures["unreadable"], figures["parser_failures"]) == (1, 2)
 
 
+def test_hidden_answers_are_counted_nowhere():
+    items = [eval.Item(str(i), [{}], "?", ["a", "b"], 0 if i < 2 else None) for i in range(9)]
+    said = [{"choice": None}, {"choice": 0}, *[{"choice": None}] * 6, {"error": "gone"}]
+    figures = eval.summarise(eval.BENCHES["egoschema"], items, said, Namespace(answer="letter", bench="egoschema"))
+    assert (figures["score_n"], figures["parser_failures"], figures["unreadable"]) == (2, 1, 0)
+
+
+@pytest.mark.parametrize("goal, asked", [
+    ("Clean the sink.", "I want to clean the sink."), ("cleaning the sink", "I am cleaning the sink."), ("Bring the cups", "I want to bring the cups."),
+    ("The goal is to cook rice!", "I want to cook rice.")])
+def test_a_goal_becomes_a_sentence(goal, asked):
+    record = {"sample_id": 1, "task_goal": goal, "golden_choice_idx": "A"} | {f"choice_{name}": name for name in "abcd"}
+    assert eval.plan_item(record, {}, "").question.startswith(f"{asked} The video shows")
+
+
 def test_a_note_says_how_the_questions_were_asked():
     item, = items = [eval.Item("0", [{}], "?", ["a", "b"], 0)]
     for name, answer, words, want in (
-            ("egoplan", "likelihood", None, ["options not shown", "our words"]), ("egoplan", "letter", None, ["our words"]),
-            ("egoplan", "letter", "{question}{options}", []), ("ek100-mir", "likelihood", None, [eval.BENCHES["ek100-mir"].note])):
+            ("egoplan", "likelihood", None, ["options not shown", "our words"]), ("egoplan", "letter", None, ["options in one order", "our words"]),
+            ("egoplan", "letter", "{question}{options}", ["options in one order"]), ("ek100-mir", "likelihood", None, [eval.BENCHES["ek100-mir"].note])):
         assert eval.cautions(eval.BENCHES[name], items, Namespace(answer=answer, words=words)) == want
 
 

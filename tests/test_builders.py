@@ -476,6 +476,14 @@ def test_a_bad_record_is_of_its_own_split(tmp_path):
         build("ego-exo4d", root, "--split", "all")
 
 
+def test_a_text_of_two_lines_with_many_commas_is_one_cell(tmp_path):
+    """A cell that swallowed rows ends as the row it ends with: with the commas of the cells before it."""
+    text = "take the bowl, and pour water, oil, salt, sugar\nand stir"
+    (tmp_path / "t.csv").write_text(f'a,b,c\n1,"{text}",3\n4,"swallows,0\n5,6,7\n8,9",10\n')
+    files = data.Files(tmp_path)
+    assert [row["b"] for row in files.table("t.csv")] == [text] and files.count["malformed line"] == 1
+
+
 def test_conversations_need_their_file(tmp_path):
     with pytest.raises(SystemExit, match="--file is needed"):
         build("conversations", talk(tmp_path))

@@ -358,6 +358,42 @@ def test_a_skip_list_shortens_no_run_that_has_begun(toy, tmp_path, capsys):
     assert len(log(tmp_path / "o")) == 2 * (samples - 2) // 4        # two clips are bad
 
 
+def test_a_run_is_of_one_world(toy, tmp_path):
+    """Other knobs of the micro-world change pictures, and no row of a manifest."""
+    world = json.loads((toy / "toy/world.json").read_text())
+    shutil.copytree(toy / "toy", tmp_path / "toy")
+    (tmp_path / "toy/world.json").write_text(json.dumps(world | {"noise": 1.0}))
+    with pytest.raises(SystemExit, match="holds a run with manifest="):
+        go(*flags(toy, 1), "--data", tmp_path / "toy", "--out", toy / "stage1")
+
+
+def test_what_a_shorter_run_has_shown_is_no_result_of_a_longer_one(toy, tmp_path, monkeypatch):
+    """It is killed while it is scored: the next call scores it, and takes no older figures for its own."""
+    go(*flags(toy, 1), "--out", tmp_path / "o", "--steps", 1)
+    first = (tmp_path / "o/eval.json").read_text()
+
+    def killed(*_):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train, "toy_benchmark", killed)
+        go(*flags(toy, 1), "--out", tmp_path / "o", "--steps", 9)
+    assert not (tmp_path / "o/eval.json").exists()
+    go(*flags(toy, 1), "--out", tmp_path / "o", "--steps", 9)
+    assert (tmp_path / "o/eval.json").read_text() != first
+
+
+def test_a_signal_in_the_last_step_is_heeded(toy, tmp_path, monkeypatch):
+    save = train.Keeper.save
+
+    def save_and_signal(keeper):
+        save(keeper)
+        os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(train.Keeper, "save", save_and_signal)
+    with pytest.raises(SystemExit, match="stopped at step 1, saved"):
+        go(*flags(toy, 1), "--out", tmp_path / "o", "--steps", 1)
+    assert not (tmp_path / "o/eval.json").exists() and log(tmp_path / "o")[-1]["step"] == 1
+
+
 def test_moments_are_numbered_by_part_and_not_by_rate():
     """A changed rate in the stage table moves no moment to another parameter."""
     model = Exo2Ego(replace(PRESETS["toy"], mapping="resnet"))

@@ -350,6 +350,13 @@ def test_a_folder_of_images_in_natural_order_with_strangers(tmp_path):
     assert [number(f) for f in read_clip(tmp_path, None, None, 12, SIDE, fps=1)] == list(range(12))
 
 
+def test_numbers_that_do_not_ascend_are_no_places(tmp_path):
+    """0.1, 0.11 ... 0.99 as `f"{t:g}"` writes them: 0.2 comes behind 0.19, and its last number is 2."""
+    for i in range(90):
+        (tmp_path / f"{(10 + i) / 100:g}.png").write_bytes(encode_png(picture(i % 16)))
+    assert [number(f) for f in read_clip(tmp_path, None, None, 90, SIDE, fps=100)] == [i % 16 for i in range(90)]
+
+
 def test_a_name_without_a_number_comes_before_those_with_one(tmp_path):
     for i, name in enumerate(("frame", "frame1", "frame2", "frame10")):
         (tmp_path / f"{name}.png").write_bytes(encode_png(picture(i)))
