@@ -52,7 +52,7 @@ from array import array
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, fields, replace
 from fractions import Fraction
 from functools import cache, lru_cache, partial
@@ -2579,9 +2579,10 @@ def _stream_file(files, take, stream):
     small = full.parent / "downscaled/448" / full.name
     for path in (small, full):
         if (files.root / path).is_file():
-            # A file that was encoded anew may begin or end elsewhere.
-            if abs(frame_rate(files.root / path) - 30) > 0.1:
-                files.count["video whose rate is not 30 frames per second"] += 1
+            # A file that was encoded anew may begin or end elsewhere. (One that is damaged is found by `check`.)
+            with suppress(DataError):
+                if abs(frame_rate(files.root / path) - 30) > 0.1:
+                    files.count["video whose rate is not 30 frames per second"] += 1
             return str(path)
     files.count["video not downloaded"] += 1
     return str(small)

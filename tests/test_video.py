@@ -579,5 +579,5 @@ def test_time_counts_from_the_first_picture(tmp_path):
         with open_video(path) as opened:
             assert opened.begins == pytest.approx(seconds, abs=0.03)
     row = {"id": "a", "ego": {"video": str(ego), "start": 1, "end": 2}, "exo": [{"video": str(exo), "start": 1, "end": 2}], "text": "x"}
-    (_, (found, remarks)), (_, (_, none)) = (data._check_videos(r, 60) for r in (row, row | {"exo": [row["ego"]]}))
+    (_, (found, remarks)), (_, (_, none)) = (data._check_videos(r, 60, tmp_path / "begun") for r in (row, row | {"exo": [row["ego"]]}))
     assert not found and [kind for kind, _ in remarks] == ["pictures begin apart"] and "2.00, 0.00 s" in remarks[0][1] and not none

@@ -145,7 +145,7 @@ QUESTIONS = {
     "b": Question(
         asks="Do partners help?",
         rival="full",
-        rows=("F, text alone", "no KL", "no KL, no cycle", "no G, no cycle", "shuffled pairs")),
+        rows=("F, text alone", "no KL", "no KL, no cycle", "shuffled pairs")),
     "c": Question(
         asks="Is it the mapping?",
         rival="full",
@@ -164,6 +164,10 @@ QUESTIONS = {
         rival="full",
         rows=("full, all pairs alike", "full, told pairs alone"),
         settings=(FEW_TOLD,)),
+    "g": Question(
+        asks="Does the cycle add to the KL?",
+        rival="full",
+        rows=("no G, no cycle",)),
     "own": Question(
         asks="What do stage 1 and InfoNCE do?",
         rival="full",
@@ -176,7 +180,7 @@ QUESTIONS = {
         settings=tuple(SETTINGS)[2:], seeds=2),
 }
 # What is not reached is what matters least.
-ORDER = ("b", "f", "a", "d", "c", "e", "own", "knobs")
+ORDER = ("b", "f", "a", "d", "c", "e", "g", "own", "knobs")
 
 
 class Cell(NamedTuple):
