@@ -2942,7 +2942,7 @@ def command_check(args):
     """
     rows = read_manifest(args.manifest, args.root, args.allow_outside, skip=False)
     # Rows are read in all cores, in any order.
-    with worker_pool() as pool, tempfile.NamedTemporaryFile() as begun:
+    with tempfile.NamedTemporaryFile() as begun, worker_pool() as pool:
         replies = pool.imap_unordered(partial(_check_videos, limit=args.limit, begun=begun.name), rows)
         replies = _until_silence(replies, begun.name, 2 * args.limit + 5)
         problems = dict(progress(replies, len(rows), "rows"))
