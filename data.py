@@ -2380,12 +2380,14 @@ class Files:
 
 
 def _has_swallowed_rows(row, delimiter):
-    """Whether a cell holds whole rows, as after a quotation mark that a later row closes. (A text may have several
-    lines, but not as many delimiters per line as a row; and its last line has not those of the cells before it.)"""
+    """Whether a cell holds whole rows, as after a quotation mark that a later row closes."""
     for column, cell in enumerate(row.values()):
-        line_ends = (cell or "").count("\n")
-        last_line = (cell or "").rpartition("\n")[2]
-        if line_ends and cell.count(delimiter) >= line_ends * (len(row) - 1) and last_line.count(delimiter) >= column:
+        delimiters = [line.count(delimiter) for line in (cell or "").split("\n")]
+        line_ends = len(delimiters) - 1
+        # A text may have several lines, but not as many delimiters per line as a row has. A swallowed row that ends
+        # in this cell has the delimiters of the columns before it.
+        has_rows = sum(delimiters) >= line_ends * (len(row) - 1)
+        if line_ends and has_rows and delimiters[-1] >= column:
             return True
     return False
 
@@ -2573,7 +2575,7 @@ def _take_videos(files, take):
 
 
 def _stream_file(files, take, stream):
-    """The file of a stream: the downscaled one, if it is there."""
+    """The file of a stream: the downscaled one, if it is there. Files at another rate than the set's are counted."""
     # It has 448 pixels on its short side.
     full = Path(take["root_dir"]) / stream["relative_path"]
     small = full.parent / "downscaled/448" / full.name

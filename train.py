@@ -534,8 +534,8 @@ def make_optimizers(trained, rates, cfg) -> list:
 
 
 def groups_of(groups) -> list[dict]:
-    """An optimiser's groups of parameters, one for each part: a checkpoint numbers its moments in their order, which
-    no change of a rate may change."""
+    """An optimiser's groups of parameters, one for each part. A checkpoint numbers the moments in this order, so the
+    order must not depend on the rates."""
     return [dict(params=params, lr=rate, peak_lr=rate) for (_, rate), params in groups.items()]
 
 
@@ -668,7 +668,7 @@ def training_loader(run, stage, model, tokenizer) -> Loader:
     manifests = known_by = cfg.data
     if cfg.toy_folder:
         manifests = [toy_split(cfg.toy_folder, stage.split)]
-        known_by = [*manifests, Path(cfg.toy_folder) / "world.json"]        # it tells pictures apart, rows do not
+        known_by = [*manifests, Path(cfg.toy_folder) / "world.json"]    # other pictures may have the same rows
     rows = read_manifests(manifests, cfg.root, cfg.allow_outside)
     if cfg.shuffle_pairs and stage.view == "pair":
         rows = shuffle_pairs(rows, cfg.seed)
@@ -736,7 +736,7 @@ def train(cfg, rank=0, world=1, objective=Objective, change=None):
                 run_stage(run, stage, loader, losses, earlier, steps, folder, log)
             folder = None
         earlier += steps
-    # A signal in the last step: no other step was there to heed it.
+    # A signal that came in the last step has not been heeded yet.
     if run.stop:
         raise SystemExit(f"stopped at step {run.steps}, saved: the same command goes on")
     if rank == 0 and not cfg.no_eval:
