@@ -5,7 +5,7 @@
     python data.py check out/toy/val.jsonl      # read every clip once, list the bad ones
     python data.py ego-exo4d --root DIR --out x.jsonl   # convert a data set; --help names seven more
 
-One row of a manifest (JSON lines) is one narrated moment; training reads nothing else:
+One row of a manifest (JSON lines) is one moment; training reads nothing else, and needs of it what its stage uses:
 
     {"id": "s7/2", "ego": {"video": "ego/7.mp4", "start": 2.0, "end": 3.0},
      "exo": [{"video": "cam0/7.mp4", "start": 2.0, "end": 3.0}], "text": "Camera-wearer cuts ...",
@@ -102,7 +102,7 @@ def read_manifest(path: AnyPath, root=None, allow_outside=False, skip=True) -> R
         rows = without_bad_clips(rows, skip_list, base)
     kept = Rows(rows)
     if not kept:
-        raise DataError(f"{path} is empty: {skip_list} leaves out all of its rows")
+        raise DataError(f"{skip_list} leaves out all rows of {path}")
     return kept
 
 
@@ -128,6 +128,7 @@ def read_clip(
     times fps, and time zero is the first picture; a clip with fewer frames repeats real ones. Pictures are
     padded to a square with CLIP's mean colour, as in VideoLLaMA2. DataError if the clip cannot be read.
     """
+    refuse_times_without_rate(video, start, end, fps)
     with open_video(video, fps) as opened:
         # One time in each of T equal spans.
         begin, stop = clip_span(video, start, end, opened.seconds)
@@ -261,7 +262,7 @@ class Tokenizer:
 
 def chats_of(row, supervise):
     """The chats that a row may be read as: its "narration", its "turns" (a row without turns narrates), or with "mix"
-    both; a list of lists of turns, empty for a row without text."""
+    both; a list of lists of turns, empty where nothing of the row can be supervised."""
     narration, conversation = [], []
     if row.get("text"):
         narration = [[{"user": NARRATE, "assistant": row["text"]}]]
@@ -288,7 +289,7 @@ class Batch:
     text_of: Tensor                     # (N,) the moment of each text; a moment may have none
     samples: int
     names: list                         # E ids of rows
-    texts: list                         # E narrations of rows; only those of `text_of` are among the N texts
+    texts: list                         # E narrations of the rows, "" where there is none; the N texts may be chats
     skipped: list                       # samples that could not be read, with the reason
 
     def tensors(self) -> dict:
@@ -441,7 +442,7 @@ class Loader:
             skipped=skipped)
 
     def _read(self, index, moments, skipped):
-        """-> the moment of a sample, and its clips' frames, but for an ego clip that the batch has.
+        """-> the moment of a sample, and its clips' frames, without the ego clip where this micro batch has it already.
 
         In training a sample that cannot be read is noted in `skipped`, and another one takes its place: which one is
         a pure function of the seed, the sample and the attempt. An evaluation needs every clip.
@@ -460,7 +461,7 @@ class Loader:
             epoch_begins = index - index % self.samples
             other = np.random.default_rng([self.seed, index, attempt]).integers(self.samples)
             tried = epoch_begins + int(other)
-        raise DataError(f"ten samples in a row cannot be read, the last: {skipped[-1]}")
+        raise DataError(f"ten samples, one after another, cannot be read, the last: {skipped[-1]}")
 
     def _read_sample(self, tried, wanted, moments):
         """-> the moment of sample `tried`, and its clips' frames. It is read as, or instead of, sample `wanted`."""
@@ -508,19 +509,19 @@ class Loader:
 
 
 # --------------------------------------------------------------------------------------------------- 5 the micro-world
-# A table, two blocks, two hands, nine actions. A scene is one mp4 of five one-second clips. The exo camera
-# stands opposite the actor: left and right are swapped, and the actor's body is in view. The ego camera rides
-# on the head: it follows the hands late, walks, rolls and zooms, and big hands cover what they do. Sizes were
-# tuned by trial (our choice).
+# A table, two blocks, two hands, nine actions. A scene is five moments of one second; each camera films it into one
+# mp4. The exo camera stands opposite the actor: left and right are swapped, and the actor's body is in view. The ego
+# camera rides on the head: it follows the hands late, walks, rolls and zooms, and big hands cover what they do. Sizes
+# were tuned by trial (our choice).
 @dataclass(frozen=True)
 class World:
     """The knobs of the micro-world: how many clips each split has (no scene is in two splits), and how hard it is."""
     seed: int = 0               # of all scenes
-    corpus: int = 5000          # exo clips from any angle, narrated: the stand-in for VideoLLaMA2's corpora
+    corpus: int = 5000          # exo clips from varying angles, narrated: the stand-in for VideoLLaMA2's corpora
     ego: int = 1000             # ego clips, narrated: the stand-in for EgoClip
     pairs: int = 1200           # synchronized ego + exo clips, narrated: the stand-in for Ego-ExoClip
     instruct: int = 1000        # ego clips with a question and answer: the stand-in for EgoIT
-    val: int = 600              # ego + exo: for choices
+    val: int = 600              # ego + exo: to choose settings by
     test: int = 2000            # ego + exo: for results of the learner
     exo_test: int = 1000        # exo: for results of the demonstrator
     exo_cams: int = 2           # fixed exo cameras of a training pair
@@ -682,6 +683,13 @@ class Video:
     missing: int = 0                # numbers without a picture, among the names of a folder's images
 
 
+def refuse_times_without_rate(video, start, end, fps):
+    """DataError: a folder of images whose rate is not known has no seconds, unless all of it is meant."""
+    if fps is None and (start, end) != (None, None) and os.path.isdir(video):
+        raise DataError(f'{video} is a folder of images: a clip from {start} to {end} s of it needs "fps", its images '
+                        f'per second (--fps)', "no rate")
+
+
 @contextmanager
 def open_video(video: AnyPath, fps=None) -> Iterator[Video]:
     """The one way to a video, a file or a folder of images at `fps` (default: VideoLLaMA2's 3).
@@ -749,6 +757,10 @@ def _video_stream(container, video):
     width, height = context.width, context.height
     if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
         raise DataError(f"{video} claims {width} x {height} pixels: refused")
+    # An AVI stores no times: FFmpeg guesses them, wrongly where pictures may be shown in another order than stored.
+    if container.format.name == "avi" and (context.has_b_frames or context.name == "h264"):
+        raise DataError(f"{video} is an AVI with H.264 or B-frames, which does not say when its pictures are shown; "
+                        f"encode it again:  ffmpeg -i {Path(video).name} new.mp4")
     if not 0.1 <= (stream.sample_aspect_ratio or 1) <= 10:
         raise DataError(f"{video} claims pixels {stream.sample_aspect_ratio} times as wide as high: refused")
     context.thread_type = "NONE"
@@ -768,13 +780,19 @@ def _seconds(container, stream, video):
         return _checked_length(container, stream, video, float(stream.duration * stream.time_base))
     begin = _begin_of_picture(stream)
     # Matroska has the moment of the end in a tag.
-    tag = re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", ""))
-    if tag:
-        return 3600 * int(tag[1]) + 60 * int(tag[2]) + float(tag[3]) - begin
+    tag = stream.metadata.get("DURATION", "")
+    if re.fullmatch(r"\d+:\d+:[\d.]+", tag):
+        return clock_seconds(tag) - begin
     if not container.duration:
         raise DataError(f"{video} does not say how long it is; a copy does:  ffmpeg -i {Path(video).name} "
                         f"-c copy new.mp4")
     return _end_of_picture(container, stream) - begin
+
+
+def clock_seconds(clock):
+    """Seconds of "00:01:02.50"."""
+    hours, minutes, seconds = map(float, clock.split(":"))
+    return seconds + 60 * minutes + 3600 * hours
 
 
 def _checked_length(container, stream, video, seconds):
@@ -1599,13 +1617,14 @@ def check_row(row, where, base, allow_outside) -> list:
     if not isinstance(row.get("exo", []), list):
         raise DataError(f'{where}: "exo" must be a list of clips', "no clip")
     whole_text(row["id"], where, "id")
-    whole_text(row.get("text", ""), where, "text")
+    if "text" in row and row["text"] != "":
+        _answer(row["text"], where, "text")
     # A manifest from elsewhere must not read files outside its folder.
     paths = []
     for clip in clips_of(row):
         _check_clip(clip, where)
         path = _real_path(base, clip["video"])
-        if not (allow_outside or _is_inside(base, path)):
+        if not (allow_outside or is_inside(base, path)):
             raise DataError(f"{where}: {clip['video']} is outside {base}: pass --root or --allow-outside", "outside")
         paths.append(path)
     if "turns" in row:
@@ -1614,7 +1633,8 @@ def check_row(row, where, base, allow_outside) -> list:
 
 
 @lru_cache(1 << 16)
-def _is_inside(folder, path):
+def is_inside(folder, path):
+    """Whether a path, both being absolute, leads into a folder."""
     return path.startswith(os.path.join(folder, ""))
 
 
@@ -1629,8 +1649,16 @@ def _check_turns(turns, where):
             raise wrong
         for speaker, said in turn.items():
             whole_text(said, where, speaker)
+        if "assistant" in turn:
+            _answer(turn["assistant"], where, "assistant")
     if video_marks(turns) > 1:
         raise DataError(f"{where} has more than one <video> mark: a row shows one video", "marks")
+
+
+def _answer(text, where, name):
+    """A text that is trained: of an empty one nothing but its end, silence, would be learned."""
+    if not whole_text(text, where, name).strip():
+        raise DataError(f'{where}: "{name}" is empty, and what is trained would be silence: leave it out', "no text")
 
 
 def whole_text(text, where, name):
@@ -1707,7 +1735,7 @@ def usable_rows(rows, loader):
             _require_videos(row, loader.views)
         if loader.train and not all("assistant" in turns[-1] for turns in chats):
             raise DataError(f"{_name_of(row)} ends with a question: training needs its answer")
-        if any(_is_too_long(turns, loader.tokenizer, loader.video_tokens, loader.cfg) for turns in chats):
+        if is_too_long(chats, loader.tokenizer, loader.video_tokens, loader.cfg):
             long.append(place)
             continue
         kept.append(place)
@@ -1715,7 +1743,7 @@ def usable_rows(rows, loader):
     if textless:
         if not loader.train or len(textless) == len(rows):
             raise DataError(_lacks(rows[textless[0]], "text"))
-        print(f"{len(textless)} of {len(rows)} rows have no text: left out, only stage 2 uses them")
+        print(f"{len(textless)} of {len(rows)} rows have no text: left out, only the pairs of stage 2 need none")
     if long:
         first = f"{_name_of(rows[long[0]])} has more tokens than the {loader.cfg.max_length} that fit"
         if not loader.train or not kept:
@@ -1736,18 +1764,16 @@ def _lacks(row, key):
     return f'{_name_of(row)} lacks "{key}", which this stage needs{strange and f"; it {strange}"}'
 
 
-def is_too_long(row, supervise, tokenizer, video_tokens, cfg):
-    """Whether a chat of this row has more tokens than the model reads."""
-    return any(_is_too_long(turns, tokenizer, video_tokens, cfg) for turns in chats_of(row, supervise))
-
-
-def _is_too_long(turns, tokenizer, video_tokens, cfg):
-    # A text has no more tokens than bytes, and the template adds less than 64 to it: most chats are short.
-    most = sum(len(said.encode()) + 64 for turn in turns for said in turn.values())
-    if video_tokens + most <= cfg.max_length:
-        return False
-    ids, _ = tokenizer.chat(turns, video_tokens)
-    return len(ids) > cfg.max_length
+def is_too_long(chats, tokenizer, video_tokens, cfg):
+    """Whether one of these chats has more tokens than the model reads."""
+    for turns in chats:
+        # A text has no more tokens than bytes, and the template adds less than 64 to it: most chats are short.
+        most = sum(len(said.encode()) + 64 for turn in turns for said in turn.values())
+        if video_tokens + most > cfg.max_length:
+            ids, _ = tokenizer.chat(turns, video_tokens)
+            if len(ids) > cfg.max_length:
+                return True
+    return False
 
 
 ROW_KEYS = {"id", "ego", "exo", "text", "turns", "source", "where"}
@@ -2268,8 +2294,7 @@ class Build:
 
 
 # What reading a wrong file can raise.
-MISSHAPEN = (LookupError, TypeError, ValueError, AttributeError, SyntaxError, csv.Error, RecursionError,
-             MemoryError, OSError, av.FFmpegError)
+MISSHAPEN = (LookupError, TypeError, ValueError, AttributeError, SyntaxError, RecursionError, MemoryError, OSError)
 
 
 class Files:
@@ -2341,6 +2366,10 @@ class Files:
                 yield row
         return self.tolerant(records, checked)
 
+    def number(self, row, column):
+        """A number of a table, where all is text."""
+        return finite(float(row[column]), self.where, column)
+
     def known(self, record: dict, keys) -> None:
         """Count the keys of a record that nothing reads: one may be a slip of the pen."""
         for key in set(record) - set(keys):
@@ -2407,9 +2436,8 @@ def convert(make: Callable, options) -> Iterator:
     finally:
         # Say what was dropped even if an error ends the conversion.
         for reason, number in files.count.items():
-            if number:
-                first = f", the first: {files.first[reason]}" if reason in files.first else ""
-                print(f"   {reason}: {number:,}{first}")
+            first = f", the first: {files.first[reason]}" if reason in files.first else ""
+            print(f"   {reason}: {number:,}{first}")
 
 
 def verbalise_wearer(text) -> str:
@@ -2582,18 +2610,12 @@ def _stream_file(files, take, stream):
     for path in (small, full):
         if (files.root / path).is_file():
             # A file that was encoded anew may begin or end elsewhere. (One that is damaged is found by `check`.)
-            with suppress(DataError):
-                if abs(frame_rate(files.root / path) - 30) > 0.1:
+            with suppress(DataError), open_video(files.root / path) as opened:
+                if abs(opened.rate - 30) > 0.1:
                     files.count["video whose rate is not 30 frames per second"] += 1
             return str(path)
     files.count["video not downloaded"] += 1
     return str(small)
-
-
-def frame_rate(video: AnyPath) -> float:
-    """Mean frames per second of a video, as its header says."""
-    with open_video(video) as opened:
-        return opened.rate
 
 
 # --------------------------------------------------------------------------------------------------------------- EgoIT
@@ -2612,9 +2634,14 @@ class Source:
 def instruction(source: str, key: str, prompt: str, question: str = "") -> str:
     """The user's turn: one of the source's ten, picked by the row's id, below what `prompt` puts first."""
     # The row's id decides, so that the same row always gets the same instruction.
-    task, ten = EGOIT[source].task, EGOIT[source].instructions
+    ten = EGOIT[source].instructions
+    return led_by(prompt, EGOIT[source].task, ten[zlib.crc32(key.encode()) % 10].format(question))
+
+
+def led_by(prompt, task, question):
+    """A question below what --prompt puts first: nothing, task details, or the first-person cue and those."""
     first = {"base": [], "task": [task], "cue": [CUE, task]}[prompt]
-    return "\n".join([*first, ten[zlib.crc32(key.encode()) % 10].format(question)])
+    return "\n".join([*first, question])
 
 
 def egoit_row(source, key, video, answer, options, question="", **clip) -> dict:
@@ -2697,8 +2724,8 @@ def egoexolearn(files, options):
         video = files.video(f"{row['video_uid']}.mp4")
         # Some annotated segments end after the video.
         length = _length_of(files.root / video)
-        start = finite(float(row["start_sec"]), files.where, "start_sec")
-        end = finite(float(row["end_sec"]), files.where, "end_sec")
+        start = files.number(row, "start_sec")
+        end = files.number(row, "end_sec")
         if not start < min(end, length):
             files.count["beyond the video's end"] += 1
             return
@@ -2718,7 +2745,8 @@ def in_first_person(text):
     changes = {
         r"your": "my",
         r"yourself": "myself",
-        r"you are": "I am",
+        r"you(?: a|')re": "I am",
+        r"you were": "I was",
         r"(of|to|for|with|from|at|by|behind|beside|near) you": r"\1 me",
         r"you(?= (?:an?|the|my|and|or|to|in|on|at|with|from|of|for)\b|[.,;:!?)]|$)": "me",
         r"you": "I"}
@@ -2820,8 +2848,8 @@ def egoclip(files, options):
     spans two stays in that of its middle. Ids are row numbers from 0. Dropped, if they are there (the released file
     has none): #unsure, and texts under 3 words, tag included."""
     def rows(row):
-        start = max(0.0, finite(float(row["clip_start"]), files.where, "clip_start"))
-        end = finite(float(row["clip_end"]), files.where, "clip_end")
+        start = max(0.0, files.number(row, "clip_start"))
+        end = files.number(row, "clip_end")
         if "#unsure" in row["clip_text"].lower() or len(row["clip_text"].split()) < 3 or not start < end:
             files.count["unsure, short or without length"] += 1
             return
@@ -2913,7 +2941,7 @@ def _one_path(files, record):
     """The path of a record's one video; None if it has none. Some write {"video": path} or [path] for it."""
     video = next((record[key] for key in VIDEO_KEYS if record.get(key)), None)
     if isinstance(video, dict):
-        files.known(video, CLIP_KEYS & {"video"})
+        files.known(video, {"video"})
         video = video["video"]
     if isinstance(video, list):
         if len(video) != 1:
@@ -2967,7 +2995,7 @@ def command_check(args):
             found = [("hangs or crashes", sentence + clip["video"], clip["video"]) for clip in clips_of(row)]
         # An ego clip is read as [x ; F(x)], which is the most that any stage shows.
         video_tokens = cfg.visual_tokens * (2 if "ego" in row else 1)
-        if tokenizer and is_too_long(row, "mix", tokenizer, video_tokens, cfg):
+        if tokenizer and is_too_long(chats_of(row, "mix"), tokenizer, video_tokens, cfg):
             found += [("too long", f"its text does not fit into {cfg.max_length} tokens", None)]
         if found:
             kinds.update({kind for kind, _, _ in found})
@@ -3000,9 +3028,7 @@ def _remarks_on(row):
 
 def _path_from(base, video):
     """A path relative to the base, so that the list may move with its files; absolute if it is elsewhere."""
-    if video.startswith(os.path.join(base, "")):
-        return os.path.relpath(video, base)
-    return video
+    return os.path.relpath(video, base) if is_inside(base, video) else video
 
 
 def _until_silence(replies, begun, seconds):

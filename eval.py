@@ -39,10 +39,10 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from data import (CLIPS, COLOURS, CUE, GREY, NARRATE, PATTERNS, VERBS, DataError, Loader, Screen, Tokenizer,
-                  chats_of, clips_of, contact_sheet, convert, encode_png, file_lock, film_strip, progress,
-                  read_manifest, read_manifests, read_row_clip, read_text, spread, time_of_frame, toy_split,
-                  verbalise_wearer, write_jsonl, write_text_atomic, written)
+from data import (CLIPS, COLOURS, GREY, NARRATE, PATTERNS, VERBS, DataError, Loader, Screen, Tokenizer, chats_of,
+                  clips_of, clock_seconds, contact_sheet, convert, encode_png, file_lock, film_strip, is_inside,
+                  led_by, progress, read_manifest, read_manifests, read_row_clip, read_text, spread, time_of_frame,
+                  toy_split, verbalise_wearer, write_jsonl, write_text_atomic, written)
 from model import (VIDEO, Exo2Ego, KVCache, SharedPrefix, autocast,
                    choose_attention, feature_kl, fingerprint, git_revision, load_checkpoint,
                    newest_checkpoint, pick_device, read_state, to_device_and_dtype)
@@ -420,8 +420,8 @@ class VideoContext:
     def score(self, pairs, batch=64):
         """log p(answer, </s> | video, question) of each (question, answer) -> (pairs, 2).
 
-        The columns are the sum over the answer's tokens and their mean, in which tokens without any loss do not
-        count. At most `batch` answers are in memory at a time.
+        The columns are the sum over the answer's tokens and their mean, in which tokens without a loss (those of
+        the prompt) do not count. At most `batch` answers are in memory at a time.
         """
         scores = []
         for first in range(0, len(pairs), batch):
@@ -509,7 +509,7 @@ def print_answer(context, question):
     """Print an answer piece by piece, as the model finds it."""
     for piece in context.stream(question):
         print(piece, end="", flush=True)
-    print(flush=True)
+    print(" (cut short)" if len(context.unread) > 1 else "", flush=True)
 
 
 # ===== a first reader can stop here =====
@@ -591,9 +591,8 @@ def next_command(stage, out, world=None):
     """What one would type after a stage whose run is `out`; `world` is the micro-world, None for one's own data."""
     # Ego video is for the learner of stages 2 and 3.
     if stage < (3 if world else 2):
-        start = "--base" if stage == 0 else "--init"
         data = world or "pairs.jsonl (and --preset as before)"
-        return f"python train.py --stage {stage + 1} {start} {out} --data {data}"
+        return f"python train.py --stage {stage + 1} --init {out} --data {data}"
     video = f"{world}/test/ego/0.mp4 --start 0 --end 1" if world else "FILE"
     return f"python eval.py --ckpt {out} --video {video} --ask 'What am I doing?'"
 
@@ -684,6 +683,7 @@ def parse(argv):
     add("--ask", help="the question; without it, a chat")
     add("--start", type=float, help="seconds, of --video")
     add("--end", type=float, help="seconds, of --video")
+    add("--fps", type=float, help="images per second, where --video is a folder of them")
     add("--bench", choices=[*BENCHES, "all"], help="DATA/<name>/ has the official files")
     add("--videos", help="where the benchmark's videos are (DATA/<name>/, or videos/ in it)")
     add("--out", help="where predictions and scores go (results for --bench and --report, else --ckpt)")
@@ -698,13 +698,17 @@ def parse(argv):
     add("--report", action="store_true", help="OUT/report.html from what is in OUT")
     args = parser.parse_args(argv)
     # These flags do nothing without another one.
-    needs = {"video": "ask start end", "data": "bench root", "bench": "videos answer template prompt blind limit"}
+    needs = {"video": "ask start end fps", "data": "bench root", "bench": "videos answer template prompt blind limit"}
     for other, flags in needs.items():
         for flag in flags.split():
             if getattr(args, flag) != parser.get_default(flag) and not getattr(args, other):
                 parser.error(f"--{flag} needs --{other}")
-    if args.video and args.bench:
-        parser.error("--video asks about one file, --bench scores a benchmark: give one of them")
+    # A video is asked about and leaves nothing; a benchmark has its own folder in --data.
+    clashes = {"video": "bench data out report", "bench": "root"}
+    for one, others in clashes.items():
+        for other in others.split():
+            if getattr(args, one) and getattr(args, other):
+                parser.error(f"--{other} does nothing with --{one}: give one of them")
     if args.ask is not None and not args.ask.strip():
         parser.error("--ask needs a question; without --ask there is a chat")
     if args.limit is not None and args.limit < 1:
@@ -725,7 +729,7 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         sys.exit(f"eval.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("\neval.py: stopped")
+        sys.exit("\neval.py: stopped; what is done of a benchmark is kept, the same command goes on")
     except (RuntimeError, MemoryError) as error:
         # torch says it in other words on each device. Any other error is a bug, whose place helps.
         if not re.search("out of memory|allocate memory|^$", str(error)):
@@ -767,7 +771,7 @@ def use_checkpoint(args):
         elif args.video:
             if state["stage"] < 2:
                 print(f"{folder} is of stage {state['stage']}: ego video is for the learner of stages 2 and 3")
-            clip = {"video": args.video, "start": args.start, "end": args.end}
+            clip = {"video": args.video, "start": args.start, "end": args.end, "fps": args.fps}
             chat(model, ckpt.tokenizer, clip, args.ask)
         else:
             score(ckpt, args, args.out or run)
@@ -778,9 +782,10 @@ def score(ckpt, args, out):
     the rows of a manifest in --data, or five of those it was trained on. What it finds lies in the folder that --ckpt
     names (of a run, or of one of its steps), or in --out."""
     state = ckpt.state
+    config = state.get("config", {})                # published weights have none
+    trained_on = config.get("data", [])
     Path(out).mkdir(parents=True, exist_ok=True)
     print(f"{ckpt.folder}: stage {state['stage']}, step {state['step']} of {state['steps']}")
-    config = state.get("config", {})                # published weights have none
     data = [args.data] if args.data else config.get("data", ["out/toy"])
     if data[0].endswith(".jsonl"):
         root = args.root if args.data else config["root"]
@@ -792,10 +797,13 @@ def score(ckpt, args, out):
         else:
             show_own_samples(ckpt.model, ckpt.tokenizer, rows, state["stage"], out)
         return
+    # The result on another world is not the run's own.
+    if data != trained_on and not args.out and Path(data[0], "world.json").is_file():
+        raise DataError(f"{ckpt.folder} was not trained on {data[0]}: pass --out for its result there")
     # The run that this one started from may have moved, or been trained again.
     source = config.get("init")
     found = source and newest_checkpoint(source)
-    if not found or fingerprint(found) != state["init"]:
+    if not found or fingerprint(found) != state["init"] or data != trained_on:
         source = None
     toy_benchmark(ckpt.model, ckpt.tokenizer, data[0], state["stage"], out, source, args.base)
 
@@ -807,12 +815,11 @@ def run_benches(ckpt, args):
         names = [name for name in BENCHES if (Path(args.data) / name).is_dir()]
     if not names:
         raise DataError(f"{args.data} has none of the folders {', '.join(BENCHES)}")
+    if len(names) < len(BENCHES) and args.bench == "all":
+        print(f"{args.data} has no folder for {', '.join(name for name in BENCHES if name not in names)}")
     for name in names:
         own = {"bench": name, "root": f"{args.data}/{name}", "out": args.out or "results"}
-        try:
-            all_done = egobench(ckpt, argparse.Namespace(**vars(args) | own))
-        except KeyboardInterrupt:
-            sys.exit("\nstopped: what is done is kept, the same command goes on")
+        all_done = egobench(ckpt, argparse.Namespace(**vars(args) | own))
     # Of several ranks the one that ends last makes the page.
     if args.report and all_done:
         print(write_report(Path(args.out or "results")))
@@ -887,9 +894,9 @@ def charades_map(scores: np.ndarray, labels: np.ndarray) -> dict:
 
 
 def rouge_l(said, truth):
-    """ROUGE-L's F1 on lower-case words and numbers, without stemming."""
-    a = re.findall(r"[a-z0-9]+", said.lower())
-    b = re.findall(r"[a-z0-9]+", truth.lower())
+    """ROUGE-L's F1 on lower-case words and numbers, of any script, without stemming."""
+    a = re.findall(r"[^\W_]+", said.lower())
+    b = re.findall(r"[^\W_]+", truth.lower())
     # row[j] is the length of the longest common subsequence of the words of a so far and the first j of b.
     row = [0] * (len(b) + 1)
     for word in a:
@@ -907,9 +914,11 @@ def parse_letter(reply: str, options: int):
     A word that starts with a letter, an empty reply, a letter beyond the options, and a reply that marks a second
     letter (at the start of a line, in brackets, or before words) are None: counted, wrong.
     """
-    found = re.match(r"\s*(?:\([A-Z]\)|[A-Z][.:)]?)(?=\s*$|\s*\n|(?<=[.:)])\s)", reply)
+    reply = reply.replace("**", "")                             # Markdown's bold
+    found = re.match(r"\s*(?:\([A-Z]\)[.:]?|[A-Z]\)?[.:]?)(?=\s*$|\s*\n|(?<=[.:)])\s)", reply)
     # "A. B. C." and "A.\nB" are lists; "B. vitamin C" names one option, and so does "B. A man walks".
     mark = r"\([A-Z]\)|\b[A-Z]\)|(?:^\W*|(?<=[.:)]\s))[A-Z](?:[.:]|\s*$)|(?<=\s)[A-Z][.:](?=[ \t]+\S)"
+    mark += r"|\bor \(?[A-Z]\)?[.:]?\s*$"
     marked = set(re.findall("[A-Z]", " ".join(re.findall(mark, reply, re.MULTILINE))))
     letter = found and found[0].strip(" \n\t().:")
     index = ascii_uppercase.index(letter) if letter else options
@@ -951,10 +960,10 @@ class Item:
             raise ValueError(f"the answer is {self.answer!r}: a text, or for a choice one of {numbers}, is needed")
 
     def chance(self):
-        """What a guess gets, and so do equal scores. An open question has no chance level."""
-        choices = len(self.options) or len(self.clips)
-        open_question = isinstance(self.answer, str)
-        return 0.0 if open_question else outcome(self, {"scores": [0] * choices})
+        """What a guess gets, and so do equal scores. Of an open question that is 0, or half for yes or no."""
+        if isinstance(self.answer, str):
+            return 0.5 if plain_words(self.answer) in ("yes", "no") else 0.0
+        return outcome(self, {"scores": [0] * (len(self.options) or len(self.clips))})
 
 
 # The answer of an item is none of its options. A reader says so after the item has been checked.
@@ -1220,12 +1229,6 @@ def ek100(files, args):
             answer=relevance)
 
 
-def clock_seconds(clock):
-    """Seconds of "00:01:02.50"."""
-    hours, minutes, seconds = map(float, clock.split(":"))
-    return seconds + 60 * minutes + 3600 * hours
-
-
 def relevance_of(video, text):
     """EK-100's relevance of a text for a video, both as (verb class, noun classes): 1 is a match."""
     verb, nouns = video
@@ -1245,6 +1248,8 @@ class Bench:
     note: str = ""
 
 
+BEFORE_NOW = ("frames are centres of equal spans: the last of 16 lies 1/32 of the clip before the state that is asked "
+              "about")
 # The paper's Table, and the best open figures that we know of; the list is not complete.
 BENCHES = {
     "egoschema": Bench(egoschema, "choice", "61.3", "77.9 (Qwen2-VL-72B)",
@@ -1261,13 +1266,13 @@ BENCHES = {
                           note="70.9 cannot come from the standard 157-class protocol, which ours is"),
     "ek100-mir": Bench(ek100, "retrieval", "49.7 mAP, 63.6 nDCG", "45.9 / 38.6 zero-shot (EgoVideo)",
                        note="63.6 nDCG is not the standard zero-shot protocol, which ours is"),
-    "egoplan": Bench(egoplan, "choice", "42.7", "47.1 (EgoThinker-7B)"),
+    "egoplan": Bench(egoplan, "choice", "42.7", "47.1 (EgoThinker-7B)", note=BEFORE_NOW),
     "vln-qa": Bench(vln_qa, "choice", "44.5", "54.0 (EgoThinker-7B)",
                     note="200 items: +- 6.9 points"),
     "egomcq": Bench(egomcq, "clips", "88.4 inter, 41.2 intra", "91.0 / 63.1 (EgoVLPv2, LaViLa-L)",
                     note="dual encoders choose by similarity, we by likelihood"),
     # These two are outside the paper's average.
-    "egoplan2": Bench(egoplan2, "choice", "none", "", note="not in the paper"),
+    "egoplan2": Bench(egoplan2, "choice", "none", "", note=f"not in the paper; {BEFORE_NOW}"),
     "egoexomem": Bench(egoexomem, "choice", "none", "50.4 ego, 51.2 both (VideoRAG, InternVL)",
                        note="not in the paper; the Ego-Exo4D part, of the ego video alone")}
 # The number of items tells which test EgoTaskQA's choice among five is.
@@ -1288,10 +1293,9 @@ TASK_DETAILS = {
 
 def question_words(item: Item, args):
     """The words that ask an item: its question, below what --prompt puts first, in the template of --answer."""
-    task = TASK_DETAILS[args.answer]
-    first = {"base": "", "task": f"{task}\n", "cue": f"{CUE}\n{task}\n"}[args.prompt]
+    question = led_by(args.prompt, TASK_DETAILS[args.answer], item.question)
     options = "\n".join(f"{letter}. {text}" for letter, text in zip(ascii_uppercase, item.options))
-    parts = {"question": first + item.question, "options": options, "goal": item.goal}
+    parts = {"question": question, "options": options, "goal": item.goal}
     # What is put in may hold such marks itself: they stay as they are.
     return re.sub(r"\{(question|options|goal)\}", lambda mark: parts[mark[1]], args.words or TEMPLATES[args.answer])
 
@@ -1317,12 +1321,14 @@ def egobench(ckpt, args):
     if not items or len({item.id for item in items}) < len(items):
         raise DataError(f"{args.root}: ids repeat, or there are no items")
     settle_answering(bench, items, args)
-    note = "; ".join(cautions(bench, items, args))
+    said = cautions(bench, items, args)
     if args.limit:
         # Those that can be scored, if the answers of some are public.
-        items = spread([item for item in items if item.answer is not None] or items, args.limit)
+        some = spread([item for item in items if item.answer is not None] or items, args.limit)
+        said.insert(0, f"{len(some)} of {len(items)} items alone")
+        items = some
     protocol = protocol_of(ckpt, items, bench=args.bench, answer=args.answer, blind=args.blind, prompt=args.prompt,
-                           template=args.words)
+                           words=[NARRATE, question_words(items[0], args)])
     place_clips(items, Path(args.videos or args.root), args.allow_outside, args.blind)
 
     name = f"{args.bench}-blind" if args.blind else args.bench
@@ -1334,6 +1340,7 @@ def egobench(ckpt, args):
     # JSON has no NaN.
     figures = {key: None if value != value else value for key, value in figures.items()}
     path = f"{args.out}/{name}.json"
+    note = "; ".join(said)
     keep_figures(path, figures, protocol | {"note": note})
     print(f"   {note}\n{path}", flush=True)
     return True
@@ -1424,17 +1431,17 @@ def place_clips(items, root: Path, allow_outside, blind):
     DataError: a path leads out of `root`, or not one video is there.
     """
     # Links are followed before the comparison.
-    inside = os.path.join(os.path.realpath(root), "")
+    base = os.path.realpath(root)
     videos = set()
     for item in items:
         for clip in item.clips:
             video = find_video(root, clip["video"])
-            if not allow_outside and not video.startswith(inside):
-                raise DataError(f"{clip['video']} is outside {inside}: pass --videos or --allow-outside")
+            if not (allow_outside or is_inside(base, video)):
+                raise DataError(f"{clip['video']} is outside {base}: pass --videos or --allow-outside")
             clip["video"] = video
             videos.add(video)
             if "frames" in clip:
-                # The last frame is shown too.
+                # The clip ends with the last frame.
                 rate = clip.pop("rate", None)
                 first, last = clip.pop("frames")
                 clip["start"] = seconds_of(video, max(0, first), rate)
@@ -1508,6 +1515,10 @@ class PredictionFiles:
                 raise DataError(
                     f"{path} was made with {key}={found.get(key)!r}, this run has {value!r}: "
                     f"choose another --out or remove it")
+        # What other code has answered stays, and its revision is named, too.
+        if found.get("git") != self.protocol.get("git"):
+            revisions = f"{found.get('git')} + {self.protocol['git']}".split(" + ")
+            self.protocol["git"] = " + ".join(dict.fromkeys(revisions))
 
     def read(self) -> dict:
         """The prediction of each item that has one, by id; an error gives way to a success."""
@@ -1677,15 +1688,14 @@ def plain_words(text):
 
 def summarise(bench, items, predictions, args):
     """The score with n, chance and a 95 % interval, and whatever else the benchmark reports."""
-    if bench.task in ("retrieval", "classes"):
-        figures = {"unreadable": sum("error" in p for p in predictions)}
-        return figures | ranking_figures(bench, items, predictions)
     known = [(item, p) for item, p in zip(items, predictions) if item.answer is not None]
     if not known:
         raise DataError(f"{args.bench}: none of these {len(items)} items has a public answer")
 
     # A reply without a letter is wrong, and is counted besides.
     figures = {"unreadable": sum("error" in p for _, p in known)}
+    if bench.task in ("retrieval", "classes"):
+        return figures | ranking_figures(bench, items, predictions)
     if args.answer == "letter":
         figures["parser_failures"] = sum(p.get("choice", 0) is None for _, p in known)
 
@@ -1762,7 +1772,8 @@ td, th {padding: .3rem .5rem; border-bottom: 1px solid #ddd; text-align: left; v
 .bar {position: relative; height: 1.1rem; background: #eee; min-width: 9rem}
 .bar i {position: absolute; top: 0; bottom: 0}
 td small {display: block; min-width: 13rem} td {min-width: 4.5rem}</style>
-<h1>EgoBench</h1><p>Per cent; intervals are 95 %. In the bars: the interval (blue), the score (black), chance
+<h1>EgoBench</h1><p>Per cent; intervals are 95 %, as if all questions were independent: questions about one video
+are not, so theirs should be wider. In the bars: the interval (blue), the score (black), chance
 (red). The last columns follow protocols of their own. Ours by likelihood: options are not shown, each is scored by
 itself. By letter: all are listed, and the letter that the reply begins with counts. Words around a question are ours,
 but for a template of your own. EgoSchema, QAEgo4D and EgoMCQ are of Ego4D, as EgoClip and EgoTimeQA are on which the
@@ -1808,9 +1819,12 @@ def report_score(name, result, blind):
     # What else has an interval stands below the score: its kinds of items, other metrics.
     others = [key for key in percent if f"{key}_lo" in result and key != "score" or key == "nDCG_avg"]
     parts = "".join(f"<br>{escape(key)} {percent[key]:.1f}" for key in others)
+    # These count as wrong.
+    lost = {"unreadable": "unreadable", "parser_failures": "without a letter"}
+    parts += "".join(f"<br>{result[key]} {name}" for key, name in lost.items() if result.get(key))
     # The blind floor counts if all but the video was the same.
     floor = "not run"
-    same = ("weights", "answer", "prompt", "template", "content")
+    same = ("weights", "answer", "prompt", "words", "content")
     if blind.get("score") is not None and all(blind.get(key) == result.get(key) for key in same):
         floor = f"{100 * blind['score']:.1f}"
     return ROW.format(

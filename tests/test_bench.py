@@ -99,6 +99,8 @@ def test_charades_is_the_official_arithmetic():
 def test_letters_are_parsed_strictly():
     for reply, letter in (("B", 1), ("(B)", 1), (" B. ", 1), ("B) to the door", 1), ("A: yes", 0), ("(D) Stop", 3), ("C\n", 2)):
         assert parse_letter(reply, 4) == letter, reply
+    for reply, letter in (("(A).", 0), ("(B): text", 1), ("A).", 0), ("**B**", 1), ("**C.** I cut", 2)):
+        assert parse_letter(reply, 4) == letter, reply
     for reply in ("A.M. routine", "B\nBecause"):
         assert parse_letter(reply, 4) == {"B\nBecause": 1}.get(reply), reply
     for reply in ("", "A man walks", "Based on the video, B", "b", "E", "(E)", "AB", "the answer is B", "?", "None"):
@@ -108,7 +110,7 @@ def test_letters_are_parsed_strictly():
 def test_a_reply_that_names_a_second_option_is_no_choice():
     """A list of all of them was counted as A. Words behind the letter may hold capitals, and even the letter again."""
     for reply in ("A.\nB.\nC.\nD.", "A\nB", "A. B. C. D.", "(A) (B) (C) (D)", "A. left B. right", "A. left\nB. right", "C) or D)", "A) x, B) y", "A: x; B: y",
-                  "A. x\nB. y\nAnswer: B", "A. B", "A.\n\nB.", "A. put box (B) take bag", "A, B", "A and B", "A/B", "- A.\n- B.", "E.\nB."):
+                  "A. x\nB. y\nAnswer: B", "A. B", "A.\n\nB.", "A. put box (B) take bag", "A, B", "A and B", "A. or B.", "A or B", "(A) or (C)", "A/B", "- A.\n- B.", "E.\nB."):
         assert parse_letter(reply, 4) is None, reply
     for reply, letter in (("B. A man walks", 1), ("B. Vitamin C.", 1), ("A.\nA.", 0), ("C. I cut it.\n\nThe hand moves.", 2), ("B: the A team", 1), ("B) take a U-turn", 1)):
         assert parse_letter(reply, 4) == letter, reply
@@ -118,6 +120,8 @@ def test_rouge_is_of_the_longest_common_subsequence():
     assert rouge_l("the cat sat", "The cat, sat!") == 1 and rouge_l("", "x") == 0 == rouge_l("a b", "c")
     assert rouge_l("police killed the gunman", "police kill the gunman") == pytest.approx(0.75)
     assert rouge_l("the gunman kill police", "police kill the gunman") == pytest.approx(0.5)
+    # Words of any script: an exact answer in Japanese had 0.
+    assert rouge_l("\u5207\u3063\u3066", "\u5207\u3063\u3066") == 1 and rouge_l("caf\u00e9", "caf") == 0
 
 
 # -------------------------------------------------------------------------------- scoring on a cached video
@@ -283,6 +287,8 @@ def test_equal_texts_count_both_and_constant_scores_give_chance():
     assert eval.outcome(item, {"scores": [0, 1, 1, 0]}) == 1 and eval.outcome(item, {"scores": [0, 0, 9, 0]}) == 1
     assert eval.outcome(item, {"scores": [0, 0, 0, 0]}) == 0.5 and eval.outcome(item, {"error": "gone"}) == 0
     assert item.chance() == 0.5
+    # An open question has no options to guess from, but yes or no are two.
+    assert [eval.Item("x", [{}], "?", [], answer).chance() for answer in ("on it", "Yes.", "no")] == [0, 0.5, 0.5]
     assert eval.outcome(eval.Item("x", [{}], "?", [], ""), {"error": "gone"}) == 0       # an empty truth, a video not read
     four = eval.Item("x", [{}], "?", list("abcd"), 2)
     assert eval.outcome(four, {"scores": [1] * 4}) == 0.25
@@ -316,6 +322,27 @@ def test_a_killed_run_goes_on_and_two_ranks_equal_one(scored, sets, toy, tmp_pat
     assert a == b and (two / "vln-qa.json").read_text() == (scored / "vln-qa.json").read_text()
     wrong = bench(sets, tmp_path, toy, "qaego4d-open", "--prompt", "task", check=False)
     assert wrong.returncode and "prompt='base', this run has 'task'" in wrong.stderr
+
+
+def test_questions_in_other_words_are_another_run_and_older_code_is_named(scored, sets, toy, tmp_path):
+    """A fork's own template was scored with what the former one had been answered, under the new revision."""
+    head, *rows = (scored / "vln-qa.jsonl").read_text().splitlines()
+    head = json.loads(head)
+
+    def put(**change):
+        (tmp_path / "vln-qa.jsonl").write_text("\n".join([json.dumps(head | change), *rows]) + "\n")
+    put(words=[data.NARRATE, "Other words?"])
+    wrong = bench(sets, tmp_path, toy, "vln-qa", check=False)
+    assert wrong.returncode and "was made with words=['Narrate the video.', 'Other words?'], this run has" in wrong.stderr
+    put(git="0123abc")
+    for _ in range(2):
+        assert f"{QUESTIONS} of them done" in bench(sets, tmp_path, toy, "vln-qa").stdout
+        assert json.loads((tmp_path / "vln-qa.json").read_text())["git"] == f"0123abc + {head['git']}"
+
+
+def test_a_part_of_a_benchmark_is_called_one(sets, toy, tmp_path):
+    done = bench(sets, tmp_path, toy, "vln-qa", "--limit", 2)
+    assert json.loads((tmp_path / "vln-qa.json").read_text())["note"].startswith(f"2 of {QUESTIONS} items alone; ") and "items alone" in done.stdout
 
 
 def test_ctrl_c_leaves_a_usable_part(sets, toy, tmp_path):
@@ -374,6 +401,7 @@ def test_a_video_that_cannot_be_read_counts_as_wrong(sets, toy, tmp_path):
     bench(tmp_path, tmp_path / "r", toy, "vln-qa")
     figures = json.loads((tmp_path / "r/vln-qa.json").read_text())
     assert figures["unreadable"] == 1 and figures["score_n"] == QUESTIONS
+    assert "<br>1 unreadable<" in eval.write_report(tmp_path / "r").read_text()
     content[1]["video"] = "../../outside.mp4"
     (tmp_path / "vln-qa/egocentric_navigation.json").write_text(json.dumps(content))
     wrong = bench(tmp_path, tmp_path / "r2", toy, "vln-qa", check=False)
@@ -388,6 +416,7 @@ def test_an_empty_report_is_refused(tmp_path):
 # ---------------------------------------------------------------------------- what a second reader found, kept found
 def test_all_benchmarks_run_blind_and_without_a_video(sets, toy, tmp_path):
     done = run(REPO / "eval.py", "--bench", "all", "--blind", "--data", sets, "--ckpt", toy / "stage3", "--base", toy / "stage0", "--out", tmp_path)
+    assert "has no folder for" not in done[1]
     assert all((tmp_path / f"{name}-blind.json").is_file() for name in eval.BENCHES), done
     assert json.loads((tmp_path / "egoschema-blind.json").read_text())["unreadable"] == 0
 
@@ -547,8 +576,9 @@ def test_a_goal_becomes_a_sentence(goal, asked):
 def test_a_note_says_how_the_questions_were_asked():
     item, = items = [eval.Item("0", [{}], "?", ["a", "b"], 0)]
     for name, answer, words, want in (
-            ("egoplan", "likelihood", None, ["options not shown", "our words"]), ("egoplan", "letter", None, ["options in one order", "our words"]),
-            ("egoplan", "letter", "{question}{options}", ["options in one order"]), ("ek100-mir", "likelihood", None, [eval.BENCHES["ek100-mir"].note])):
+            ("egoplan", "likelihood", None, [eval.BEFORE_NOW, "options not shown", "our words"]),
+            ("egoplan", "letter", None, [eval.BEFORE_NOW, "options in one order", "our words"]),
+            ("egoplan", "letter", "{question}{options}", [eval.BEFORE_NOW, "options in one order"]), ("ek100-mir", "likelihood", None, [eval.BENCHES["ek100-mir"].note])):
         assert eval.cautions(eval.BENCHES[name], items, Namespace(answer=answer, words=words)) == want
 
 
@@ -756,7 +786,7 @@ def test_a_template_has_a_users_own_words(tmp_path):
     for prompt, lines in (("base", 0), ("task", 1), ("cue", 2)):
         args = Namespace(answer="likelihood", prompt=prompt, words=None)
         first, question = eval.question_words(item, args).splitlines()[:lines], eval.question_words(item, args).splitlines()[lines:]
-        assert question == [item.question] and (eval.CUE in first) == (prompt == "cue") and (eval.TASK_DETAILS["likelihood"] in first) == (prompt != "base")
+        assert question == [item.question] and (data.CUE in first) == (prompt == "cue") and (eval.TASK_DETAILS["likelihood"] in first) == (prompt != "base")
     path = tmp_path / "words.txt"
     for text, lacking in (("{question}\n", ""), ("{qestion}", "qestion"), ("{options}", "one of question"), ("Why?", "one of question"),
                           ("{question} {goal}", "goal"), ("<video> {question}", "<video>")):
@@ -776,14 +806,14 @@ def test_a_template_is_part_of_the_protocol(sets, toy, tmp_path):
     words.write_text("{options}\nWhich of these? {question}")
     bench(sets, tmp_path, toy, "vln-qa", "--answer", "letter", "--template", words, "--prompt", "cue")
     head = json.loads((tmp_path / "vln-qa.jsonl").read_text().splitlines()[0])
-    assert head["prompt"] == "cue" and head["template"] == "{options}\nWhich of these? {question}"
+    assert head["prompt"] == "cue" and "\nWhich of these? This is my own view" in head["words"][1]
     words.write_text("{options}\nWhich of those? {question}")
     wrong = bench(sets, tmp_path, toy, "vln-qa", "--answer", "letter", "--template", words, "--prompt", "cue", check=False)
-    assert wrong.returncode and f"template={head['template']!r}" in wrong.stderr
+    assert wrong.returncode and f"words={head['words']!r}" in wrong.stderr
     done = bench(sets, tmp_path / "r", toy, "egomcq", "--template", words, "--prompt", "task")
     assert "--template" in done.stdout and "--prompt task does not apply" in done.stdout
     head = json.loads((tmp_path / "r/egomcq.jsonl").read_text().splitlines()[0])
-    assert head["template"] is None and head["prompt"] == "base"
+    assert "these?" not in head["words"][1] and head["prompt"] == "base"
 
 
 def test_a_result_without_a_score_has_a_line_on_the_page(tmp_path):

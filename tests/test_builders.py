@@ -255,7 +255,8 @@ def test_egoexolearn(tmp_path, capsys):
 @pytest.mark.parametrize("told, mine", (
     ("Use your left hand to hold the cup in front of you.", "Use my left hand to hold the cup in front of me."), ("You open it, and you are done", "I open it, and I am done"),
     ("He hands you the knife; do it yourself before you cut.", "He hands me the knife; do it myself before I cut."),
-    ("so that you can turn it towards you", "so that I can turn it towards me"), ("Your young cook thanks you", "My young cook thanks me")))
+    ("so that you can turn it towards you", "so that I can turn it towards me"), ("Your young cook thanks you", "My young cook thanks me"),
+    ("You're cutting while you're stirring.", "I am cutting while I am stirring."), ("You were there", "I was there")))
 def test_the_second_person_becomes_the_first(told, mine):
     assert data.in_first_person(told) == mine
 

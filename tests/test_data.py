@@ -93,7 +93,8 @@ def test_bad_videos_are_named(tmp_path):
     ('{"id": "a", "ego": {"video": "v.mp4", "start": 1, "end": 1}}', "zero length"),
     ('{"id": "a", "ego": {"video": "v.mp4", "start": NaN}}', "'nan', not a number"),
     ('{"id": "a", "ego": {"video": "../v.mp4"}}', "outside"), ('{"id": "a", "ego": {"video": "/etc/passwd"}}', "outside"),
-    ('{"id": "a", "text": 3}', "string"), ('{"id": "a", "turns": [{"assistant": "q"}]}', "turns"),
+    ('{"id": "a", "text": " "}', '"text" is empty, and what is trained would be silence'),
+    ('{"id": "a", "turns": [{"user": "q", "assistant": ""}]}', '"assistant" is empty'), ('{"id": "a", "text": 3}', "string"), ('{"id": "a", "turns": [{"assistant": "q"}]}', "turns"),
     ('{"id": "a", "turns": [{"user": "q"}, {"user": "q", "assistant": "a"}]}', "turns"),
     ('{"id": "a", "ego": {"video": "v.mp4", "start": true}}', "'True', not a number"),
     ('{"id": "a", "ego": {"video": "v.mp4", "end": "7"}}', "'7', not a number"),
@@ -146,7 +147,7 @@ def test_a_row_too_long_is_left_out_before_the_first_step(toy, tmp_path, capsys)
     for more, fits in ((0, True), (1, False)):
         text = " block" * (room + more - 1)
         assert len(tokenizer.encode(text)) == room + more
-        assert data.is_too_long({"text": text}, "narration", tokenizer, cfg.visual_tokens, cfg) is not fits
+        assert data.is_too_long(data.chats_of({"text": text}, "narration"), tokenizer, cfg.visual_tokens, cfg) is not fits
     for row in rows:
         del row["where"]
     write_jsonl(tmp_path / "m.jsonl", rows)
@@ -208,7 +209,7 @@ def test_an_id_of_two_manifests_still_names_one_row(tmp_path):
 def test_a_skip_list_that_leaves_nothing_is_named(tmp_path):
     write_jsonl(tmp_path / "m.jsonl", [{"id": "x", "ego": {"video": "v.mp4"}}])
     write_jsonl(tmp_path / "m.bad.jsonl", [{"id": "x", "videos": ["v.mp4"], "reasons": []}])
-    with pytest.raises(DataError, match="is empty: .*m.bad.jsonl leaves out all of its rows"):
+    with pytest.raises(DataError, match="m.bad.jsonl leaves out all rows of .*m.jsonl"):
         read_manifest(tmp_path / "m.jsonl")
     (tmp_path / "n.jsonl").write_text("")
     with pytest.raises(DataError, match="n.jsonl is empty: it needs one JSON object per line"):
@@ -367,7 +368,7 @@ def test_a_worker_fails_with_one_sentence(toy):
         items = list(one.stream(0, 2, workers=workers))
         assert len(items) == 2
         for error in items:
-            assert isinstance(error, DataError) and "ten samples in a row cannot be read, the last: " in str(error) and "nowhere.mp4" in str(error)
+            assert isinstance(error, DataError) and "ten samples, one after another, cannot be read, the last: " in str(error) and "nowhere.mp4" in str(error)
 
 
 def test_the_workers_of_all_streams_have_one_hook_at_exit(toy):

@@ -114,6 +114,12 @@ def test_a_checkpoint_is_scored_on_the_world_it_was_trained_on(toy, tmp_path):
     assert json.loads((toy / "stage2/eval.json").read_text()) == after_training and "ego_em_init" in after_training
     code, _, err = run(REPO / "eval.py", "--ckpt", toy / "stage3", "--data", toy / "stage3", check=False)
     assert code and "is no micro-world (data.py toy" in err
+    # The result on another world is not the run's own, nor is what the stage before had on this one.
+    shutil.copytree(toy / "toy", tmp_path / "toy")
+    code, _, err = run(REPO / "eval.py", "--ckpt", toy / "stage3", "--data", tmp_path / "toy", check=False)
+    assert code and f"was not trained on {tmp_path}/toy: pass --out for its result there" in err
+    _, out, _ = run(REPO / "eval.py", "--ckpt", toy / "stage3", "--data", tmp_path / "toy", "--out", tmp_path / "there")
+    assert (tmp_path / "there/eval.json").is_file() and "before this stage" not in out
 
 
 def own_rows(toy):
@@ -243,6 +249,11 @@ def test_a_first_question_that_is_too_long_is_one_sentence(toy, capsys, monkeypa
     question = next("word " * n for n in range(300, 0, -1) if len(tokenizer.chat([{"user": "word " * n}], context.video_tokens)[0]) < 255)
     list(context.stream(question))
     assert context.cache.lens[0] + len(context.unread) - 1 <= 256
+    # An answer for which there was no room left is called one.
+    context = evaluation.prefill(model, tokenizer, {"video": toy / "toy/val/ego/0.mp4"})
+    capsys.readouterr()
+    evaluation.print_answer(context, question)
+    assert capsys.readouterr().out.endswith(" (cut short)\n")
     replies = []
     monkeypatch.setattr(model, "generate", lambda *_, max_new, **__: replies.append(max_new) or [[]])
     context = evaluation.prefill(model, tokenizer, {"video": toy / "toy/val/ego/0.mp4"})
@@ -253,7 +264,10 @@ def test_a_first_question_that_is_too_long_is_one_sentence(toy, capsys, monkeypa
 @pytest.mark.parametrize("args, words", [
     (["--ask", "What?"], "--ask needs --video"), (["--start", "1"], "--start needs --video"), (["--bench", "egomcq"], "--bench needs --data"),
     (["--blind"], "--blind needs --bench"), (["--limit", "3"], "--limit needs --bench"), (["--answer", "letter"], "--answer needs --bench"),
-    (["--bench", "egomcq", "--data", ".", "--video", "v.mp4"], "give one of them"),
+    (["--bench", "egomcq", "--data", ".", "--video", "v.mp4"], "--bench does nothing with --video: give one of them"),
+    (["--video", "v.mp4", "--data", "."], "--data does nothing with --video"), (["--video", "v.mp4", "--out", "o"], "--out does nothing with --video"),
+    (["--video", "v.mp4", "--report"], "--report does nothing with --video"), (["--fps", "3"], "--fps needs --video"),
+    (["--bench", "egomcq", "--data", ".", "--root", "r"], "--root does nothing with --bench"),
     (["--bench", "egomcq", "--data", ".", "--limit", "0"], "--limit 0: 1 or more")])
 def test_no_flag_is_passed_over_in_silence(capsys, args, words):
     with pytest.raises(SystemExit):
@@ -315,7 +329,7 @@ def test_ctrl_c_while_scoring_is_one_line(toy, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(60)
     monkeypatch.setattr(evaluation, "toy_benchmark", interrupted)
-    with pytest.raises(SystemExit, match="^\neval.py: stopped$"):
+    with pytest.raises(SystemExit, match="^\neval.py: stopped; what is done of a benchmark is kept, the same command goes on$"):
         evaluation.main(["--ckpt", str(toy / "stage3")])
 
 

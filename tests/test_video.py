@@ -78,6 +78,19 @@ def test_time_starts_at_the_first_frame(tmp_path, bframes):
     shown(path, EVEN, ((0, 5.9), (2.0, 3.0)))
 
 
+@pytest.mark.parametrize("codec, bframes", (("libx264", 2), ("libx264", 0), ("mpeg4", 2)))
+def test_an_avi_that_does_not_say_its_times_is_refused(tmp_path, codec, bframes):
+    """FFmpeg's guess was up to two frames wrong, and with H.264 always one."""
+    path = encode(tmp_path / "v.avi", codec, options={"bf": str(bframes)})
+    with pytest.raises(DataError, match=r"v.avi is an AVI with H.264 or B-frames, .* ffmpeg -i v.avi new.mp4"):
+        read_clip(path, 0, 1, 4, SIDE)
+
+
+@pytest.mark.parametrize("codec, pix_fmt", (("mpeg4", "yuv420p"), ("mjpeg", "yuvj420p")))
+def test_an_avi_of_pictures_in_order_has_its_times(tmp_path, codec, pix_fmt):
+    shown(encode(tmp_path / "v.avi", codec, pix_fmt=pix_fmt), EVEN)
+
+
 def test_odd_sizes_ten_bits_and_webm_have_all_their_pixels(tmp_path):
     path = encode(tmp_path / "v.mkv", "ffv1", width=54, height=37, pix_fmt="yuv444p10le")
     clip = read_clip(path, 0, 6, 2, 54)
@@ -112,10 +125,10 @@ def test_a_folder_of_images_is_a_video(tmp_path):
     assert [number(f) for f in read_clip(folder, None, None, 6, SIDE)] == [5, 15, 25, 35, 45, 55]       # 3 a second
     (folder / "00060-rgb.png").symlink_to(tmp_path / "elsewhere.png")
     with pytest.raises(DataError, match="link out of its folder"):
-        read_clip(folder, 0, 1, 2, SIDE)
+        read_clip(folder, 0, 1, 2, SIDE, fps=10)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no images"):
-        read_clip(tmp_path / "empty", 0, 1, 2, SIDE)
+        read_clip(tmp_path / "empty", None, None, 2, SIDE)
 
 
 def test_ffmpeg_opens_nothing_but_files(tmp_path):
@@ -369,13 +382,15 @@ def test_names_are_names(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     for path in (name, tmp_path / name):
         assert number(read_clip(path, 1.0, 1.1, 1, SIDE)[0]) == 10
-        assert data.frame_rate(path) == FPS
+        with open_video(path) as opened:
+            assert opened.rate == FPS
 
 
 def test_a_title_need_not_be_utf_8(tmp_path):
     path = encode(tmp_path / "v.mkv")
     path.write_bytes(path.read_bytes().replace(b"Lavf", b"\xe9\xe8vf"))
-    assert number(read_clip(path, 1.0, 1.1, 1, SIDE)[0]) == 10 and data.frame_rate(path) == FPS
+    with open_video(path) as opened:
+        assert number(read_clip(path, 1.0, 1.1, 1, SIDE)[0]) == 10 and opened.rate == FPS
 
 
 @pytest.mark.parametrize("suffix, codec", (("ts", "libx264"), ("flv", "libx264"), ("mpg", "mpeg1video"), ("wmv", "wmv2"), ("gif", "gif")))
@@ -447,6 +462,15 @@ def test_a_picture_that_holds_none_or_half_of_one_is_refused_by_name(tmp_path, k
         read_clip(tmp_path, None, None, 12, SIDE, fps=1)
 
 
+def test_a_folder_without_a_rate_has_no_seconds(tmp_path):
+    """Its pictures were taken as three per second: second 1 of a film of 30 showed pictures 3 to 5."""
+    folder(tmp_path / "f", [f"{i}.png" for i in range(12)])
+    for start, end in ((1.0, 2.0), (None, 2.0), (1.0, None)):
+        with pytest.raises(DataError, match=r'/f is a folder of images: a clip from .* s of it needs "fps"'):
+            read_clip(tmp_path / "f", start, end, 4, SIDE)
+    assert [number(f) for f in read_clip(tmp_path / "f", None, None, 12, SIDE)] == list(range(12))
+
+
 def folder(root, names):
     """Picture i under the i-th name."""
     root.mkdir(exist_ok=True)
@@ -505,9 +529,9 @@ def test_slides_last_until_the_next_one(tmp_path, name, bframes):
     assert number(read_clip(path, 1.5, 1.6, 1, SIDE)[0]) == 1
 
 
-@pytest.mark.parametrize("codec", ("mpeg4", "libx264", "mjpeg"))
-def test_an_avi_that_was_cut_is_no_shorter_film(tmp_path, codec):
-    path = encode(tmp_path / "v.avi", codec, options={"bf": "0"} if codec == "libx264" else {}, pix_fmt="yuvj420p" if codec == "mjpeg" else "yuv420p")
+@pytest.mark.parametrize("codec, pix_fmt", (("mpeg4", "yuv420p"), ("mjpeg", "yuvj420p")))
+def test_an_avi_that_was_cut_is_no_shorter_film(tmp_path, codec, pix_fmt):
+    path = encode(tmp_path / "v.avi", codec, pix_fmt=pix_fmt)
     assert number(read_clip(path, 5.5, 5.6, 1, SIDE)[0]) in (54, 55)
     content = path.read_bytes()
     for share in (0.9, 0.6, 0.3):
