@@ -375,7 +375,7 @@ def reg_stage(c_in: int, c_out: int, depth: int) -> nn.Sequential:
 
 
 class Connector(nn.Module):
-    """VideoLLaMA2's STC: RegNet stage, Conv3d that halves time, height and width, RegNet stage, MLP.
+    """VideoLLaMA2's STC: RegNet stage, Conv3d that halves time, height and width (padded by 1), RegNet stage, MLP.
 
     (B, T, h, w, D) -> (B, n, W), n in the order (t h w): 16 x 24 x 24 patches -> 9 x 13 x 13 = 1521 tokens.
     """
@@ -456,10 +456,10 @@ class FCBlock(nn.Module):
 class Mapping(nn.Module):
     """F: ego -> exo or G: exo -> ego on the ViT's patches, frame by frame: (B, T, h, w, D) -> the same shape.
 
-    CycleGAN's generator: 1x1 convolution, stride-2 convolutions, ResNet blocks (nine in the paper), up-convolutions,
-    1x1 convolution; a LayerNorm ends it. Widths and norms are our choice. Kind "mlp" has FC blocks in the place of
-    the ResNet blocks. There is no skip connection around it all: with one, F starts as a copy of x and stays near it
-    (measured).
+    After CycleGAN's generator: 1x1 convolution, stride-2 convolutions, ResNet blocks (nine in the paper),
+    up-convolutions, 1x1 convolution; a LayerNorm ends it. Kernels, widths and norms are our choice. Kind "mlp" has FC
+    blocks in the place of the ResNet blocks. There is no skip connection around it all: with one, F starts as a copy
+    of x and stays near it (measured).
     """
     def __init__(self, cfg: ModelConfig, kind="resnet"):
         super().__init__()
@@ -650,7 +650,7 @@ class Views(NamedTuple):
     x: Tensor | None = None             # (E, T, h, w, D) ego features
     y: Tensor | None = None             # (X, T, h, w, D) exo features
     fx: Tensor | None = None            # (E, T, h, w, D) F(x): the exo features that F predicts
-    estimate: Tensor | None = None      # (E, n, W) con_exo(F(x)): their visual tokens
+    estimate: Tensor | None = None      # (E, n, W) con_exo(F(x)): the visual tokens of fx
 
 
 class Exo2Ego(nn.Module):
@@ -678,13 +678,16 @@ class Exo2Ego(nn.Module):
 
     def add(self, mapping: str = "none", lora: bool = False):
         """Give the model F and G ("resnet" or "mlp") and the decoder's low-rank updates, which start fresh. The
-        constructor does so; a model without them can get them later, all in one call."""
-        cfg = self.cfg = replace(self.cfg, mapping=mapping, lora=lora)
+        constructor does so; a model without them can get them later."""
+        cfg = self.cfg
         if mapping != "none":
+            cfg = replace(cfg, mapping=mapping)
             self.F = Mapping(cfg, mapping)
             self.G = Mapping(cfg, mapping)
         if lora:
+            cfg = replace(cfg, lora=True)
             self.decoder.add_lora(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout)
+        self.cfg = cfg
 
     def forward(self, ego: Tensor | None = None, exo: Tensor | None = None) -> Views:
         """From clips to what the decoder reads and what the losses compare: uint8 frames (E, T, 3, S, S) of the ego
@@ -736,7 +739,7 @@ class Exo2Ego(nn.Module):
     def insert_visual_tokens(self, visual, ids) -> Tensor:
         """Embeddings of packed ids (tokens,), in which each VIDEO id stands for one visual token, in order."""
         device = self.decoder.embedding.weight.device
-        embeddings = self.decoder.embed(ids.clamp(min=0).to(device))
+        embeddings = self.decoder.embed(ids.clamp(min=0).to(device))        # of VIDEO, -1, any: it is replaced
         slots = (ids == VIDEO).nonzero().squeeze(1).to(device)
         given = 0 if visual is None else visual.shape[0] * visual.shape[1]
         if given != len(slots):
@@ -762,7 +765,7 @@ class Exo2Ego(nn.Module):
         """-log p of each supervised token given all that stands before it, in nats, and 0 for all other tokens
         (tokens,).
 
-        ids and labels are packed (tokens,); visual (B, n, W) fills the B * n places where ids == VIDEO.
+        ids and labels are packed (tokens,); visual (B, n, W), with F (B, 2 n, W), fills all places where ids == VIDEO.
         """
         # All positions pass the decoder's blocks. Only those that predict a supervised token pass its head.
         hidden = self.hidden_states(self.insert_visual_tokens(visual, ids), lens, cache)
@@ -863,7 +866,8 @@ def _segmentwise(kernel, q, k, v, seg, causal, window, scale):
 
     # Equal lengths, such as the frames of a ViT: one call.
     if len(set(seg.q_lens)) == len(set(seg.k_lens)) == 1:
-        return _attend_together(kernel, q, k, v, sequences, causal, window, scale)
+        q, k, v = (rearrange(t, "(b t) h d -> b h t d", b=sequences) for t in (q, k, v))
+        return rearrange(kernel(q, k, v, causal, window, scale), "b h t d -> (b t) h d")
 
     # Many short sequences (below 64 tokens) of nearly one length (at most 1.4 times as many tokens with padding): one
     # padded call costs less than many small ones.
@@ -873,12 +877,6 @@ def _segmentwise(kernel, q, k, v, seg, causal, window, scale):
     if causal and pad_is_cheap and seg.q_lens == seg.k_lens:
         return _attend_padded(kernel, q, k, v, seg.q_lens, window, scale)
     return _attend_each(kernel, q, k, v, seg, causal, window, scale)
-
-
-def _attend_together(kernel, q, k, v, sequences, causal, window, scale):
-    q, k, v = (rearrange(t, "(b t) h d -> b h t d", b=sequences) for t in (q, k, v))
-    out = kernel(q, k, v, causal, window, scale)
-    return rearrange(out, "b h t d -> (b t) h d")
 
 
 def _attend_padded(kernel, q, k, v, lens, window, scale):
@@ -924,15 +922,12 @@ def _sdpa(q, k, v, causal, window, scale):
 
     # torch aligns its causal mask at the top left: that is ours only where there are as many queries as keys. A
     # single query is the last of its sequence and sees all keys: it needs no mask.
-    last_row_sees_all = lq == 1 and window is None
-    if causal and 1 < lq == lk and window is None:
-        out = _fused(q, k, v, None, True, scale)
-    elif not causal or last_row_sees_all:
-        out = _fused(q, k, v, None, False, scale)
-    else:
-        mask = _visible(range(lk - lq, lk), range(lk), window, q.device)
-        out = _fused(q, k, v, mask, False, scale)
-    return out.to(dtype)
+    mask, square_causal = None, False
+    if causal and (lq > 1 or window is not None):
+        square_causal = lq == lk and window is None
+        if not square_causal:
+            mask = _visible(range(lk - lq, lk), range(lk), window, q.device)
+    return _fused(q, k, v, mask, square_causal, scale).to(dtype)
 
 
 def _fused(q, k, v, mask, square_causal, scale):
@@ -1533,10 +1528,7 @@ def append_packed(past, new, seg) -> Tensor:
 
 def interleave(past, new) -> Tensor:
     """One piece of the past, one that is new, and so on."""
-    pieces = []
-    for old_piece, new_piece in zip(past, new):
-        pieces += [old_piece, new_piece]
-    return torch.cat(pieces)
+    return torch.cat([piece for pair in zip(past, new) for piece in pair])
 
 
 # ------------------------------------------------------------------------------------------------------ C checkpoints
@@ -1643,12 +1635,10 @@ def base_checkpoint_of(path, base=None):
 def load_delta(path, name="model.safetensors"):
     """The tensors of a checkpoint's own file: those that differ from its base. A flipped bit is noticed."""
     recorded = read_state(path).get("sha256", {})
-    damage = None
     try:
-        if recorded.get(name) not in (None, file_hash(path / name)):
-            damage = "it has changed since it was saved"
-        else:
+        if recorded.get(name) in (None, file_hash(path / name)):
             return load_file(path / name)
+        damage = "it has changed since it was saved"
     except SafetensorError as error:
         damage = error
     except FileNotFoundError:
@@ -1925,6 +1915,9 @@ def exo2ego_from_videollama2(path, dtype=None, vision=None) -> Exo2Ego:
         vit_mlp_dim=vit.cfg.vit_mlp_dim,
         stc_depth=depth if depth > 0 else PRESETS["7b"].stc_depth,
         frames=files.config.get("num_frames") or PRESETS["7b"].frames)
+    # F and G halve the patch grid as often as it can be halved: of CLIP-L 24 x 24 twice, of CLIP-B/16 14 x 14 once.
+    while cfg.patches_per_side % 2 ** cfg.map_downs:
+        cfg = replace(cfg, map_downs=cfg.map_downs - 1)
     with torch.device("meta"):
         model = Exo2Ego(cfg)
     model.decoder = decoder

@@ -26,6 +26,7 @@ import resource
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -76,9 +77,9 @@ class Stage:
     copies: tuple = ()                  # parts that start as a copy: (from, to)
 
 
-# The paper: rates, batches and epochs are its own, and so is the warm-up of Init (stage 0); the loss weights and the
-# other stages' warm-up are our choice. A micro batch is what an 80-GB card takes. Init has a row for its ego half:
-# the exo half is VideoLLaMA2's own training, whose weights come with --base.
+# The paper: rates, batches and epochs are its own, and so is the warm-up of Init (stage 0); the loss weights, the
+# other stages' warm-up and what stage 3 freezes (the ego connector) are our choice. A micro batch is what an 80-GB
+# card takes. Init has a row for its ego half: the exo half is VideoLLaMA2's own, whose weights come with --base.
 PAPER = {
     0: (Stage(
         name="init ego",
@@ -97,7 +98,7 @@ PAPER = {
         batch=256, micro=1, epochs=2, floor=0),),
     3: (Stage(
         name="learner self-practice",
-        trains=dict(ego_vit=2e-5, F=2e-5, lora=2e-5),           # a trained ego_connector forgot stage 2 (a trial)
+        trains=dict(ego_vit=2e-5, F=2e-5, lora=2e-5),           # training ego_connector undid stage 2 (toy)
         split="instruct", view="ego", losses=dict(vtg=1), supervise="turns",
         batch=64, micro=1, epochs=1, floor=0),),
 }
@@ -280,11 +281,12 @@ def validate(run, objective, loader, step, log):
 class Objective(nn.Module):
     """The losses of a stage. Text is averaged over the supervised tokens of a step, all else over its samples: each
     term is a sum, divided by what the whole step holds. So micro batches and ranks add up to the plain mean; DDP
-    averages over ranks, hence the factor `world`. (Two depend on what else is in a micro batch: InfoNCE, by its
-    negatives, and stage 0's `language`, by its noise.)
+    averages over ranks, hence the factor `world`. (Some depend on what else is in a micro batch: InfoNCE
+    (`contrastive`, `image_text`), by its negatives, and stage 0's `language`, by its noise.)
 
     To add a loss: give it a weight in a row of the stage table, and where that row has it (`in self.stage.losses`)
-    return its term from `views`, a vector (X,) with one number per sample. Or give `train` a class of your own.
+    return its term from `views`, a vector (X,) with one number per sample (of vtg, known by its name, one per token).
+    Or give `train` a class of your own.
     """
     def __init__(self, model, tokenizer, stage, cfg, world):
         super().__init__()
@@ -331,7 +333,7 @@ class Objective(nn.Module):
 
             part in stage 2                 its weights     do gradients pass through it?
             ego ViT, ego connector, F, G    trained         yes
-            exo connector, reading F(x)     frozen          yes, to F and to the ego ViT behind it
+            exo connector, reading F(x)     frozen          yes, to F and to the ego ViT that feeds it
             exo ViT, exo connector on y     frozen          no: what is frozen and reads frozen input makes no graph
             decoder                         frozen          yes, to all visual tokens
         """
@@ -348,8 +350,7 @@ class Objective(nn.Module):
         return terms
 
     def vtg(self, visual, batch) -> Tensor:
-        """Vision-grounded text generation (tokens,): the cross-entropy of each supervised token, as often as it
-        counts."""
+        """Vision-grounded text generation (tokens,): the cross-entropy of each supervised token, times its weight."""
         shown = visual[batch.text_of.to(visual.device)]                     # the clip that each text tells of
         losses = self.model.text_losses(shown, batch.ids, batch.labels, batch.lens)
         return losses * batch.weights.to(losses.device)
@@ -368,7 +369,7 @@ class Objective(nn.Module):
         """CCL(F, G) of each pair (X,): |G(F(x)) - x| + |F(G(y)) - y|, between LayerNorm-ed features.
 
         Only F and G learn from it, as in CycleGAN: x (of E moments) comes without its gradient, y has none, since the
-        exo ViT is frozen. So F runs again on x.
+        exo ViT is frozen. F(x) of the other losses has a gradient to the ego ViT, so F runs once more here.
         """
         F, G = self.model.F, self.model.G
         forward = self.distance(G(F(x)), x)[pair]
@@ -618,7 +619,7 @@ def starting_point(cfg) -> Start:
     given = finished_checkpoint(cfg, cfg.base, "--base", stages=(0,)) if cfg.base else None
     if recorded is None:
         base = source
-    elif given:
+    elif given and given != source:
         base = given
     else:
         there = newest_checkpoint(source.parent / recorded)
@@ -634,7 +635,7 @@ def starting_point(cfg) -> Start:
 
 def initial_model(run, change=None):
     """The model at the start of the stage: the previous stage's or published weights, and the parts that the stage
-    adds. If there is a function `change`, it has changed this model."""
+    adds. A function `change`, if given, is applied to the model."""
     cfg = run.cfg
     seed_torch(cfg.seed, cfg.stage)
     if cfg.from_nothing:
@@ -675,7 +676,9 @@ def training_loader(run, stage, model, tokenizer) -> Loader:
     run.provenance.setdefault("manifest", hash_of_manifests(known_by))
     run.provenance.setdefault("skip_list", hash_of_manifests(skip_lists(manifests)))
     micro = samples_per_forward(stage, cfg, run.world)
-    return make_loader(run, stage, model, tokenizer, rows=rows, batch=stage.batch, micro=micro)
+    loader = make_loader(run, stage, model, tokenizer, rows=rows, batch=stage.batch, micro=micro)
+    refuse_missing_negatives(stage, loader)
+    return loader
 
 
 def make_loader(run, stage, model, tokenizer, **options) -> Loader:
@@ -720,25 +723,18 @@ def train(cfg, rank=0, world=1, objective=Objective, change=None):
     done = state["step"]
     log = Log(Path(cfg.out) / "log.jsonl" if rank == 0 else None, done, state["skipped"])
 
-    # What an earlier, shorter run has shown is no result of this one.
-    if rank == 0 and done < run.steps:
-        result_of(cfg).unlink(missing_ok=True)
-
     # One stage after another, those that are not finished. The first of them goes on from the checkpoint.
     earlier = 0
-    for stage, loader, steps in zip(stages, loaders, lengths):
-        if done < earlier + steps:
-            # Each rank draws noise and dropout of its own. Parameters that a loss brings are rank 0's: DDP copies
-            # them.
-            seed_torch(cfg.seed, cfg.stage, earlier, rank)
-            losses = objective(model, tokenizer, stage, cfg, world).to(run.device)
-            with stop_gracefully_on_signals(run):
+    with stop_gracefully_on_signals(run):
+        for stage, loader, steps in zip(stages, loaders, lengths):
+            if done < earlier + steps:
+                # Each rank draws noise and dropout of its own. Parameters that a loss brings are rank 0's: DDP copies
+                # them.
+                seed_torch(cfg.seed, cfg.stage, earlier, rank)
+                losses = objective(model, tokenizer, stage, cfg, world).to(run.device)
                 run_stage(run, stage, loader, losses, earlier, steps, folder, log)
-            folder = None
-        earlier += steps
-    # A signal that came in the last step has not been heeded yet.
-    if run.stop:
-        raise SystemExit(f"stopped at step {run.steps}, saved: the same command goes on")
+                folder = None
+            earlier += steps
     if rank == 0 and not cfg.no_eval:
         show_result(run, model, tokenizer, loaders[-1].rows, was_finished=done == run.steps)
 
@@ -869,8 +865,7 @@ def parse(argv: list[str] | None = None) -> TrainConfig:
     # `starting_point`'s.
     for_7b = cfg.preset == "7b"
     compiles = cfg.compile or for_7b and torch.cuda.is_available() and not cfg.no_compile
-    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    workers = max(1, min(8, usable_cores() // neighbours - 1))
+    workers = max(1, min(8, own_cores() - 1))
     cfg = replace(
         cfg,
         out=str(Path(cfg.out or f"out/stage{cfg.stage}").expanduser()),
@@ -950,12 +945,9 @@ def samples_per_forward(stage, cfg, world):
 
 def changed_by_flags(stage, cfg) -> Stage:
     """A row of the stage table as the flags of a run change it."""
-    losses = dict(stage.losses)
-    trains = dict(stage.trains)
     view = stage.view
-    if cfg.stage == 2:
-        given = dict(kl=cfg.kl_weight, ccl=cfg.ccl_weight, contrastive=cfg.contrastive)
-        losses |= {name: weight for name, weight in given.items() if weight is not None}
+    given = dict(kl=cfg.kl_weight, ccl=cfg.ccl_weight, contrastive=cfg.contrastive)
+    losses = stage.losses | {name: weight for name, weight in given.items() if weight is not None}
 
     # The ablations take away parts and losses.
     gone = set()
@@ -969,7 +961,7 @@ def changed_by_flags(stage, cfg) -> Stage:
         gone |= {"kl"}
     if cfg.no_lora:
         gone |= {"lora"}
-    trains = {part: rate for part, rate in trains.items() if part not in gone}
+    trains = {part: rate for part, rate in stage.trains.items() if part not in gone}
     losses = {name: weight for name, weight in losses.items() if name not in gone}
 
     # --lr is the fastest part's rate; the other parts keep their ratio to it.
@@ -994,9 +986,13 @@ def start_process():
     world = int(os.environ.get("WORLD_SIZE", 1))
     # torchrun sets OMP_NUM_THREADS to 1 where several ranks share a machine; what a user sets counts.
     if "OMP_NUM_THREADS" not in os.environ:
-        neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(max(1, usable_cores() // neighbours))
+        torch.set_num_threads(own_cores())
     return rank, world
+
+
+def own_cores():
+    """The cores of this rank: the ranks of a machine share them."""
+    return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def join_ranks(backend, seconds):
@@ -1057,6 +1053,9 @@ def stop_gracefully_on_signals(run):
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
+    # After the last step nobody else heeds a signal: what is left to do, the benchmark, is not begun.
+    if run.stop:
+        raise SystemExit(f"stopped at step {run.steps}, saved: the same command goes on")
 
 
 def tune_malloc():
@@ -1069,13 +1068,14 @@ def tune_malloc():
 
 # Operators whose results --recompute cheap stores during a block's forward: products and fused attention. Backward
 # computes the rest of the block (norms, activations, gates) again.
+aten = torch.ops.aten
 KEPT_FOR_BACKWARD = [
-    torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.convolution.default,
+    aten.mm.default, aten.addmm.default, aten.convolution.default,
     torch.ops.exo2ego.flash_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default]
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default]
 
 
 def wrap(run, objective) -> nn.Module:
@@ -1195,6 +1195,9 @@ class Keeper:
         """End the run with this error, if it is one. All ranks must call it alike."""
         if reason is not None:
             self.save()
+            # torchrun ends all ranks as soon as one has ended: none leaves while another one saves.
+            if self.run.world > 1:
+                dist.barrier()
             raise reason
 
     def reason_to_leave(self, counts, micro_batches, seen):
@@ -1251,11 +1254,7 @@ def save_checkpoint(run, objective, optimizers, step, trained, skipped):
     It is written under a temporary name, synced, and renamed: a killed save never looks finished.
     """
     cfg = run.cfg
-    # The random state of every rank.
-    own = random_state(run.device).to(run.device)
-    rng = [own.clone() for _ in range(run.world)]
-    if run.world > 1:
-        dist.all_gather(rng, own)
+    rng = gather(random_state(run.device))
     # With DDP all ranks hold the same. With FSDP each has a share, and all must help to gather it.
     if run.rank and not cfg.fsdp:
         return
@@ -1263,7 +1262,7 @@ def save_checkpoint(run, objective, optimizers, step, trained, skipped):
     resume = optimizer_state(optimizers)
     if run.rank:
         return
-    resume |= {f"rng.{rank}": state.cpu() for rank, state in enumerate(rng)}
+    resume |= {f"rng.{rank}": state for rank, state in enumerate(rng)}
 
     # The files under a temporary name.
     folder = Path(cfg.out) / f"step_{step:06d}"
@@ -1445,6 +1444,14 @@ def refuse_an_idle_base(cfg, start):
                             f"them")
 
 
+def refuse_missing_negatives(stage, loader):
+    """InfoNCE between F(x) and y where a micro batch may be one moment: cameras of a moment are no negatives."""
+    cameras = int(loader.cameras.max())
+    if "contrastive" in stage.losses and loader.micro <= cameras:
+        raise DataError(f"--contrastive compares moments, and a micro batch of {loader.micro} may be the {cameras} "
+                        f"cameras of one moment: --micro-batch {cameras + 1} or more")
+
+
 def refuse_misfits(cfg, model, tokenizer, start):
     """A tokenizer of another vocabulary, or weights of another preset."""
     published = (start.base / "config.json").is_file()
@@ -1470,6 +1477,9 @@ def resume_checkpoint(run, model):
         refuse_another_run(run, folder)
     if run.rank == 0:
         refuse_a_poor_folder(run, model)
+        # What an earlier, shorter run has shown is no result of this one.
+        if folder is None or read_state(folder)["step"] < run.steps:
+            result_of(cfg).unlink(missing_ok=True)
     return folder
 
 
@@ -1514,6 +1524,7 @@ def refuse_another_run(run, folder):
             changes.append(f"rates {value} instead of {found}")
         elif key == "skip_list":
             changes.append("another list of rows to skip: the order of the samples differs from there on")
+            run.provenance["skip_list"] = found                 # with which the run's length was reckoned
         else:
             raise DataError(f"{cfg.out} holds a run with {key}={found}, this one has {value}: choose "
                             f"another --out or remove the folder")
@@ -1550,27 +1561,26 @@ def refuse_a_poor_folder(run, model):
         elif run.cfg.from_nothing or name in run.inherited:
             needed += 4 * p.numel()
     out.mkdir(parents=True, exist_ok=True)
+    # What killed saves have left.
+    for folder in out.glob("part_*"):
+        shutil.rmtree(folder, ignore_errors=True)
     free = shutil.disk_usage(out).free
     if free < needed:
         raise DataError(f"{out} has room for {free / 1e9:.1f} GB, and a checkpoint takes {needed / 1e9:.1f} GB: choose "
                         f"another --out, or make room")
 
-    trial, renamed = out / "part_trial", out / "part_trial_renamed"
-    for folder in (trial, renamed):
-        shutil.rmtree(folder, ignore_errors=True)
-    trial.mkdir(parents=True)
     # What a save does, with a small file.
     try:
-        with open(trial / "file", "wb") as file:
-            file.write(run.tokenizer)
-            os.fsync(file.fileno())
-        os.rename(trial, renamed)
+        with tempfile.TemporaryDirectory(dir=out, prefix="part_", ignore_cleanup_errors=True) as trial:
+            folder = Path(trial, "folder")
+            folder.mkdir()
+            with open(folder / "file", "wb") as file:
+                file.write(run.tokenizer)
+                os.fsync(file.fileno())
+            os.rename(folder, Path(trial, "renamed"))
     except OSError as error:
         raise DataError(f"{out}: a checkpoint cannot be saved there ({error.strerror or error}): choose another "
                         f"--out") from None
-    finally:
-        for folder in (trial, renamed):
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def restore_weights(objective, folder, device):
@@ -1583,16 +1593,16 @@ def restore_weights(objective, folder, device):
 
 
 def length_of(run, stage, loader):
-    """Steps of a stage: the table's, or those that its epochs take. A run keeps its length where a skip list, which
-    shortens an epoch, has come since it began."""
+    """Steps of a stage: the table's, or those that its epochs take. A run keeps its length, and for its checkpoints the
+    skip list that it began with, where another one, which would shorten its epochs, has come since."""
     if stage.steps:
         return stage.steps
     folder = newest_checkpoint(run.cfg.out)
     state = read_state(folder) if folder else {}
     now = run.provenance["skip_list"]
-    if state.get("skip_list", now) != now and not run.cfg.from_nothing:
-        if state["config"]["epochs"] == run.cfg.epochs:
-            return state["steps"]
+    other_list = state.get("skip_list", now) != now and not run.cfg.from_nothing
+    if other_list and state["config"]["epochs"] == run.cfg.epochs:
+        return state["steps"]
     return max(1, stage.epochs * loader.samples // stage.batch)
 
 
@@ -1627,9 +1637,11 @@ class Log:
     def write(self, row, text=""):
         """One object to the file, one line to the screen. A log that cannot be written is said once, and ends
         nothing."""
+        # JSON has no NaN: a loss that is none ends a run elsewhere, a validation does not.
+        row = {key: value if math.isfinite(value) else None for key, value in row.items()}
         if self.file:
             try:
-                self.file.write(json.dumps(row, allow_nan=False) + "\n")
+                self.file.write(json.dumps(row) + "\n")
             except OSError as error:
                 print(f"{self.file.name} cannot be written any more ({error}): training goes on", file=sys.stderr)
                 self.file = None
@@ -1642,13 +1654,11 @@ class Log:
         if first == 0:
             self.skipped = 0
         self.clock = time.monotonic()
-        self.shown = Shown(first, self.clock, 0.0)
-        self.waited_in_all = 0.0
+        self.unshown = []                                       # (seconds, waited) of each step since the last line
         while True:
             asked = time.monotonic()
             batch = next(batches, None)
             self.waited = time.monotonic() - asked
-            self.waited_in_all += self.waited
             if batch is None:
                 return
             yield batch
@@ -1666,6 +1676,7 @@ class Log:
         now = time.monotonic()
         took = now - self.clock
         self.clock = now
+        self.unshown.append((took, self.waited))
         if torch.cuda.is_available():
             memory = torch.cuda.max_memory_allocated()
         else:
@@ -1690,10 +1701,8 @@ class Log:
     def line(self, done, length, samples, losses):
         """What the screen says of the steps since its last line: losses, speed, the share of waiting, the time that
         is left."""
-        steps = done - self.shown.done
-        seconds = (self.clock - self.shown.clock) / steps       # per step
-        waiting = (self.waited_in_all - self.shown.waited) / steps
-        self.shown = Shown(done, self.clock, self.waited_in_all)
+        seconds, waiting = np.mean(self.unshown, axis=0)        # per step
+        self.unshown = []
         # Losses first, then what they cost.
         values = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
         speed = f"{seconds:.3f} s/step, {waiting:.3f} of it waiting for data | {samples / seconds:.0f} clips/s"
@@ -1701,13 +1710,6 @@ class Log:
             work = samples * self.flops / 1e12 / seconds
             speed += f" | {work:.3g} TFLOP/s, {100 * work / self.peak:.0f} % of the peak"
         return f"step {done}/{length} | {values} | {speed} | ETA {(length - done) * seconds:.0f} s"
-
-
-class Shown(NamedTuple):
-    """Where the last line on the screen stood: the steps done, the time, the seconds waited for data until then."""
-    done: int
-    clock: float
-    waited: float
 
 
 # TFLOP/s of cards in bfloat16, as their makers give them for dense matrices. The first name that is in a card's
@@ -1724,7 +1726,7 @@ def count_flops(objective, batch) -> float:
         twin = type(objective)(model, objective.tokenizer, objective.stage, objective.cfg, objective.world)
     freeze(twin, bf16=False)
     ego, exo = (clips if clips is None else clips.to("meta") for clips in (batch.ego, batch.exo))
-    formulas = {torch.ops.aten.convolution_backward: convolution_backward_flops}
+    formulas = {aten.convolution_backward: convolution_backward_flops}
     counter = FlopCounterMode(display=False, custom_mapping=formulas)
     # The counter knows products, not the fused kernels of attention: torch's formula, then, which the variable asks
     # for.
@@ -1775,6 +1777,9 @@ def describe(run, objective, loader, length, log):
     if run.start:
         source, base = map(os.path.normpath, run.start[:2])
         print(f"   starts from {source}, untouched weights are those of {base}")
+        beside = Path(run.cfg.out).parent / "stage0"
+        if run.cfg.stage == 1 and newest_checkpoint(beside) not in (None, run.start.source):
+            print(f"   {beside} is not used: --init {beside} starts from it")
     # Parameters of each part, trained and frozen.
     parts = [*objective.model.named_children(), ("extra", objective.extra)]
     for name, module in parts:
@@ -1796,7 +1801,7 @@ def describe(run, objective, loader, length, log):
     slow = able.get("avx2") and not (able["avx512_bf16"] or able["amx_bf16"])
     if run.bf16 and run.device.type == "cpu" and slow:
         print("   this CPU has no instructions for bfloat16: --dtype float32 is several times faster")
-    batch = loader.batch(0)[0]
+    batch = loader.micro_batch(range(loader.micro))
     print(f"   fed: {batch.describe(objective.tokenizer)}", flush=True)
 
     if "ccl" in stage.losses and log.resumed_at == 0:
@@ -1817,9 +1822,9 @@ def describe(run, objective, loader, length, log):
 
 # ------------------------------------------------------------------------------------------------------------- E main
 def validation_loader(run, objective) -> Loader | None:
-    """The samples of the validation loss, if one is asked for: of --val-data, or of the micro-world; of as many rows
-    as eight batches of training hold, at most. A video that is not there, or a set without a text, is found before
-    the first step."""
+    """The samples of the validation loss, if one is asked for: of --val-data, or of the micro-world; of at most as
+    many rows as eight batches of training hold, evenly spread. A video that is not there, or a set without a text, is
+    found before the first step."""
     cfg, stage = run.cfg, objective.stage
     if not (cfg.val_every or cfg.val_data):
         return None
@@ -1827,7 +1832,7 @@ def validation_loader(run, objective) -> Loader | None:
     rows = read_manifests([manifest], cfg.root, cfg.allow_outside)
     chats = [chats_of(row, stage.supervise) for row in rows]
     rows = [row for row, own in zip(rows, chats) if own and all("assistant" in turns[-1] for turns in own)]
-    rows = rows[:8 * stage.batch]
+    rows = rows[::max(1, math.ceil(len(rows) / (8 * stage.batch)))]
     if not rows:
         raise DataError(f"{manifest} has no row with a text or an answer: there is nothing to validate on")
     micro = samples_per_forward(stage, cfg, run.world)
@@ -1896,7 +1901,8 @@ def explain(error, cfg, world):
         return f"{error} ({place})"
     # What torch says of workers, of other ranks and of compilers.
     if "DataLoader" in text:
-        return f"a loader worker died or hangs; the same command goes on from the last checkpoint ({text})"
+        return (f"a loader worker died, or was silent for --timeout {cfg.timeout} seconds; the same command goes on "
+                f"from the last checkpoint, with a longer --timeout where a step's clips take so long ({text})")
     if world > 1 and re.search("timed out|timeout|connection (closed|reset)", text, re.IGNORECASE):
         return f"the ranks waited in vain for one another (--timeout); {text}"
     if cfg.compile and re.search("compiler|inductor", f"{type(error).__name__} {text}", re.IGNORECASE):

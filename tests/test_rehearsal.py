@@ -25,6 +25,7 @@ from test_train import descendants
 from test_video import encode
 from test_weights import clip_model, edit_config, mistral_model, videollama2        # noqa: F401
 
+import train
 from data import encode_png, write_video
 from eval import BENCHES
 from model import load_checkpoint, load_delta, newest_checkpoint, read_state
@@ -246,7 +247,17 @@ def test_after_kill_9_the_same_command_goes_on(laboratory):
 def test_stage_1_may_start_from_published_weights_alone(laboratory):
     lab, said = laboratory
     assert "starts from VL2, " in said["one card"]
+    # It lies beside a stage 0 that took hours.
+    assert "out/stage0 is not used: --init out/stage0 starts from it" in said["one card"] and "is not used" not in said["stage 1"]
     assert parts_of(load_delta(newest_checkpoint(lab / "out/alone"))) == {"exo_vit", "exo_connector"}
+
+
+def test_stage_0_may_be_given_as_the_base_of_stage_1(laboratory, monkeypatch):
+    """Its own base is VideoLLaMA2's folder, which it recorded."""
+    lab, _ = laboratory
+    monkeypatch.chdir(lab)
+    start = train.starting_point(train.parse(["--stage", "1", "--preset", "7b", "--base", "out/stage0", "--data", EXOCLIP]))
+    assert start.source == newest_checkpoint("out/stage0") and start.base.resolve() == lab.resolve() / "VL2"
 
 
 def test_init_reaches_stage_2_through_a_stage_that_has_no_ego_encoder(laboratory):

@@ -109,7 +109,7 @@ def test_a_run_that_its_loader_refuses_ends(toy, tmp_path):
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     code, _, said = run("train.py", "--stage", 1, "--data", tmp_path / "long.jsonl", "--root", toy / "toy", "--base", toy / "stage0", "--init",
                         toy / "stage0", "--out", tmp_path / "out", "--steps", 90, "--batch", 8, "--no-eval", check=False, timeout=60)
-    assert code == 2 and "ten samples in a row cannot be read" in said and "Traceback" not in said
+    assert code == 2 and "ten samples, one after another, cannot be read" in said and "Traceback" not in said
     with pytest.raises(SystemExit):                             # in a notebook: no worker stays, of which a later collection waits ten seconds
         go("--stage", 1, "--data", tmp_path / "long.jsonl", "--root", toy / "toy", "--base", toy / "stage0", "--init", toy / "stage0", "--out",
            tmp_path / "again", "--steps", 90, "--batch", 8, "--no-eval")
@@ -135,7 +135,7 @@ train.main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("hangs, code, words", [(True, 2, "a loader worker died or hangs"), (False, 1, "the bug of a fork")])
+@pytest.mark.parametrize("hangs, code, words", [(True, 2, "a loader worker died, or was silent for --timeout 3 seconds"), (False, 1, "the bug of a fork")])
 def test_a_run_ends_whatever_its_workers_do(toy, tmp_path, hangs, code, words):
     """multiprocessing waits at exit for its children, and these ignore its SIGTERM: a bug in a loss was a hang."""
     ended, _, said = run("-c", BROKEN.format(repo=str(REPO), hangs=hangs), *flags(toy, 1), "--out", tmp_path / "out", "--steps", 90,
@@ -353,6 +353,16 @@ def test_a_skip_list_shortens_no_run_that_has_begun(toy, tmp_path, capsys):
     (tmp_path / "m.bad.jsonl").write_text("".join(json.dumps({"id": row["id"], "videos": [row["exo"][0]["video"]]}) + "\n" for row in rows[:2]))
     go(*args, "--epochs", 1, "--out", tmp_path / "o")
     assert "is finished: nothing to train; with another list of rows to skip" in capsys.readouterr().out
+    # The list comes within a run: it goes on, is saved with the list, and goes on again.
+    (tmp_path / "m.bad.jsonl").rename(tmp_path / "list")
+    go(*args, "--epochs", 1, "--out", tmp_path / "twice", "--save-every", 1, "--keep", 99)
+    (tmp_path / "list").rename(tmp_path / "m.bad.jsonl")
+    for step in (2, 4):
+        for folder in (tmp_path / "twice").glob("step_*"):
+            if folder.name > f"step_{step:06d}":
+                shutil.rmtree(folder)
+        go(*args, "--epochs", 1, "--out", tmp_path / "twice", "--save-every", 1, "--keep", 99)
+        assert len(log(tmp_path / "twice")) == samples // 4
     # Other epochs are another length, as ever.
     go(*args, "--epochs", 2, "--out", tmp_path / "o")
     assert len(log(tmp_path / "o")) == 2 * (samples - 2) // 4        # two clips are bad
@@ -433,6 +443,41 @@ def test_a_bug_is_named_with_its_place(tmp_path):
     with pytest.raises(OSError) as denied:
         open(tmp_path)
     assert f"{tmp_path} cannot be written or read" in train.explain(denied.value, CFG, 1)
+
+
+def test_all_ranks_wait_for_a_save_before_one_ends(monkeypatch):
+    """torchrun ends all ranks 30 seconds after the first has ended: too soon for a save of 20 GB."""
+    order = []
+    monkeypatch.setattr(train.Keeper, "save", lambda self: order.append("saved"))
+    monkeypatch.setattr(train.dist, "barrier", lambda: order.append("met"))
+    keeper = train.Keeper(train.Run(CFG, 0, 2, torch.device("cpu"), False), None, None, None, train.Log(None, 0), 0)
+    with pytest.raises(SystemExit):
+        keeper.leave_if(SystemExit("stopped"))
+    assert order == ["saved", "met"]
+
+
+def test_a_validation_loss_that_is_no_number_ends_nothing(tmp_path):
+    log = train.Log(tmp_path / "log.jsonl", 0)
+    log.write(dict(step=1, val_loss=math.nan))
+    assert json.loads((tmp_path / "log.jsonl").read_text()) == {"step": 1, "val_loss": None}
+
+
+def test_a_validation_reads_rows_from_all_of_its_file(toy, monkeypatch):
+    """Of a large file only the first takes counted."""
+    cfg = train.parse([str(arg) for arg in (*flags(toy, 3), "--out", "o", "--val-every", 1, "--batch", 1)])
+    read = []
+    monkeypatch.setattr(train, "make_loader", lambda *_, rows, **__: read.extend(row["id"] for row in rows))
+    objective = argparse.Namespace(stage=train.stages_of(cfg)[0], model=None, tokenizer=None)
+    train.validation_loader(train.Run(cfg, 0, 1, torch.device("cpu"), False), objective)
+    every = [json.loads(line)["id"] for line in (toy / "toy/val.jsonl").read_text().splitlines()]
+    assert len(every) // 8 // 2 < len(read) <= 8 < len(every) and read == every[::-(-len(every) // 8)]
+
+
+def test_cameras_of_a_moment_are_no_negatives(toy, tmp_path, capsys):
+    """A micro batch of two was two cameras of one moment: InfoNCE was zero, and so was its gradient."""
+    with pytest.raises(SystemExit):
+        go(*flags(toy, 2), "--out", tmp_path / "o", "--contrastive", 0.1, "--micro-batch", 2, "--steps", 1, "--no-eval")
+    assert "may be the 2 cameras of one moment: --micro-batch 3 or more" in capsys.readouterr().err
 
 
 def test_skips_are_counted_against_their_own_stage(toy, tmp_path):
@@ -942,7 +987,7 @@ import data, train
 plain = data.Loader.batch
 def batch(self, step):
     if step == 3 and self.rank == 1 and self.train:
-        raise data.DataError("ten samples in a row cannot be read, the last: gone.mp4")
+        raise data.DataError("ten samples, one after another, cannot be read, the last: gone.mp4")
     return plain(self, step)
 data.Loader.batch = batch
 train.main(sys.argv[1:])
@@ -950,7 +995,7 @@ train.main(sys.argv[1:])
     args = [*flags(toy, 1), "--data", tmp_path / "m.jsonl", "--root", toy / "toy", "--out", tmp_path / "o", "--steps", 9, "--batch", 8, "--no-eval",
             "--save-every", 99, "--timeout", 60]
     code, _, said = run(*command, *args, check=False)
-    assert code == 1 and "ten samples in a row cannot be read" in said and "another rank found nothing to read" in said
+    assert code == 1 and "ten samples, one after another, cannot be read" in said and "another rank found nothing to read" in said
     assert saved_steps(tmp_path / "o") == [3] and len(log(tmp_path / "o")) == 3
     # torchrun's own report ends with our sentence.
     assert re.search(r"traceback : train.py: .*(ten samples|another rank)", said)
@@ -1017,6 +1062,12 @@ def test_a_folder_that_renames_nothing_is_found_before_the_first_step(toy, tmp_p
         go(*flags(toy, 1), "--out", tmp_path / "o", "--steps", 3, "--no-eval")
     assert "a checkpoint cannot be saved there (Operation not supported): choose another --out" in capsys.readouterr().err
     assert not log(tmp_path / "o") if (tmp_path / "o/log.jsonl").is_file() else True
+
+
+def test_what_killed_saves_left_is_removed(toy, tmp_path):
+    (tmp_path / "o/part_step_000007").mkdir(parents=True)
+    go(*flags(toy, 1), "--out", tmp_path / "o", "--steps", 1, "--no-eval")
+    assert not list((tmp_path / "o").glob("part_*"))
 
 
 def test_a_disk_without_room_for_one_checkpoint_is_found_before_the_first_step(toy, tmp_path, monkeypatch, capsys):

@@ -205,6 +205,17 @@ def test_vision_tower_from_elsewhere(videollama2, tmp_path):
     clip.save_pretrained(tmp_path / "clip")
     a, b = Exo2Ego.from_videollama2(copy, vision=tmp_path / "clip").state_dict(), Exo2Ego.from_videollama2(folder).state_dict()
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+    # F and G halve a grid as often as it can be: CLIP-B's, 14 x 14, went through stages 0 and 1 and was refused by stage 2.
+    for image, halvings in ((28, 2), (42, 1), (21, 0)):
+        clip_model(image=image).save_pretrained(tmp_path / str(image))
+        model = Exo2Ego.from_videollama2(copy, vision=tmp_path / str(image))
+        with torch.device("meta"):
+            model.add(mapping="resnet")
+        assert model.cfg.map_downs == halvings
+        # What is added later takes nothing away.
+        with torch.device("meta"):
+            model.add(lora=True)
+        assert model.cfg.mapping == "resnet" and model.cfg.lora and model.F is not None
 
 
 # ----------------------------------------------------------------------------------------------------- refusals
