@@ -12,7 +12,8 @@ One row of a manifest (JSON lines) is one moment; training reads nothing else, a
      "turns": [{"user": "Which hand do I use?", "assistant": "The left."}]}
 
 Times are seconds from the first picture of a video, even where its sound starts earlier; without them the clip is the
-whole video. A video is a file (.mp4, .mov, .mkv, .webm, .avi) or a folder of numbered .png or .jpg, "fps" per second.
+whole video. A video is a file (.mp4, .mov, .mkv, .webm, most .avi) or a folder of numbered .png or .jpg, "fps" per
+second.
 
 Nine words:
 
@@ -1658,7 +1659,8 @@ def _check_turns(turns, where):
 def _answer(text, where, name):
     """A text that is trained: of an empty one nothing but its end, silence, would be learned."""
     if not whole_text(text, where, name).strip():
-        raise DataError(f'{where}: "{name}" is empty, and what is trained would be silence: leave it out', "no text")
+        raise DataError(f'{where}: "{name}" is empty, and what is trained would be silence: leave it out, or the row',
+                        "no text")
 
 
 def whole_text(text, where, name):

@@ -7,7 +7,7 @@
 
 A share of right answers comes with its chance level, a 95 % interval and the number of items; divergences and
 ranks are plain figures beside it. Narrations and answers are decoded greedily and count as right when they
-match the truth exactly.
+match the truth exactly (benchmarks ignore case and full stops).
 """
 from __future__ import annotations
 
@@ -711,6 +711,8 @@ def parse(argv):
                 parser.error(f"--{other} does nothing with --{one}: give one of them")
     if args.ask is not None and not args.ask.strip():
         parser.error("--ask needs a question; without --ask there is a chat")
+    if args.fps is not None and not (0 < args.fps < 1000 and os.path.isdir(args.video)):
+        parser.error(f"--fps {args.fps:g}: images per second of a --video that is a folder of them, more than 0")
     if args.limit is not None and args.limit < 1:
         parser.error(f"--limit {args.limit}: 1 or more is needed")
     return args
@@ -729,7 +731,8 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         sys.exit(f"eval.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("\neval.py: stopped; what is done of a benchmark is kept, the same command goes on")
+        kept = "; what is done is kept, the same command goes on" if args.bench else ""
+        sys.exit(f"\neval.py: stopped{kept}")
     except (RuntimeError, MemoryError) as error:
         # torch says it in other words on each device. Any other error is a bug, whose place helps.
         if not re.search("out of memory|allocate memory|^$", str(error)):
@@ -798,12 +801,13 @@ def score(ckpt, args, out):
             show_own_samples(ckpt.model, ckpt.tokenizer, rows, state["stage"], out)
         return
     # The result on another world is not the run's own.
-    if data != trained_on and not args.out and Path(data[0], "world.json").is_file():
+    elsewhere = list(map(os.path.realpath, data)) != list(map(os.path.realpath, trained_on))
+    if elsewhere and not args.out and Path(data[0], "world.json").is_file():
         raise DataError(f"{ckpt.folder} was not trained on {data[0]}: pass --out for its result there")
     # The run that this one started from may have moved, or been trained again.
     source = config.get("init")
     found = source and newest_checkpoint(source)
-    if not found or fingerprint(found) != state["init"] or data != trained_on:
+    if not found or fingerprint(found) != state["init"] or elsewhere:
         source = None
     toy_benchmark(ckpt.model, ckpt.tokenizer, data[0], state["stage"], out, source, args.base)
 
@@ -918,7 +922,7 @@ def parse_letter(reply: str, options: int):
     found = re.match(r"\s*(?:\([A-Z]\)[.:]?|[A-Z]\)?[.:]?)(?=\s*$|\s*\n|(?<=[.:)])\s)", reply)
     # "A. B. C." and "A.\nB" are lists; "B. vitamin C" names one option, and so does "B. A man walks".
     mark = r"\([A-Z]\)|\b[A-Z]\)|(?:^\W*|(?<=[.:)]\s))[A-Z](?:[.:]|\s*$)|(?<=\s)[A-Z][.:](?=[ \t]+\S)"
-    mark += r"|\bor \(?[A-Z]\)?[.:]?\s*$"
+    mark += r"|(?<=[.:)]\s)or \(?[A-Z]\)?[.:]?\s*$"
     marked = set(re.findall("[A-Z]", " ".join(re.findall(mark, reply, re.MULTILINE))))
     letter = found and found[0].strip(" \n\t().:")
     index = ascii_uppercase.index(letter) if letter else options
@@ -1325,7 +1329,8 @@ def egobench(ckpt, args):
     if args.limit:
         # Those that can be scored, if the answers of some are public.
         some = spread([item for item in items if item.answer is not None] or items, args.limit)
-        said.insert(0, f"{len(some)} of {len(items)} items alone")
+        if len(some) < len(items):
+            said.insert(0, f"{len(some)} of {len(items)} items alone")
         items = some
     protocol = protocol_of(ckpt, items, bench=args.bench, answer=args.answer, blind=args.blind, prompt=args.prompt,
                            words=[NARRATE, question_words(items[0], args)])

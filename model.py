@@ -1,7 +1,7 @@
 """The network of Exo2Ego (arXiv 2503.09143): first-person video read through a learned third-person view.
 
-Read this file first, then data.py, train.py and eval.py, each of them down to its stop line. The parts of the network
-stand in the order in which a clip passes them:
+Read this file first, then data.py, train.py and eval.py, each of them down to its stop line. A clip passes the parts of
+the network in this order:
 
     pixels -> ViT (CLIP) -> patch features -> [Mapping F: ego -> exo] -> Connector (STC) -> Decoder -> text
 
@@ -1761,8 +1761,8 @@ class HFCheckpoint:
             raise ValueError(f"{index} names {shard!r}: a shard is a plain file name in that directory")
         pickles = sorted(self.path.glob("pytorch_model*.bin"))
         if pickles and not file.is_file():
-            raise ValueError(f"{file} is missing, and {pickles[0].name} is a pickle, which can run code: "
-                             f"convert it once, as README shows")
+            raise ValueError(f"{file} is missing, and {pickles[0].name} is a pickle, which can run code: load "
+                             f"it with transformers where that harms nothing; its save_pretrained writes safetensors")
         try:
             return safe_open(file, "pt")
         except (OSError, SafetensorError) as error:

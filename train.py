@@ -77,9 +77,9 @@ class Stage:
     copies: tuple = ()                  # parts that start as a copy: (from, to)
 
 
-# The paper: rates, batches and epochs are its own, and so is the warm-up of Init (stage 0); the loss weights, the
-# other stages' warm-up and what stage 3 freezes (the ego connector) are our choice. A micro batch is what an 80-GB
-# card takes. Init has a row for its ego half: the exo half is VideoLLaMA2's own, whose weights come with --base.
+# The paper: rates, batches, epochs and warm-up are its own; the loss weights and what stage 3 freezes (the ego
+# connector) are our choice. A micro batch is what an 80-GB card takes. Init has a row for its ego half: the exo half
+# is VideoLLaMA2's own, whose weights come with --base.
 PAPER = {
     0: (Stage(
         name="init ego",
@@ -98,7 +98,7 @@ PAPER = {
         batch=256, micro=1, epochs=2, floor=0),),
     3: (Stage(
         name="learner self-practice",
-        trains=dict(ego_vit=2e-5, F=2e-5, lora=2e-5),           # training ego_connector undid stage 2 (toy)
+        trains=dict(ego_vit=2e-5, F=2e-5, lora=2e-5),           # not ego_connector: our choice
         split="instruct", view="ego", losses=dict(vtg=1), supervise="turns",
         batch=64, micro=1, epochs=1, floor=0),),
 }
@@ -1183,11 +1183,16 @@ class Keeper:
         """Save the last whole step, if there is one that is not saved."""
         if self.step > self.saved:
             set_random_state(self.random, self.run.device)
-            save_checkpoint(
-                self.run, self.objective, self.optimizers,
-                step=self.step,
-                trained=self.trained,
-                skipped=self.skipped)
+            try:
+                save_checkpoint(
+                    self.run, self.objective, self.optimizers,
+                    step=self.step,
+                    trained=self.trained,
+                    skipped=self.skipped)
+            finally:
+                # torchrun ends all ranks as soon as one has ended: none goes on while another one saves.
+                if self.run.world > 1:
+                    dist.barrier()
             self.saved = self.step
         self.saved_at = time.monotonic()
 
@@ -1195,9 +1200,6 @@ class Keeper:
         """End the run with this error, if it is one. All ranks must call it alike."""
         if reason is not None:
             self.save()
-            # torchrun ends all ranks as soon as one has ended: none leaves while another one saves.
-            if self.run.world > 1:
-                dist.barrier()
             raise reason
 
     def reason_to_leave(self, counts, micro_batches, seen):
@@ -1447,9 +1449,9 @@ def refuse_an_idle_base(cfg, start):
 def refuse_missing_negatives(stage, loader):
     """InfoNCE between F(x) and y where a micro batch may be one moment: cameras of a moment are no negatives."""
     cameras = int(loader.cameras.max())
-    if "contrastive" in stage.losses and loader.micro <= cameras:
+    if stage.losses.get("contrastive") and loader.micro <= cameras:
         raise DataError(f"--contrastive compares moments, and a micro batch of {loader.micro} may be the {cameras} "
-                        f"cameras of one moment: --micro-batch {cameras + 1} or more")
+                        f"cameras of one moment: a --micro-batch of more than {cameras} is needed")
 
 
 def refuse_misfits(cfg, model, tokenizer, start):
@@ -1524,7 +1526,6 @@ def refuse_another_run(run, folder):
             changes.append(f"rates {value} instead of {found}")
         elif key == "skip_list":
             changes.append("another list of rows to skip: the order of the samples differs from there on")
-            run.provenance["skip_list"] = found                 # with which the run's length was reckoned
         else:
             raise DataError(f"{cfg.out} holds a run with {key}={found}, this one has {value}: choose "
                             f"another --out or remove the folder")
@@ -1562,7 +1563,7 @@ def refuse_a_poor_folder(run, model):
             needed += 4 * p.numel()
     out.mkdir(parents=True, exist_ok=True)
     # What killed saves have left.
-    for folder in out.glob("part_*"):
+    for folder in out.glob("part_step_*"):
         shutil.rmtree(folder, ignore_errors=True)
     free = shutil.disk_usage(out).free
     if free < needed:
@@ -1571,7 +1572,7 @@ def refuse_a_poor_folder(run, model):
 
     # What a save does, with a small file.
     try:
-        with tempfile.TemporaryDirectory(dir=out, prefix="part_", ignore_cleanup_errors=True) as trial:
+        with tempfile.TemporaryDirectory(dir=out, prefix="part_step_", ignore_cleanup_errors=True) as trial:
             folder = Path(trial, "folder")
             folder.mkdir()
             with open(folder / "file", "wb") as file:
@@ -1593,16 +1594,16 @@ def restore_weights(objective, folder, device):
 
 
 def length_of(run, stage, loader):
-    """Steps of a stage: the table's, or those that its epochs take. A run keeps its length, and for its checkpoints the
-    skip list that it began with, where another one, which would shorten its epochs, has come since."""
+    """Steps of a stage: the table's, or those that its epochs take. A run that has begun keeps its length, whatever
+    skip list, which shortens an epoch, has come since, unless --epochs or --steps is another."""
     if stage.steps:
         return stage.steps
     folder = newest_checkpoint(run.cfg.out)
-    state = read_state(folder) if folder else {}
-    now = run.provenance["skip_list"]
-    other_list = state.get("skip_list", now) != now and not run.cfg.from_nothing
-    if other_list and state["config"]["epochs"] == run.cfg.epochs:
-        return state["steps"]
+    if folder and not run.cfg.from_nothing:
+        state = read_state(folder)
+        begun = state["config"]
+        if (begun["epochs"], begun["steps"]) == (run.cfg.epochs, run.cfg.steps):
+            return state["steps"]
     return max(1, stage.epochs * loader.samples // stage.batch)
 
 
@@ -1778,8 +1779,9 @@ def describe(run, objective, loader, length, log):
         source, base = map(os.path.normpath, run.start[:2])
         print(f"   starts from {source}, untouched weights are those of {base}")
         beside = Path(run.cfg.out).parent / "stage0"
-        if run.cfg.stage == 1 and newest_checkpoint(beside) not in (None, run.start.source):
-            print(f"   {beside} is not used: --init {beside} starts from it")
+        another = newest_checkpoint(beside)
+        if run.cfg.stage == 1 and another and another.resolve() != run.start.source.resolve():
+            print(f"   {beside} is not used: --init {beside} starts from it, if it is finished")
     # Parameters of each part, trained and frozen.
     parts = [*objective.model.named_children(), ("extra", objective.extra)]
     for name, module in parts:

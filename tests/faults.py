@@ -246,7 +246,7 @@ def ranks(root: Path):
     finish(command(root, out, script=late))
     report("a rank 30 s late", 1, int(weights(out) != weights(root / "two")), "waited for; equal weights")
     hang, began = patched(root, "hang", SLOW.format(seconds=3600)), time.monotonic()
-    good = refused_by_torchrun(command(root, root / "hang", "--timeout", 10, script=hang), "in vain for rank 1")
+    good = refused_by_torchrun(command(root, root / "hang", "--timeout", 10, script=hang), "the ranks waited in vain for one another")
     report("a rank that hangs", 1, int(not good or time.monotonic() - began > 90), f"ended after {time.monotonic() - began:.0f} s, said by one sentence")
     back = patched(root, "back", "real = time.time()\ntime.time = lambda: 2 * real - time.monotonic() * 5\n")
     finish(command(root, root / "one", ranks=1))

@@ -112,7 +112,7 @@ def test_a_reply_that_names_a_second_option_is_no_choice():
     for reply in ("A.\nB.\nC.\nD.", "A\nB", "A. B. C. D.", "(A) (B) (C) (D)", "A. left B. right", "A. left\nB. right", "C) or D)", "A) x, B) y", "A: x; B: y",
                   "A. x\nB. y\nAnswer: B", "A. B", "A.\n\nB.", "A. put box (B) take bag", "A, B", "A and B", "A. or B.", "A or B", "(A) or (C)", "A/B", "- A.\n- B.", "E.\nB."):
         assert parse_letter(reply, 4) is None, reply
-    for reply, letter in (("B. A man walks", 1), ("B. Vitamin C.", 1), ("A.\nA.", 0), ("C. I cut it.\n\nThe hand moves.", 2), ("B: the A team", 1), ("B) take a U-turn", 1)):
+    for reply, letter in (("B. A man walks", 1), ("B. Vitamin C.", 1), ("B. Turn left or D", 1), ("A.\nA.", 0), ("C. I cut it.\n\nThe hand moves.", 2), ("B: the A team", 1), ("B) take a U-turn", 1)):
         assert parse_letter(reply, 4) == letter, reply
 
 

@@ -64,6 +64,10 @@ def test_holm_holds_each_difference_against_its_own_level():
     assert two.verdict == "more" and one.verdict == three.verdict == "no difference seen"
     assert two.high - two.mean == pytest.approx(compare.t_quantile(2, 1 - 0.05 / 3) / 3 ** 0.5)
     assert three.high - three.mean == pytest.approx(compare.t_quantile(2, 1 - 0.05 / 2) / 3 ** 0.5)
+    # Where the smallest p fails, all others are held against its level.
+    one, two = compare.compare_table([small, [3.0, 4.0, 9.0]])
+    for found, d in ((one, small), (two, [3.0, 4.0, 9.0])):
+        assert found.high - found.mean == pytest.approx(compare.t_interval(d, 1 - 0.05 / 2).high - found.mean)
     alone = compare.compare_table([[-d for d in middle]])[0]
     assert alone.verdict == "less" and alone.low < alone.mean == -3.5 < alone.high < 0
 

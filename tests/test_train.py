@@ -363,6 +363,11 @@ def test_a_skip_list_shortens_no_run_that_has_begun(toy, tmp_path, capsys):
                 shutil.rmtree(folder)
         go(*args, "--epochs", 1, "--out", tmp_path / "twice", "--save-every", 1, "--keep", 99)
         assert len(log(tmp_path / "twice")) == samples // 4
+    (tmp_path / "m.bad.jsonl").rename(tmp_path / "list")
+    capsys.readouterr()
+    go(*args, "--epochs", 1, "--out", tmp_path / "twice", "--save-every", 1, "--keep", 99)
+    assert "nothing to train; with another list of rows to skip" in capsys.readouterr().out
+    (tmp_path / "list").rename(tmp_path / "m.bad.jsonl")
     # Other epochs are another length, as ever.
     go(*args, "--epochs", 2, "--out", tmp_path / "o")
     assert len(log(tmp_path / "o")) == 2 * (samples - 2) // 4        # two clips are bad
@@ -448,12 +453,22 @@ def test_a_bug_is_named_with_its_place(tmp_path):
 def test_all_ranks_wait_for_a_save_before_one_ends(monkeypatch):
     """torchrun ends all ranks 30 seconds after the first has ended: too soon for a save of 20 GB."""
     order = []
-    monkeypatch.setattr(train.Keeper, "save", lambda self: order.append("saved"))
+    monkeypatch.setattr(train, "save_checkpoint", lambda *_, **__: order.append("saved"))
     monkeypatch.setattr(train.dist, "barrier", lambda: order.append("met"))
     keeper = train.Keeper(train.Run(CFG, 0, 2, torch.device("cpu"), False), None, None, None, train.Log(None, 0), 0)
+    keeper.end_update(1)
     with pytest.raises(SystemExit):
         keeper.leave_if(SystemExit("stopped"))
     assert order == ["saved", "met"]
+
+    # A rank that cannot save meets the others as well: they would wait for it in vain.
+    def full(*_, **__):
+        raise OSError("No space left on device")
+    monkeypatch.setattr(train, "save_checkpoint", full)
+    keeper.end_update(2)
+    with pytest.raises(OSError):
+        keeper.save()
+    assert order == ["saved", "met", "met"]
 
 
 def test_a_validation_loss_that_is_no_number_ends_nothing(tmp_path):
@@ -477,7 +492,7 @@ def test_cameras_of_a_moment_are_no_negatives(toy, tmp_path, capsys):
     """A micro batch of two was two cameras of one moment: InfoNCE was zero, and so was its gradient."""
     with pytest.raises(SystemExit):
         go(*flags(toy, 2), "--out", tmp_path / "o", "--contrastive", 0.1, "--micro-batch", 2, "--steps", 1, "--no-eval")
-    assert "may be the 2 cameras of one moment: --micro-batch 3 or more" in capsys.readouterr().err
+    assert "may be the 2 cameras of one moment: a --micro-batch of more than 2 is needed" in capsys.readouterr().err
 
 
 def test_skips_are_counted_against_their_own_stage(toy, tmp_path):
@@ -1065,9 +1080,10 @@ def test_a_folder_that_renames_nothing_is_found_before_the_first_step(toy, tmp_p
 
 
 def test_what_killed_saves_left_is_removed(toy, tmp_path):
-    (tmp_path / "o/part_step_000007").mkdir(parents=True)
+    for name in ("part_step_000007", "part_01"):
+        (tmp_path / "o" / name).mkdir(parents=True)
     go(*flags(toy, 1), "--out", tmp_path / "o", "--steps", 1, "--no-eval")
-    assert not list((tmp_path / "o").glob("part_*"))
+    assert [folder.name for folder in (tmp_path / "o").glob("part_*")] == ["part_01"], "and nothing of the user's"
 
 
 def test_a_disk_without_room_for_one_checkpoint_is_found_before_the_first_step(toy, tmp_path, monkeypatch, capsys):

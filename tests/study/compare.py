@@ -83,7 +83,8 @@ def compare_table(differences: list) -> list[Comparison]:
     Holm: of m comparisons the smallest p is held against alpha / m, the next against alpha / (m - 1), and so on; the
     first that fails ends it, and all larger ones fail with it. Each interval is made at the level that its p was held
     against (those after the first failure at the level of the first), so it excludes zero exactly where Holm sees a
-    difference. A comparison of too few seeds takes no part.
+    difference. That is the decision, drawn; where several are rejected, the intervals of a family do not all hold
+    together 95 times in 100. A comparison of too few seeds takes no part.
     """
     p = {i: p_value(d) for i, d in enumerate(differences) if len(d) >= FEWEST_SEEDS}
     found = [t_interval(d) for d in differences]
@@ -135,18 +136,13 @@ def comparisons(cells: dict, rival: str, rows, setting: str) -> dict[tuple[str, 
     return dict(zip(differences, compare_table(list(differences.values()))))
 
 
-def said(comparison: Comparison | None, difference: float) -> str:
-    """A comparison as a cell of a table; `difference` is that of the two numbers which the table prints."""
+def said(comparison: Comparison | None) -> str:
+    """A comparison as a cell of a table."""
     if comparison is None:
         return ""
     if comparison.low is None:
-        return f"{difference:+.1f}, too few seeds"
-    return f"{difference:+.1f} [{comparison.low:+.1f}, {comparison.high:+.1f}] {comparison.verdict}"
-
-
-def printed(scores) -> float:
-    """The mean of per-seed scores as tables print it."""
-    return round(float(np.mean(scores)), 1)
+        return f"{comparison.mean:+.1f}, too few seeds"
+    return f"{comparison.mean:+.1f} [{comparison.low:+.1f}, {comparison.high:+.1f}] {comparison.verdict}"
 
 
 def table(cells: dict, rival: str, rows, setting: str) -> str:
@@ -169,8 +165,10 @@ def table(cells: dict, rival: str, rows, setting: str) -> str:
             if stage not in own[0]["figures"]:
                 columns += ["", ""]
                 continue
-            mean = printed([score(line, stage) for line in own])
-            beside = printed([score(cells[rival, setting, seed], stage) for seed in seeds])
-            columns += [f"{mean:.1f}", said(compared.get((row, stage)), mean - beside)]
+            mean = np.mean([score(line, stage) for line in own])
+            columns += [f"{mean:.1f}", said(compared.get((row, stage)))]
         lines.append("| " + " | ".join(map(str, columns)) + " |")
+    family = sum(comparison.low is not None for comparison in compared.values())
+    if family:
+        lines += ["", f"A family of {family} differences."]
     return "\n".join(lines)

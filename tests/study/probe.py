@@ -1,6 +1,6 @@
 """What is inside a trained model: stage by stage, without the video, and what KL and cycle see.
 
-    python tests/study/probe.py --world DIR --stage0 DIR --stage1 DIR --stage2 DIR --stage3 DIR
+    python tests/study/probe.py --world DIR --stage0 DIR --stage1 DIR --stage2 DIR --stage3 DIR --seed N
 
 run.py --probes calls it for every seed whose `full` cell is cached, and keeps the line it prints last (JSON).
 """
@@ -71,9 +71,9 @@ def features(ckpt, rows) -> dict:
             "KL": {name: float(feature_kl(y, estimate).mean()) for name, estimate in estimates.items()}}
 
 
-def gradients(ckpt, world, stage1, base, at: str) -> dict:
+def gradients(ckpt, world, stage1, base, seed, at: str) -> dict:
     """Norm of each weighted loss's gradient on the ego encoder, F and G, for one batch of stage 2."""
-    cfg = train.parse(["--stage", "2", "--data", world, "--init", stage1, "--base", base])
+    cfg = train.parse(["--stage", "2", "--data", world, "--init", stage1, "--base", base, "--seed", seed])
     stage, = train.stages_of(cfg)
     run = train.Run(cfg, 0, 1, torch.device("cpu"), False)
     model, tokenizer = train.initial_model(run)
@@ -97,6 +97,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for flag in ("world", "stage0", "stage1", "stage2", "stage3"):
         parser.add_argument(f"--{flag}", required=True)
+    parser.add_argument("--seed", required=True, help="of the runs")
     parser.add_argument("--only-features", action="store_true", help="of stage 2: for rows other than full")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -109,7 +110,7 @@ def main():
         "learner, after Init": narrations(args.stage0, test),
         "exo encoder, after stage 1": narrations(args.stage1, test, "exo encoder"),
         "blind, after stage 3": narrations(args.stage3, test, "blind")}
-    norms = {at: gradients(args.stage2, args.world, args.stage1, args.stage0, at) for at in ("start", "end")}
+    norms = {at: gradients(args.stage2, args.world, args.stage1, args.stage0, args.seed, at) for at in ("start", "end")}
     print(json.dumps({"narrations": found, "features": features(args.stage2, val), "gradients": norms}))
 
 

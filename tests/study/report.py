@@ -29,6 +29,7 @@ from run import (
     finished,
     places,
     recorded,
+    valid_code,
 )
 from target import records, target_table
 
@@ -104,7 +105,8 @@ def default_table(cells: dict) -> str:
 
 def cycle_table(cells: dict) -> str:
     """Markdown: where the cycle's loss begins and ends, beside what the best constant gets. It has learned where it
-    ends well below the constant: a row whose mean over seeds is above three quarters of it "did not learn"."""
+    ends well below the constant: a row whose mean over seeds is above three quarters of it "did not learn". That mark is
+    for both directions together: one alone is not judged by it."""
     lines = ["| row | setting | seeds | best constant | first step | last 20 steps | share of the constant | |",
              "|---|---|---|---|---|---|---|---|"]
     for setting in (ALL_TOLD, FEW_TOLD):
@@ -115,6 +117,8 @@ def cycle_table(cells: dict) -> str:
                 mean = {key: np.mean([cycle[key] for cycle in found]) for key in ("constant", "first", "last")}
                 share = mean["last"] / mean["constant"]
                 verdict = "learned" if share < 0.75 else "did not learn"
+                if "--forward-cycle-only" in ROWS[row].stage2:
+                    verdict = "one direction"
                 values = " | ".join(f"{value:.3f}" for value in mean.values())
                 lines.append(f"| {row} | {setting} | {len(found)} | {values} | {share:.2f} | {verdict} |")
     return filled_or_not(lines)
@@ -153,9 +157,15 @@ def scores_table(cells: dict) -> str:
     return filled_or_not(lines)
 
 
+def probed(row: str) -> dict[int, dict]:
+    """What run.py --probes found in a row, by seed: the last line of each."""
+    valid = valid_code()
+    return {line["seed"]: line for line in recorded() if line.get("probe") == row and line["code"] in valid}
+
+
 def stages_table(cells: dict) -> str:
     """Markdown: the learner's ego narrations from Init on: what each kind of data adds to x alone."""
-    probes = {line["seed"]: line["narrations"] for line in recorded() if line.get("probe") == "full"}
+    probes = {seed: line["narrations"] for seed, line in probed("full").items()}
     seeds = sorted(seed for seed in probes if all(Cell(row, ALL_TOLD, seed) in cells for row in ("full", "x only")))
     if not seeds:
         return "Stage by stage: run.py --probes has not been run."
@@ -167,18 +177,18 @@ def stages_table(cells: dict) -> str:
     def outcomes(name, stage):
         return lambda seed: cells[name, ALL_TOLD, seed]["outcomes"][stage]
 
-    def probed(name):
+    def looked(name):
         return lambda seed: probes[seed][name]["outcomes"]
     return "\n".join([
         f"| seeds {', '.join(map(str, seeds))} | mean | each seed |", "|---|---|---|",
-        row("no ego data: the exo encoder reads ego clips, after Init", probed("exo encoder, after Init")),
-        row("the same, exo encoder after stage 1", probed("exo encoder, after stage 1")),
-        row("+ narrated ego clips: the learner after Init", probed("learner, after Init")),
+        row("no ego data: the exo encoder reads ego clips, after Init", looked("exo encoder, after Init")),
+        row("the same, exo encoder after stage 1", looked("exo encoder, after stage 1")),
+        row("+ narrated ego clips: the learner after Init", looked("learner, after Init")),
         row("+ pairs, x only: after stage 2", outcomes("x only", "stage2")),
         row("+ instruction data, x only: after stage 3", outcomes("x only", "stage3")),
         row("full, after stage 2", outcomes("full", "stage2")),
         row("full, after stage 3", outcomes("full", "stage3")),
-        row("full, a grey clip in the place of each", probed("blind, after stage 3"))])
+        row("full, a grey clip in the place of each", looked("blind, after stage 3"))])
 
 
 def mean_of(figures: list[dict]) -> dict:
@@ -195,7 +205,7 @@ def inside() -> str:
     """What run.py --probes measured, mean over seeds."""
     lines = []
     for name in ("full", "no KL", "shuffled pairs"):
-        found = [line for line in recorded() if line.get("probe") == name]
+        found = list(probed(name).values())
         if found:
             mean = mean_of([line["features"] for line in found])
             mean |= {f"KL, {key}": value for key, value in mean_of([line["features"]["KL"] for line in found]).items()}
@@ -268,8 +278,8 @@ def make_curves(out: Path):
 
 
 def reference_curves() -> dict:
-    """What is in curves.json, numbers as arrays. `low` and `high` hold a new seed 95 times in 100: the mean of n seeds
-    -+ t(n - 1) sd sqrt(1 + 1/n)."""
+    """What is in curves.json, numbers as arrays. `low` and `high` hold a new seed's point 95 times in 100: the mean of n
+    seeds -+ t(n - 1) sd sqrt(1 + 1/n)."""
     if not (CURVES / "curves.json").is_file():
         raise SystemExit(f"{CURVES} is not made yet: report.py --make-curves, from three seeds of full")
     found = json.loads((CURVES / "curves.json").read_text())

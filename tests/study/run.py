@@ -34,10 +34,14 @@ import torch
 from compare import table
 
 REPO = Path(__file__).parents[2]
+sys.path.insert(0, str(REPO))
+from data import usable_cores  # noqa: E402
+
 RESULTS = Path(__file__).with_name("results.jsonl")
 SEEDS = range(5)
 # Kernels for AVX2 and AVX512 round differently, so numbers equal to the digit need the same.
 CPU = torch.backends.cpu.get_cpu_capability()
+TORCH = torch.__version__.partition("+")[0]
 
 
 # ----------------------------------------------------------------------------------------------- what is asked
@@ -278,17 +282,23 @@ def cell_of(line: dict) -> Cell:
     return Cell(line["row"], line["setting"], line["seed"])
 
 
-def finished() -> dict[Cell, dict]:
-    """Cells of results.jsonl that hold for this code: made by it, or by code that --verify found equal."""
-    lines, valid, known = recorded(), {code_hash()}, 0
+def valid_code() -> set[str]:
+    """The hashes of this code, and of code that --verify found equal to it."""
+    valid, known = {code_hash()}, 0
     # What equals code that equals this code holds, too, whichever of the two was verified by the other.
     while len(valid) > known:
         known = len(valid)
-        for line in lines:
+        for line in recorded():
             pair = {line.get("verified"), line.get("same_as")}
             if "verified" in line and pair & valid:
                 valid |= pair
-    return {cell_of(line): line for line in lines if "row" in line and line["code"] in valid and holds(line)}
+    return valid
+
+
+def finished() -> dict[Cell, dict]:
+    """Cells of results.jsonl that hold for this code: made by it, or by code that --verify found equal."""
+    valid = valid_code()
+    return {cell_of(line): line for line in recorded() if "row" in line and line["code"] in valid and holds(line)}
 
 
 def holds(line: dict) -> bool:
@@ -299,8 +309,9 @@ def holds(line: dict) -> bool:
     # As a file gives it back: a tuple is a list there.
     flags = json.loads(json.dumps(asdict(row)))
     variant = variant_of(row, line["setting"])
-    now = dict(flags=flags, world=SETTINGS[line["setting"]], variant_code=variant_hash(variant))
-    return all(line[key] == value for key, value in now.items())
+    now = dict(flags=flags, world=SETTINGS[line["setting"]], variant_code=variant_hash(variant), torch=TORCH)
+    # The first cells do not say with which torch they were made.
+    return all((dict(torch="2.13.0") | line)[key] == value for key, value in now.items())
 
 
 def append(line: dict):
@@ -372,6 +383,9 @@ def run_cell(cell: Cell, out: Path) -> dict:
     # The newest checkpoint knows the revision that trained it; names order by step.
     newest = max(stages[row.stages[-1]].glob("step_*"))
     state = json.loads((newest / "state.json").read_text())
+    # The commands above read the files as they are.
+    if code_hash() != code_hash.__wrapped__():
+        raise SystemExit(f"the code has changed while {cell} was trained: call again, and it is trained anew")
     return cell._asdict() | dict(
         flags=asdict(row),
         world=SETTINGS[cell.setting],
@@ -379,6 +393,7 @@ def run_cell(cell: Cell, out: Path) -> dict:
         variant_code=variant_hash(variant),
         git=state["git"],
         cpu=CPU,
+        torch=TORCH,
         seconds=round(time.time() - began),
         cycle=cycle_of(stages[2]),
         figures=figures,
@@ -405,6 +420,7 @@ def probe(out: Path):
         world, stages = places(ROWS[cell.row], cell.setting, cell.seed, out)
         if (stages[3] / "eval.json").is_file():
             words = [word for stage, folder in stages.items() for word in (f"--stage{stage}", folder)]
+            words += ["--seed", cell.seed]
             words += ["--only-features"] if cell.row != "full" else []
             done = subprocess.run([sys.executable, "tests/study/probe.py", "--world", world, *words],
                                   cwd=REPO, stdout=subprocess.PIPE, text=True, check=True)
@@ -460,7 +476,7 @@ def run_cells(cells: list[Cell], minutes: float, out: Path):
         minutes_left = (len(left) - len(taken)) * (time.time() - began) / len(taken) / 60
         print(f"{len(taken)}/{len(left)} {cell.row}, {cell.setting}, seed {cell.seed}: {scores} "
               f"({line['seconds']} s; all done in {minutes_left:.0f} min)", flush=True)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:        # one thread per process, a process per core
+    with ThreadPoolExecutor(usable_cores()) as pool:        # one thread per process, a process per core
         list(pool.map(work, left))
     if len(taken) < len(left):
         print(f"{len(left) - len(taken)} cells are left, for which {minutes:g} minutes were too few: the same call goes on",
