@@ -2266,7 +2266,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         args.run(args)
-    except DataError as error:
+    except (DataError, OSError) as error:
         sys.exit(f"data.py: {error}")
     except KeyboardInterrupt:
         sys.exit("data.py: stopped; the same command goes on or begins anew")
@@ -3077,10 +3077,13 @@ def _check_videos(row, limit, begun):
         lengths.append(length)
         begins.append(opened.begins)
         spans.add((start, end))
-    # Clips with the same times are on one clock: synchronized files end together.
+    # Whole films that are one moment end together. Of longer ones, one camera may have been stopped later.
     if len(spans) == 1 and np.ptp(lengths) > 0.1:
-        sentence = f"the videos of this moment last {lengths} s"
-        found += [("ego and exo differ", sentence, clip["video"]) for clip in clips_of(row)]
+        sentence = f"has videos that last {', '.join(f'{length:.2f}' for length in lengths)} s"
+        if spans == {(None, None)}:
+            found += [("ego and exo differ", sentence, clip["video"]) for clip in clips_of(row)]
+        else:
+            remarks.append(("videos differ in length", f"{sentence}: do they begin together?"))
     # Time zero is the first picture: what another tool counts from the start of the sound is another time.
     if len(begins) > 1 and np.ptp(begins) > 0.05:
         late = ", ".join(f"{begin:.2f}" for begin in begins)

@@ -179,7 +179,7 @@ def kl_true_vs_shuffled(model, tokenizer, rows):
 def narrate_with_mean_F(model, tokenizer, rows, visual):
     """Does the decoder learn from F(x) what a clip shows? If it does, the score drops when the mean over all clips
     takes the place of F(x). A model that was trained on x alone is the fairer control (--no-mapping)."""
-    own, mapped = visual.chunk(2, dim=1)
+    own, mapped = visual.split(model.cfg.visual_tokens, dim=1)
     mean = mapped.mean(0, keepdim=True).expand_as(mapped)
     figures, _ = exact_narrations("ego_em_mean_F", model, tokenizer, rows, torch.cat([own, mean], dim=1))
     return figures
@@ -430,7 +430,7 @@ class VideoContext:
             ids, labels, lens = pack(chats, self.device)
             shared = SharedPrefix(self.cache, len(lens), keep=False)
             losses = self.model.text_losses(None, ids, labels, lens, shared)
-            for own in losses.double().cpu().split(lens):
+            for own in losses.cpu().double().split(lens):
                 scores.append([-float(own.sum()), -mean_per_token(own)])
         return np.array(scores)
 
@@ -821,12 +821,20 @@ def run_benches(ckpt, args):
         raise DataError(f"{args.data} has none of the folders {', '.join(BENCHES)}")
     if len(names) < len(BENCHES) and args.bench == "all":
         print(f"{args.data} has no folder for {', '.join(name for name in BENCHES if name not in names)}")
+    refused = []
     for name in names:
         own = {"bench": name, "root": f"{args.data}/{name}", "out": args.out or "results"}
-        all_done = egobench(ckpt, argparse.Namespace(**vars(args) | own))
+        try:
+            all_done = egobench(ckpt, argparse.Namespace(**vars(args) | own))
+        except DataError as error:
+            # The others of "all" need not suffer from one whose files are not as they should be.
+            refused.append(f"{name}: {error}")
+            print(refused[-1], flush=True)
     # Of several ranks the one that ends last makes the page.
-    if args.report and all_done:
+    if args.report and len(refused) < len(names) and all_done:
         print(write_report(Path(args.out or "results")))
+    if refused:
+        raise DataError("; ".join(refused))
 
 
 def content_of(folder, name):

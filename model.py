@@ -679,15 +679,13 @@ class Exo2Ego(nn.Module):
     def add(self, mapping: str = "none", lora: bool = False):
         """Give the model F and G ("resnet" or "mlp") and the decoder's low-rank updates, which start fresh. The
         constructor does so; a model without them can get them later."""
-        cfg = self.cfg
+        kept = self.cfg.mapping if mapping == "none" else mapping
+        cfg = self.cfg = replace(self.cfg, mapping=kept, lora=lora or self.cfg.lora)
         if mapping != "none":
-            cfg = replace(cfg, mapping=mapping)
             self.F = Mapping(cfg, mapping)
             self.G = Mapping(cfg, mapping)
         if lora:
-            cfg = replace(cfg, lora=True)
             self.decoder.add_lora(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout)
-        self.cfg = cfg
 
     def forward(self, ego: Tensor | None = None, exo: Tensor | None = None) -> Views:
         """From clips to what the decoder reads and what the losses compare: uint8 frames (E, T, 3, S, S) of the ego
@@ -762,8 +760,7 @@ class Exo2Ego(nn.Module):
 
     # ------------------------------------------------------------------------------------------- 8 generate and score
     def text_losses(self, visual, ids, labels, lens, cache=None) -> Tensor:
-        """-log p of each supervised token given all that stands before it, in nats, and 0 for all other tokens
-        (tokens,).
+        """-log p of each supervised token given all that stands before it, in nats; 0 for others (tokens,).
 
         ids and labels are packed (tokens,); visual (B, n, W), with F (B, 2 n, W), fills all places where ids == VIDEO.
         """
@@ -2040,7 +2037,9 @@ def pick_device() -> torch.device:
             raise ValueError(f"process {number + 1} of this machine finds {torch.cuda.device_count()} GPUs, and each "
                              f"needs one of its own: a smaller --nproc_per_node")
         return torch.device("cuda", number)
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    # Gloo, by which ranks without CUDA meet, does not know Apple's.
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    return torch.device("mps" if torch.backends.mps.is_available() and alone else "cpu")
 
 
 def autocast(device, bf16):

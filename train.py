@@ -267,6 +267,10 @@ def validate(run, objective, loader, step, log):
     sums = torch.zeros(2, device=run.device)                                # nats, tokens
     objective.eval()
     for i in range(math.ceil(loader.samples / loader.batch_size)):
+        # A signal to any rank ends it: there may be seconds left, in which the run has to save.
+        asked = torch.tensor([run.stop], device=run.device)
+        if sum(run.sum(asked)) > 0:
+            return
         for batch in loader.batch(i) or [without_weight(loader.micro_batch(range(1)))]:
             batch = batch.to(run.device)
             with autocast(run.device, run.bf16):
@@ -947,7 +951,8 @@ def changed_by_flags(stage, cfg) -> Stage:
     """A row of the stage table as the flags of a run change it."""
     view = stage.view
     given = dict(kl=cfg.kl_weight, ccl=cfg.ccl_weight, contrastive=cfg.contrastive)
-    losses = stage.losses | {name: weight for name, weight in given.items() if weight is not None}
+    given = {name: weight for name, weight in given.items() if weight is not None}
+    losses = stage.losses | given
 
     # The ablations take away parts and losses.
     gone = set()
@@ -1450,8 +1455,9 @@ def refuse_missing_negatives(stage, loader):
     """InfoNCE between F(x) and y where a micro batch may be one moment: cameras of a moment are no negatives."""
     cameras = int(loader.cameras.max())
     if stage.losses.get("contrastive") and loader.micro <= cameras:
-        raise DataError(f"--contrastive compares moments, and a micro batch of {loader.micro} may be the {cameras} "
-                        f"cameras of one moment: a --micro-batch of more than {cameras} is needed")
+        raise DataError(f"--contrastive compares moments, and a micro batch of {loader.micro} "
+                        f"may be the {cameras} cameras of one moment: "
+                        f"a --micro-batch of more than {cameras} is needed")
 
 
 def refuse_misfits(cfg, model, tokenizer, start):
@@ -1572,7 +1578,7 @@ def refuse_a_poor_folder(run, model):
 
     # What a save does, with a small file.
     try:
-        with tempfile.TemporaryDirectory(dir=out, prefix="part_step_", ignore_cleanup_errors=True) as trial:
+        with tempfile.TemporaryDirectory(prefix="part_step_", dir=out) as trial:
             folder = Path(trial, "folder")
             folder.mkdir()
             with open(folder / "file", "wb") as file:
@@ -1601,8 +1607,8 @@ def length_of(run, stage, loader):
     folder = newest_checkpoint(run.cfg.out)
     if folder and not run.cfg.from_nothing:
         state = read_state(folder)
-        begun = state["config"]
-        if (begun["epochs"], begun["steps"]) == (run.cfg.epochs, run.cfg.steps):
+        begun = state.get("config", {})
+        if begun and (begun["epochs"], begun["steps"]) == (run.cfg.epochs, run.cfg.steps):
             return state["steps"]
     return max(1, stage.epochs * loader.samples // stage.batch)
 
@@ -1655,7 +1661,7 @@ class Log:
         if first == 0:
             self.skipped = 0
         self.clock = time.monotonic()
-        self.unshown = []                                       # (seconds, waited) of each step since the last line
+        self.unshown = []               # (seconds, waited) of each step since the last line
         while True:
             asked = time.monotonic()
             batch = next(batches, None)
@@ -1781,7 +1787,8 @@ def describe(run, objective, loader, length, log):
         beside = Path(run.cfg.out).parent / "stage0"
         another = newest_checkpoint(beside)
         if run.cfg.stage == 1 and another and another.resolve() != run.start.source.resolve():
-            print(f"   {beside} is not used: --init {beside} starts from it, if it is finished")
+            print(f"   {beside} is not used: --init {beside} starts from it, "
+                  f"if it is finished")
     # Parameters of each part, trained and frozen.
     parts = [*objective.model.named_children(), ("extra", objective.extra)]
     for name, module in parts:
@@ -1830,6 +1837,8 @@ def validation_loader(run, objective) -> Loader | None:
     cfg, stage = run.cfg, objective.stage
     if not (cfg.val_every or cfg.val_data):
         return None
+    # A text loss of the learner's needs no exo clips.
+    stage = replace(stage, view="ego" if stage.view == "pair" else stage.view)
     manifest = cfg.val_data or toy_split(cfg.toy_folder, "val")
     rows = read_manifests([manifest], cfg.root, cfg.allow_outside)
     chats = [chats_of(row, stage.supervise) for row in rows]
@@ -1903,8 +1912,9 @@ def explain(error, cfg, world):
         return f"{error} ({place})"
     # What torch says of workers, of other ranks and of compilers.
     if "DataLoader" in text:
-        return (f"a loader worker died, or was silent for --timeout {cfg.timeout} seconds; the same command goes on "
-                f"from the last checkpoint, with a longer --timeout where a step's clips take so long ({text})")
+        return (f"a loader worker died, or was silent for --timeout {cfg.timeout} seconds; "
+                f"the same command goes on from the last checkpoint, with a longer --timeout "
+                f"where a step's clips take so long ({text})")
     if world > 1 and re.search("timed out|timeout|connection (closed|reset)", text, re.IGNORECASE):
         return f"the ranks waited in vain for one another (--timeout); {text}"
     if cfg.compile and re.search("compiler|inductor", f"{type(error).__name__} {text}", re.IGNORECASE):

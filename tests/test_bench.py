@@ -298,6 +298,35 @@ def test_equal_texts_count_both_and_constant_scores_give_chance():
     assert eval.outcome(outside, {"scores": [1.0]}) == 0
 
 
+def test_the_key_of_shuffled_options_is_the_true_one(sets):
+    for i, item in enumerate(read_items(sets / "qaego4d-closed", "qaego4d-closed")):
+        assert item.options[item.answer] == f"on {i}"
+
+
+def test_the_kinds_of_egomcq_are_its_own(tmp_path):
+    (tmp_path / "egomcq.json").write_text(json.dumps({"0": MCQ, "1": MCQ | {"types": 2}}))
+    assert [item.kind for item in read_items(tmp_path, "egomcq")] == ["inter", "intra"]
+
+
+def test_what_the_video_adds_ranks_the_best_texts():
+    """Of three texts the first is likelier with the video, the second less likely, the third as before."""
+    context = Namespace(score=lambda pairs: np.array([[0, {"a": -1.0, "b": -3.0, "c": -2.0}[text]] for _, text in pairs]))
+    visual = torch.tensor([[[3.0, 2.0, 1.0]]])
+    scores = eval.score_texts(context, visual, list("abc"), (0.0, torch.eye(3), np.full(3, -2.0)))
+    assert np.argsort(scores)[::-1].tolist() == [0, 2, 1]
+
+
+def test_the_interval_of_a_mean_precision_is_that_of_its_classes():
+    labels = [0, 1, 2, 0, 1, 0]
+    items = [eval.Item(str(i), [{}], "?", ["a", "b", "c"], [label]) for i, label in enumerate(labels)]
+    scores = np.random.default_rng(1).normal(size=(6, 3))
+    figures = eval.ranking_figures(eval.BENCHES["charades-ego"], items, [{"scores": row.tolist()} for row in scores])
+    normal = scores - np.logaddexp.reduce(scores, axis=1, keepdims=True)
+    each = eval.class_precision(normal, np.eye(3)[labels])
+    assert each.std() > 0.1 and figures["score"] == pytest.approx(each.mean())
+    assert figures["score"] - figures["score_lo"] == pytest.approx(min(each.mean(), 1.96 * each.std() / 3 ** 0.5))
+
+
 def test_letters_are_asked_once_and_failures_counted(sets, toy, tmp_path):
     bench(sets, tmp_path, toy, "qaego4d-closed", "--answer", "letter")
     figures = json.loads((tmp_path / "qaego4d-closed.json").read_text())

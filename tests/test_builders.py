@@ -407,7 +407,7 @@ def small_set(root):
     rows += [{"id": "black", "ego": {"video": "black.mp4", "start": 0, "end": 1}, "text": "x"},
              {"id": "gone", "ego": {"video": "gone.mp4"}, "text": "x"},
              {"id": "over", "ego": {"video": "a.mp4", "start": 5.5, "end": 9.0}, "text": "x"},
-             {"id": "uneven", "ego": {"video": "a.mp4", "start": 1, "end": 2}, "exo": [{"video": "short.mp4", "start": 1, "end": 2}], "text": "x"}]
+             {"id": "uneven", "ego": {"video": "a.mp4"}, "exo": [{"video": "short.mp4"}], "text": "x"}]
     write_jsonl(root / "m.jsonl", rows)
     return root / "m.jsonl"
 
@@ -429,6 +429,16 @@ def test_check_names_what_is_wrong_and_training_skips_it(tmp_path, capsys):
     assert [row["id"] for row in read_manifest(tmp_path / "other/x.jsonl", allow_outside=True)] == ["good"]
     tmp_path.rename(tmp_path.with_name("moved"))                # the list goes with its files
     assert [row["id"] for row in read_manifest(tmp_path.with_name("moved") / manifest.name)] == ["g0", "g1", "g2", "g3"]
+
+
+def test_a_camera_that_was_stopped_later_is_no_bad_one(tmp_path, capsys):
+    """Every row of such a set was on the skip list, and training then had none."""
+    small_set(tmp_path)
+    write_jsonl(tmp_path / "later.jsonl", [{"id": "later", "ego": {"video": "a.mp4", "start": 1, "end": 2}, "exo": [
+        {"video": "short.mp4", "start": 1, "end": 2}], "text": "x"}])
+    data.main(["check", str(tmp_path / "later.jsonl")])
+    out = capsys.readouterr().out
+    assert "has videos that last 6.00, 3.00 s: do they begin together?" in out and "1 of 1 rows are good; videos differ in length: 1" in out
 
 
 def test_check_outlives_decoders_that_hang_or_crash(tmp_path, monkeypatch, capsys):

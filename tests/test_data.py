@@ -291,6 +291,8 @@ def test_views_of_a_moment_are_synchronized(tmp_path):
     batch = one.batch(3)[0]
     numbers = [[number(f) for f in clip.numpy()] for clip in (batch.ego[0], batch.exo[0], batch.exo[1])]
     assert numbers[0] == numbers[1] == numbers[2]
+    # Training sees other moments of each span every time.
+    assert len({tuple(number(f) for f in one.batch(epoch)[0].ego[0].numpy()) for epoch in range(6)}) > 1
 
 
 def test_an_unreadable_clip_is_named_and_replaced(toy):

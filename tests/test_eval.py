@@ -14,7 +14,7 @@ import torch
 from conftest import REPO, flags, run
 
 import eval as evaluation
-from data import NARRATE, DataError, Tokenizer, read_clip, read_manifest
+from data import NARRATE, DataError, narration, Tokenizer, read_clip, read_manifest
 from model import FORMAT, Segments, feature_kl, load_checkpoint, newest_checkpoint
 
 
@@ -51,6 +51,46 @@ def test_benchmark_prints_every_figure(toy, tmp_path):
         assert f"{words}: {share:.1f} % [{low:.1f}, {high:.1f}] of {figures[name + '_n']:,}, chance {chance:.1f} %\n" in printed
     assert f"ego_verb: {100 * figures['ego_verb']:.1f} % [" in printed and "chance 11.1 %" in printed and "_lo" not in printed
     assert f"next: python eval.py --ckpt {toy}/stage3 --video {toy}/toy/test/ego/0.mp4 --start 0" in printed
+
+
+def test_narrations_count_as_a_whole_and_fact_by_fact(monkeypatch):
+    """One of three is exact; another has the wrong verb alone; the third has another form."""
+    truth = narration("cuts", "red", "plain", "left")
+    said = [truth, truth.replace("cuts", "taps"), "A hand moves."]
+    monkeypatch.setattr(evaluation, "generate_answers", lambda *_: said)
+    figures, columns = evaluation.evaluate_narrations(None, None, [{"text": truth}] * 3, None, "ego")
+    shares = [3 * figures[f"ego_{fact}"] for fact in ("em", "verb", "colour", "pattern", "hand")]
+    assert shares == pytest.approx([1, 1, 2, 2, 2]) and columns == {"said": said}
+
+
+def test_what_transfer_compares_is_what_the_encoders_give(toy):
+    """y of the exo clips, F(x) of the ego clips: y beside itself would be a perfect score."""
+    model, tokenizer = load(toy / "stage2")
+    rows = read_manifest(toy / "toy/val.jsonl")[:4]
+    exo, estimate, plain = evaluation.exo_features(model, tokenizer, rows)
+    assert torch.allclose(exo, evaluation.encode_clips(model, tokenizer, rows, "exo"), atol=1e-5)
+    own, second = evaluation.encode_clips(model, tokenizer, rows, "ego").chunk(2, dim=1)
+    assert torch.allclose(estimate, second, atol=1e-5) and not torch.allclose(plain, second, atol=1e-2)
+
+
+def test_the_kl_of_shuffled_partners_is_that_of_others(monkeypatch):
+    exo = torch.randn(6, 8, 96, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(evaluation, "exo_features", lambda *_: (exo, exo, None))
+    figures = evaluation.kl_true_vs_shuffled(None, None, None)
+    assert figures["kl_true"] == pytest.approx(0, abs=1e-6) and figures["kl_shuffled"] > 0.1
+
+
+def test_a_choice_is_between_the_own_clip_and_four_others(toy, monkeypatch):
+    """A model that knows each clip's narration is always right, and the others are of the same scene, or of none but others."""
+    rows = read_manifest(toy / "toy" / "test.jsonl")
+    monkeypatch.setattr(evaluation, "narration_log_likelihood", lambda model, tokenizer, visual, pairs: np.array(
+        [float(rows[number]["text"] == text) for number, text in pairs]))
+    figures, _ = evaluation.choose_clip(None, None, rows, None)
+    assert figures["mcq_inter"] == figures["mcq_intra"] == 1
+    for item in range(len(rows)):
+        scene = item // 5
+        others = {kind: [n // 5 for n in evaluation.wrong_clips(rows, item, kind, np.random.default_rng(item))] for kind in ("inter", "intra")}
+        assert scene not in others["inter"] and others["intra"] == [scene] * 4
 
 
 def test_likelihood_is_the_sum_over_answer_tokens(toy):

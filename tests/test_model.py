@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import IGNORE, PRESETS, VIDEO, Connector, Decoder, Exo2Ego, KVCache, Mapping, RegNetBlock, Segments, ViT
+from model import IGNORE, PRESETS, VIDEO, Connector, Decoder, Exo2Ego, KVCache, LoRALinear, Mapping, RegNetBlock, Segments, ViT
 
 TOY = PRESETS["toy"]
 
@@ -120,6 +120,21 @@ def test_cache_equals_no_cache(lens):
             written = torch.cat([written, torch.tensor(slow[-1:])])
         assert fast[k] == slow
     assert fast == [model.generate(visual[k:k + 1], [i], eos=2, max_new=12)[0] for k, i in enumerate(ids)]
+    # An answer that has ended says no more, while others go on.
+    end = fast[0][4]
+    alone = [model.generate(visual[k:k + 1], [i], eos=end, max_new=12)[0] for k, i in enumerate(ids)]
+    assert len(alone[0]) <= 4 and model.generate(visual, ids, eos=end, max_new=12) == alone
+
+
+def test_lora_adds_alpha_over_rank_times_its_product():
+    layer = LoRALinear(8, 8, bias=False)
+    layer.add_lora(4, 12, 0.5)
+    nn.init.normal_(layer.lora_b)
+    x = torch.randn(3, 8)
+    want = x @ layer.weight.T + 3 * x @ layer.lora_a.T @ layer.lora_b.T
+    assert torch.allclose(layer.eval()(x), want, atol=1e-5)
+    assert not torch.allclose(layer.train()(x), want, atol=1e-2), "in training its input has dropout"
+    assert (PRESETS["7b"].lora_rank, PRESETS["7b"].lora_alpha, PRESETS["7b"].lora_dropout) == (128, 256, 0.1)
 
 
 def test_lora_starts_at_the_base_and_merges():

@@ -20,7 +20,7 @@ PAGES = ("README.md", "tests/README.md", "tests/LEDGER.md", "tests/study/README.
 STOP = "# ===== a first reader can stop here ====="
 STORY = {"model.py": 820, "data.py": 730, "train.py": 780, "eval.py": 540}      # lines above the stop line, at most
 STORIES, STORIES_CONTENT = 2870, 11_000
-ALL = 37_400                                                    # the design wants 36,000; mends of faults came in
+ALL = 37_600                                                    # the design wants 36,000; mends of faults came in
 BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try)
 
 

@@ -98,6 +98,7 @@ def line_of(row, seed, code="new", setting=ALL_TOLD, cpu="AVX2", em=(50.0, 60.0)
 def write_results(monkeypatch, tmp_path, lines):
     monkeypatch.setattr(study, "RESULTS", tmp_path / "results.jsonl")
     monkeypatch.setattr(study, "code_hash", lambda: "new")
+    monkeypatch.setattr(study, "CPU", "AVX2")
     study.RESULTS.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -114,8 +115,15 @@ def test_cells_hold_for_their_code_or_what_was_verified(tmp_path, monkeypatch):
     assert set(study.finished()) == {x_only, full, Cell("no KL", ALL_TOLD, 2)}
 
 
+def test_another_kind_of_cpu_has_cells_of_its_own(tmp_path, monkeypatch):
+    """A fork's row on an AVX512 machine was trained, and stood beside no rival: that one was there, of AVX2."""
+    write_results(monkeypatch, tmp_path, [line_of("full", 0), line_of("full", 1), line_of("full", 0, cpu="AVX512"), line_of("no KL", 0, cpu="AVX512")])
+    assert {cell.seed for cell in study.finished()} == {0, 1} and all(line["cpu"] == "AVX2" for line in study.finished().values())
+    assert set(study.finished("AVX512")) == {Cell("full", ALL_TOLD, 0), Cell("no KL", ALL_TOLD, 0)}
+
+
 @pytest.mark.parametrize("change", (
-    dict(world="--noise 1"), dict(setting="a setting that is gone"), dict(row="a row that is gone"), dict(variant_code="another class"),
+    dict(torch="9.9.9"), dict(world="--noise 1"), dict(setting="a setting that is gone"), dict(row="a row that is gone"), dict(variant_code="another class"),
     dict(flags=dict(stage1="", stage2="--no-kl", stage3="", variant="", stages=[1, 2, 3]))))
 def test_a_cell_is_void_when_its_row_changes(tmp_path, monkeypatch, change):
     write_results(monkeypatch, tmp_path, [line_of("KL without F", 0), line_of("KL without F", 1) | change])
@@ -211,7 +219,7 @@ def test_minutes_that_are_too_few_are_said(tmp_path, monkeypatch, capsys):
         clock[0] += took
         return cell._asdict() | dict(seconds=took, figures={})
     monkeypatch.setattr(study.time, "time", lambda: clock[0])
-    for name, new in dict(run_cell=run_cell, append=lambda line: None, finished=dict, ThreadPoolExecutor=lambda cores: ThreadPoolExecutor(1)).items():
+    for name, new in dict(run_cell=run_cell, append=lambda line: None, finished=lambda cpu: {}, ThreadPoolExecutor=lambda cores: ThreadPoolExecutor(1)).items():
         monkeypatch.setattr(study, name, new)
     cells = [Cell("full", ALL_TOLD, seed) for seed in range(5)]
     study.run_cells(cells[:4], minutes=240, out=tmp_path)

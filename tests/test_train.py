@@ -437,8 +437,8 @@ def test_stage_0_is_made_by_one_process_for_any_number_of_ranks(tmp_path, monkey
     made = []
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setattr(train, "train", made.append)
-    train.make_missing_stage_0(train.parse(["--stage", "1", "--batch", "48", "--out", str(tmp_path / "stage1")]))
-    assert made[0].stage == 0 and os.environ["WORLD_SIZE"] == "3"
+    train.make_missing_stage_0(train.parse(["--stage", "1", "--batch", "48", "--seed", "3", "--data", "d", "--out", str(tmp_path / "stage1")]))
+    assert made[0].stage == 0 and os.environ["WORLD_SIZE"] == "3" and (made[0].seed, made[0].data) == (3, ["d"])
 
 
 def test_a_bug_is_named_with_its_place(tmp_path):
@@ -469,6 +469,21 @@ def test_all_ranks_wait_for_a_save_before_one_ends(monkeypatch):
     with pytest.raises(OSError):
         keeper.save()
     assert order == ["saved", "met", "met"]
+
+
+def test_a_signal_ends_a_validation(toy, monkeypatch):
+    """torchrun kills 30 seconds after a signal; a validation at 7b takes minutes."""
+    cfg, run_, phase, model, tokenizer = stage_2(toy, "--val-every", "1")
+    objective = train.Objective(model, tokenizer, phase, cfg, 1)
+    loader = train.validation_loader(run_, objective)
+    assert loader.view == "ego", "its text loss needs no exo clips"
+    read = []
+    monkeypatch.setattr(train.Objective, "text_sum", lambda self, batch: read.append(batch) or torch.ones(2))
+    train.validate(run_, objective, loader, 1, train.Log(None, 0))
+    assert read
+    run_.stop = 1.0
+    train.validate(run_, objective, loader, 1, train.Log(None, 0))
+    assert len(read) == math.ceil(loader.samples / loader.batch_size)
 
 
 def test_a_validation_loss_that_is_no_number_ends_nothing(tmp_path):
@@ -572,6 +587,10 @@ def test_accumulation_and_ranks_equal_one_batch(toy, tmp_path, stage):
     run(*(TORCHRUN if stage == 1 else RANKS), REPO / "train.py", *args, "--out", tmp_path / "ranks")
     agree(tmp_path / "plain", tmp_path / "micro")
     agree(tmp_path / "plain", tmp_path / "ranks")
+    if stage == 2:
+        # A micro batch of one parts the cameras of a moment.
+        run(REPO / "train.py", *args, "--out", tmp_path / "one", "--micro-batch", 1)
+        agree(tmp_path / "plain", tmp_path / "one")
 
 
 def test_overfit_reaches_nothing(toy, tmp_path, monkeypatch):
@@ -592,9 +611,42 @@ def test_every_ablation_runs_and_does_what_it_says(toy, tmp_path, change, presen
     go(*flags(toy, 2), *change, "--out", tmp_path / "a", "--steps", 2, "--batch", 8, "--no-eval")
     row = log(tmp_path / "a")[-1]
     assert present <= row.keys() and not absent & row.keys()
+    weight = dict(vtg=1, kl=5, ccl=3, contrastive=0.5) | (dict(kl=1, ccl=0.2) if "--kl-weight" in change else {})
+    assert row["loss"] == pytest.approx(sum(weight[name] * row[name] for name in weight if name in row), rel=1e-5)
+    assert any(re.match(r"F\..*\.fc1\.", name) for name in weights(tmp_path / "a")) == ("mlp" in change)
     parts = {train.part_of(n) for n in weights(tmp_path / "a")}
     assert ("F" in parts) == (change[0] != "--no-mapping")
     assert load_checkpoint(tmp_path / "a", base=toy / "stage0")[1]["stage"] == 2        # whole, with an idle G too
+
+
+def test_a_cycle_that_goes_forward_alone_is_a_part_of_both(toy):
+    objective, batch = ready_objective(toy, 2)
+    model = objective.model
+    with torch.no_grad():
+        seen = model(batch.ego, batch.exo)
+        both = objective.cycle(seen.x, seen.y, batch.ego_of)
+        objective.cfg = replace(objective.cfg, forward_cycle_only=True)
+        forward = objective.cycle(seen.x, seen.y, batch.ego_of)
+        assert torch.allclose(forward, objective.distance(model.G(model.F(seen.x)), seen.x)[batch.ego_of])
+        assert torch.allclose(both - forward, objective.distance(model.F(model.G(seen.y)), seen.y), atol=1e-5)
+
+
+def test_shuffled_pairs_reach_the_loader(toy):
+    plain, wrong = (train.training_loader(run_, phase, model, tokenizer).rows
+                    for _, run_, phase, model, tokenizer in (stage_2(toy), stage_2(toy, "--shuffle-pairs")))
+    assert len(plain) == len(wrong) and all(a["id"] == b["id"] and a["exo"] != b["exo"] for a, b in zip(plain, wrong))
+
+
+def test_the_recipe_is_the_papers():
+    """What stands in the ledger: batches, epochs, warm-up, rates; the losses' weights, ours; AdamW's betas at 7b."""
+    for table in (train.PAPER, train.TOY):
+        assert table[2][0].losses == dict(vtg=1, kl=5, ccl=3)
+    rows = [train.PAPER[stage][0] for stage in range(4)]
+    assert [(row.batch, row.epochs, row.warmup) for row in rows] == [(512, 5, 0.1), (256, 2, 0.03), (256, 2, 0.03), (64, 1, 0.03)]
+    assert [set(row.trains.values()) for row in rows] == [{1e-3}, {1e-4}, {1e-4}, {2e-5}]
+    trained = {"model.ego_vit.x": torch.nn.Parameter(torch.zeros(2))}
+    adamw, = train.make_optimizers(trained, dict.fromkeys(trained, 1.0), replace(CFG, preset="7b", optimizer="adamw"))
+    assert adamw.defaults["betas"] == (0.9, 0.999) and adamw.defaults["weight_decay"] == 0
 
 
 def test_another_view_of_the_moment_is_no_negative():
@@ -1141,7 +1193,8 @@ def test_the_validation_loss_is_the_same_for_any_number_of_ranks(toy, tmp_path, 
         for rank in range(world):
             run_ = train.Run(cfg, rank, world, torch.device("cpu"), False)
             objective = train.Objective(model, tokenizer, stage, cfg, world)
-            run_.sum = lambda tensor: sums.append(tensor.clone()) or [0.0, 1.0]
+            # Of one number, whether a signal came; of two, the sums that are wanted.
+            run_.sum = lambda tensor: [0.0] if len(tensor) == 1 else sums.append(tensor.clone()) or [0.0, 1.0]
             train.validate(run_, objective, train.validation_loader(run_, objective), 1, train.Log(None, 0))
         total, tokens = torch.stack(sums).sum(0).tolist()
         found[world] = total / tokens, tokens

@@ -352,8 +352,11 @@ def main():
         return print(compare_curves(args.curves))
     if args.make_curves:
         return make_curves(args.out.resolve())
-    found = sections(finished())
+    cells = finished()
+    found = sections(cells)
     if args.page:
+        if not cells:
+            raise SystemExit("no cell holds for this code, and the page's tables would be emptied: run.py --verify full")
         PAGE.write_text(filled(PAGE.read_text(), found))
     else:
         print(*(f"## {name}\n{text}\n" for name, text in found.items()), sep="\n")

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -295,10 +296,14 @@ def valid_code() -> set[str]:
     return valid
 
 
-def finished() -> dict[Cell, dict]:
-    """Cells of results.jsonl that hold for this code: made by it, or by code that --verify found equal."""
+def finished(cpu=None) -> dict[Cell, dict]:
+    """Cells of results.jsonl that hold for this code: made by it, or by code that --verify found equal; on this kind of
+    CPU, or (None) on the one that made most of them."""
     valid = valid_code()
-    return {cell_of(line): line for line in recorded() if "row" in line and line["code"] in valid and holds(line)}
+    lines = [line for line in recorded() if "row" in line and line["code"] in valid and holds(line)]
+    kinds = Counter(line["cpu"] for line in lines).most_common(1)
+    kind = cpu or (kinds[0][0] if kinds else CPU)
+    return {cell_of(line): line for line in lines if line["cpu"] == kind}
 
 
 def holds(line: dict) -> bool:
@@ -413,7 +418,10 @@ def cycle_of(stage2: Path) -> dict:
 def probe(out: Path):
     """Look inside the trained models of `full` and of two controls, at every seed whose stages are still cached."""
     there = {(line["probe"], line["seed"]) for line in recorded() if "probe" in line and line["code"] == code_hash()}
-    for cell in finished():
+    cells = finished(CPU)
+    if not cells:
+        raise SystemExit("no cell holds for this code on this kind of CPU: run.py --verify full, or train some")
+    for cell in cells:
         wanted = cell.setting == ALL_TOLD and cell.row in ("full", "no KL", "shuffled pairs")
         if not wanted or (cell.row, cell.seed) in there:
             continue
@@ -459,7 +467,7 @@ def verify(out: Path, row: str):
 def run_cells(cells: list[Cell], minutes: float, out: Path):
     """Run what is not there, as many cells at once as there are cores, and record each; none is started that would end
     later."""
-    there = finished()
+    there = finished(CPU)
     left = [cell for cell in cells if cell not in there]
     print(f"code {code_hash()}: {len(cells) - len(left)} cells are there, {len(left)} to run", flush=True)
     began, taken = time.time(), []                          # seconds of each finished cell
@@ -511,7 +519,7 @@ def main():
     rows = [row for row in args.rows if row != args.rival]
     seeds = args.seeds or [0, 1, 2]
     run_cells([Cell(row, args.setting, seed) for row in (args.rival, *rows) for seed in seeds], args.minutes, out)
-    print(table(finished(), args.rival, rows, args.setting))
+    print(table(finished(CPU), args.rival, rows, args.setting))
 
 
 if __name__ == "__main__":
