@@ -3080,7 +3080,7 @@ def _check_videos(row, limit, begun):
     # Whole films that are one moment end together. Of longer ones, one camera may have been stopped later.
     if len(spans) == 1 and np.ptp(lengths) > 0.1:
         sentence = f"has videos that last {', '.join(f'{length:.2f}' for length in lengths)} s"
-        if spans == {(None, None)}:
+        if all(end is None for _, end in spans):
             found += [("ego and exo differ", sentence, clip["video"]) for clip in clips_of(row)]
         else:
             remarks.append(("videos differ in length", f"{sentence}: do they begin together?"))

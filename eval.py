@@ -828,13 +828,17 @@ def run_benches(ckpt, args):
             all_done = egobench(ckpt, argparse.Namespace(**vars(args) | own))
         except DataError as error:
             # The others of "all" need not suffer from one whose files are not as they should be.
-            refused.append(f"{name}: {error}")
-            print(refused[-1], flush=True)
+            if len(names) == 1:
+                raise
+            refused.append(name)
+            print(f"{name}: {error}", flush=True)
     # Of several ranks the one that ends last makes the page.
     if args.report and len(refused) < len(names) and all_done:
         print(write_report(Path(args.out or "results")))
-    if refused:
-        raise DataError("; ".join(refused))
+    # One of several ranks that left with an error would end the others.
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    if refused and (alone or len(refused) == len(names)):
+        raise DataError(f"not scored, as said above: {', '.join(refused)}")
 
 
 def content_of(folder, name):

@@ -270,6 +270,7 @@ def validate(run, objective, loader, step, log):
         # A signal to any rank ends it: there may be seconds left, in which the run has to save.
         asked = torch.tensor([run.stop], device=run.device)
         if sum(run.sum(asked)) > 0:
+            log.write(dict(step=step, val_loss=math.nan), f"step {step} | no val_loss: the run was asked to stop")
             return
         for batch in loader.batch(i) or [without_weight(loader.micro_batch(range(1)))]:
             batch = batch.to(run.device)
@@ -1188,16 +1189,14 @@ class Keeper:
         """Save the last whole step, if there is one that is not saved."""
         if self.step > self.saved:
             set_random_state(self.random, self.run.device)
-            try:
-                save_checkpoint(
-                    self.run, self.objective, self.optimizers,
-                    step=self.step,
-                    trained=self.trained,
-                    skipped=self.skipped)
-            finally:
-                # torchrun ends all ranks as soon as one has ended: none goes on while another one saves.
-                if self.run.world > 1:
-                    dist.barrier()
+            save_checkpoint(
+                self.run, self.objective, self.optimizers,
+                step=self.step,
+                trained=self.trained,
+                skipped=self.skipped)
+            # torchrun ends all ranks as soon as one has ended: none goes on while another one saves.
+            if self.run.world > 1:
+                dist.barrier()
             self.saved = self.step
         self.saved_at = time.monotonic()
 

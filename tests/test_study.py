@@ -1,6 +1,8 @@
 """The study's arithmetic: intervals that mean something, cells that hold only for the code that made them."""
 import json
+import os
 import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -227,6 +229,21 @@ def test_minutes_that_are_too_few_are_said(tmp_path, monkeypatch, capsys):
     clock[0], seconds = 0.0, iter((60, 60, 60))
     study.run_cells(cells, minutes=3.5, out=tmp_path)
     assert "2 cells are left, for which 3.5 minutes were too few: the same call goes on" in capsys.readouterr().out
+
+
+def test_a_probe_is_told_the_seed_of_its_cell(tmp_path, monkeypatch):
+    write_results(monkeypatch, tmp_path, [line_of("full", 2)])
+    stages = study.places(study.ROWS["full"], ALL_TOLD, 2, tmp_path)[1]
+    stages[3].mkdir(parents=True)
+    (stages[3] / "eval.json").write_text("{}")
+    asked = []
+
+    def answer(words, **_):
+        asked.append(list(map(os.fspath, words)))               # as the system wants them
+        return subprocess.CompletedProcess(words, 0, stdout='{"features": {}}')
+    monkeypatch.setattr(study.subprocess, "run", answer)
+    study.probe(tmp_path)
+    assert asked[0][-2:] == ["--seed", "2"] and study.recorded()[-1]["probe"] == "full"
 
 
 def test_cells_that_begin_alike_share_their_stages(tmp_path):

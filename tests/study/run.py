@@ -389,8 +389,8 @@ def run_cell(cell: Cell, out: Path) -> dict:
     newest = max(stages[row.stages[-1]].glob("step_*"))
     state = json.loads((newest / "state.json").read_text())
     # The commands above read the files as they are.
-    if code_hash() != code_hash.__wrapped__():
-        raise SystemExit(f"the code has changed while {cell} was trained: call again, and it is trained anew")
+    if (code_hash(), variant_hash(variant)) != (code_hash.__wrapped__(), variant_hash.__wrapped__(variant)):
+        raise SystemExit(f"the code has changed while {cell} was trained: remove {stages[1].parent}, and call again")
     return cell._asdict() | dict(
         flags=asdict(row),
         world=SETTINGS[cell.setting],
@@ -420,7 +420,7 @@ def probe(out: Path):
     there = {(line["probe"], line["seed"]) for line in recorded() if "probe" in line and line["code"] == code_hash()}
     cells = finished(CPU)
     if not cells:
-        raise SystemExit("no cell holds for this code on this kind of CPU: run.py --verify full, or train some")
+        raise SystemExit("no cell holds for this code on this kind of CPU: run.py --rows trains some")
     for cell in cells:
         wanted = cell.setting == ALL_TOLD and cell.row in ("full", "no KL", "shuffled pairs")
         if not wanted or (cell.row, cell.seed) in there:
@@ -428,7 +428,7 @@ def probe(out: Path):
         world, stages = places(ROWS[cell.row], cell.setting, cell.seed, out)
         if (stages[3] / "eval.json").is_file():
             words = [word for stage, folder in stages.items() for word in (f"--stage{stage}", folder)]
-            words += ["--seed", cell.seed]
+            words += ["--seed", str(cell.seed)]
             words += ["--only-features"] if cell.row != "full" else []
             done = subprocess.run([sys.executable, "tests/study/probe.py", "--world", world, *words],
                                   cwd=REPO, stdout=subprocess.PIPE, text=True, check=True)
@@ -439,9 +439,10 @@ def probe(out: Path):
 def verify(out: Path, row: str):
     """Run the latest cell of `row` that this kind of CPU made afresh with the code as it is: what the old cell recorded
     must be equal to the digit, and then all older cells hold. Figures that are new void nothing."""
-    lines = [line for line in recorded() if "row" in line and line["cpu"] == CPU and line["row"] == row]
+    lines = [line for line in recorded() if line.get("row") == row and line["cpu"] == CPU
+             and line.get("torch", "2.13.0") == TORCH]
     if not lines:
-        raise SystemExit(f"no cell of {row} in {RESULTS} was made on a CPU with {CPU}: "
+        raise SystemExit(f"no cell of {row} in {RESULTS} was made on a CPU with {CPU} by torch {TORCH}: "
                          f"run one before the change, then --verify after it")
     old = lines[-1]
     cell, out = cell_of(old), out / "verify"
@@ -459,7 +460,7 @@ def verify(out: Path, row: str):
     if apart:
         head = f"{words}: the numbers changed, the cells of code {old['code']} are void:"
         raise SystemExit("\n".join([head, *apart]))
-    if cell not in finished():
+    if old["code"] not in valid_code():
         append(dict(verified=new["code"], same_as=old["code"], by=list(cell)))
     print(f"{words}: equal to the digit")
 
