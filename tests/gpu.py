@@ -1,12 +1,18 @@
-"""What only a GPU can say about this repository, as one command of a quarter of an hour.
+"""What only a GPU can say about this repository. A machine that is lent for ten minutes a command takes two of them:
+
+    python tests/gpu.py --out DIR --seconds 560 --parts correct,tiles,speed,step    # first what decides something
+    python tests/gpu.py --out DIR --seconds 560 --parts compile,stages,run,data,answer
 
     python tests/gpu.py --out DIR                       # all parts, one JSON line a finding in DIR/gpu.jsonl
-    python tests/gpu.py --out DIR --parts correct,speed # some of them
     python tests/gpu.py --out DIR --dry                 # every part at tiny sizes on a CPU: does the script itself run?
     python tests/gpu.py --table tests/gpu-h100.jsonl    # the tables of tests/README.md
 
-Every part is a process of its own with a time limit of its own, so that a hang or a dead device costs one part.
-Rows are written as they are found. A wrong kernel is a row that says so, and never stops the parts after it.
+Every part is a process of its own with a time limit of its own, so that a hang or a dead device costs one part; what
+--seconds leaves no time for is said. Rows are written as they are found. A wrong kernel is a row that says so, and never
+stops the parts after it. Without git (a bare copy) REVISION=... names the code in every row.
+
+How the rows of "tiles" decide between the two forms of the kernels: tests/kernels/descriptors.py stays where all its cases
+in "correct" are right and "turns" has its time below 0.97 of the pointers' in every round, over all shapes of a kernel.
 """
 import argparse
 import gc
@@ -54,7 +60,7 @@ if DRY:
     torch.compile = partial(torch.compile, backend="aot_eager")
 DEVICE = "cpu" if DRY else "cuda"
 PRESET = "toy" if DRY else "7b"
-SECONDS = {"correct": 90, "speed": 60, "tiles": 150, "step": 170, "compile": 200, "stages": 200, "data": 120, "run": 200,
+SECONDS = {"correct": 120, "speed": 60, "tiles": 180, "step": 190, "compile": 200, "stages": 200, "data": 120, "run": 220,
            "answer": 90}                                        # limit of each part
 if DRY:
     SECONDS = dict.fromkeys(SECONDS, 300)
@@ -130,11 +136,14 @@ def run_attention(case, backend, dtype, head_dim):
     return dict(zip(("o", "dq", "dk", "dv"), (out.detach(), *torch.autograd.grad(out, (q, k, v), do.to(DEVICE)))))
 
 
-def check_cases(dtype, head_dim):
+def check_cases(dtype, head_dim, form="pointers"):
     """Findings of all cases: error of each tensor as a share of the largest true value, ours and torch's own kernel's."""
+    if form == "descriptors":
+        import descriptors
+        network.triton_kernels = descriptors.triton_kernels     # this process is a worker's, and checks this form alone
     found = []
     for case in CASES:
-        row = dict(case=case, dtype=str(dtype)[6:], head_dim=head_dim)
+        row = dict(case=case, dtype=str(dtype)[6:], head_dim=head_dim, form=form)
         try:
             ours, again = (run_attention(case, "triton", dtype, head_dim) for _ in range(2))
             truth = run_attention(case, "float64", dtype, head_dim)
@@ -162,11 +171,16 @@ def check_cases(dtype, head_dim):
 def part_correct(out):
     """Our kernels against the float64 formula, and equal reruns."""
     dtypes = (torch.float16,) if DRY else (torch.bfloat16, torch.float16)       # bfloat16 is not interpreted
-    kinds = [(dtype, head_dim) for head_dim in ((32,) if DRY else (128, 64, 32)) for dtype in dtypes]
-    with ProcessPoolExecutor(2 if DRY else 6, mp_context=get_context("spawn")) as pool:     # most of the time is compiling
-        for rows in pool.map(check_cases, *zip(*kinds)):
-            for row in rows:
-                say(out, "correct", **row)
+    kinds = [(dtype, head_dim, "pointers") for head_dim in ((32,) if DRY else (128, 64, 32)) for dtype in dtypes]
+    kinds += [(dtypes[0], head_dim, "descriptors") for head_dim in ((32,) if DRY else (128, 64))]
+    # Most of the time is compiling. A worker takes one kind, so a dead one takes no other's rows along.
+    with ProcessPoolExecutor(2 if DRY else 8, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        for kind, rows in {kind: pool.submit(check_cases, *kind) for kind in kinds}.items():
+            try:
+                for row in rows.result():
+                    say(out, "correct", **row)
+            except Exception as problem:
+                say(out, "correct", ok=False, wrong=f"{kind}: {type(problem).__name__}: {str(problem)[:300]}")
 
 
 # -------------------------------------------------------------------------------------------------------- 2 speed
@@ -297,30 +311,57 @@ def try_tile(form, kernel, head_dim, tile):
 
 
 def part_tiles(out):
-    """Every candidate tile of both forms: is it right, and how fast; then the fastest of each form as a table to paste."""
-    jobs = [(form, kernel, head_dim, tile) for form, candidates in FORMS.items()
-            for (kernel, head_dim), tiles in candidates.items() for tile in tiles]
-    with ProcessPoolExecutor(1 if DRY else 14, mp_context=get_context("spawn")) as pool:    # compiled code lands in a cache on disk
-        wrong = dict(zip(jobs, pool.map(try_tile, *zip(*jobs))))
+    """Every candidate tile of both forms: is it right, and how fast; the fastest of each form as a table to paste; then
+    the fastest of both forms in turns."""
     best, launches = {}, {}
-    for job in jobs:
-        form, kernel, head_dim, tile = job
-        shapes = {name: shape for name, shape in SHAPES.items() if shape[3] == head_dim}
-        if (kernel, head_dim) not in launches:
-            launches = {(kernel, head_dim): [Launch(kernel, *shape) for shape in shapes.values()]}      # one kernel's at a time
-        problem, times = wrong[job], []
-        try:
-            if problem is None:
-                times = [seconds_of(partial(launch, form, tile)) for launch in launches[kernel, head_dim]]
-        except Exception as error:
-            problem = f"{type(error).__name__}: {str(error)[:120]}"
-        if problem is None:
-            best.setdefault(f"{form} {kernel} {head_dim}", []).append((sum(times), tile))
-        say(out, "tiles", form=form, kernel=kernel, head_dim=head_dim, tile=tile, ok=problem is None, wrong=problem,
-            us={name: round(t * 1e6, 1) for name, t in zip(shapes, times)})
-    fastest = {name: min(found) for name, found in best.items()}
-    say(out, "tiles", ok=True, best={name: tile for name, (_, tile) in fastest.items()},
-        us={name: round(seconds * 1e6, 1) for name, (seconds, _) in fastest.items()})
+    for form, candidates in FORMS.items():
+        jobs = [(kernel, head_dim, tile) for (kernel, head_dim), tiles in candidates.items() for tile in tiles]
+        # Compiled code lands in a cache on disk. A form of which a worker dies does not take the other form along.
+        with ProcessPoolExecutor(1 if DRY else 14, mp_context=get_context("spawn")) as pool:
+            tried = {job: pool.submit(try_tile, form, *job) for job in jobs}
+            for job, future in tried.items():
+                kernel, head_dim, tile = job
+                shapes = {name: shape for name, shape in SHAPES.items() if shape[3] == head_dim}
+                times = []
+                try:
+                    problem = future.result()
+                    if (kernel, head_dim) not in launches:      # one kernel's at a time
+                        launches = {(kernel, head_dim): [Launch(kernel, *shape) for shape in shapes.values()]}
+                    if problem is None:
+                        times = [seconds_of(partial(launch, form, tile)) for launch in launches[kernel, head_dim]]
+                except Exception as error:
+                    problem = f"{type(error).__name__}: {str(error)[:120]}"
+                if problem is None:
+                    best.setdefault((kernel, head_dim), {}).setdefault(form, []).append((sum(times), tile))
+                # A tile that asks for more shared memory than there is is an answer, too.
+                fits = "OutOfResources" not in str(problem)
+                say(out, "tiles", form=form, kernel=kernel, head_dim=head_dim, tile=tile, ok=problem is None or not fits, wrong=problem,
+                    us={name: round(t * 1e6, 1) for name, t in zip(shapes, times)})
+    fastest = {key: {form: min(found) for form, found in forms.items()} for key, forms in best.items()}
+    say(out, "tiles", ok=True, best={f"{form} {kernel} {head_dim}": tile for (kernel, head_dim), forms in fastest.items()
+                                     for form, (_, tile) in forms.items()})
+    for (kernel, head_dim), forms in fastest.items():
+        if len(forms) == 2:
+            in_turns(out, kernel, head_dim, {form: tile for form, (_, tile) in forms.items()})
+
+
+def in_turns(out, kernel, head_dim, tiles):
+    """The fastest tile of both forms of a kernel, nine rounds in turns: the clock drifts by more than the forms differ. And
+    one launch on few tokens by the host's clock: a descriptor is made anew for each."""
+    shapes = {name: shape for name, shape in SHAPES.items() if shape[3] == head_dim}
+    launches, ratios = [Launch(kernel, *shape) for shape in shapes.values()], []
+    for _ in range(1 if DRY else 9):
+        spent = {form: sum(seconds_of(partial(launch, form, tile), rounds=1) for launch in launches) for form, tile in tiles.items()}
+        ratios.append(spent["descriptors"] / spent["pointers"])
+    small, host = Launch(kernel, (1,) * 8, 4, 2, head_dim, True), {}
+    for form, tile in tiles.items():
+        small(form, tile)
+        began = time.perf_counter()
+        for _ in range(2 if DRY else 200):
+            small(form, tile)
+        host[form] = (time.perf_counter() - began) / (2 if DRY else 200)
+    say(out, "tiles", turns=f"{kernel} {head_dim}", ok=True, tiles=tiles, descriptors_over_pointers=round(statistics.median(ratios), 3),
+        lowest=round(min(ratios), 3), highest=round(max(ratios), 3), host_us={form: round(1e6 * t, 1) for form, t in host.items()})
 
 
 # --------------------------------------------------------------------------------------------------------- 4 step, 5 compile, 6 stages
@@ -368,20 +409,27 @@ def ours_and_theirs(out, stage, preset, clips, dtype, configurations, beside=())
     meta_run, phase = train.Run(cfg, 0, 1, torch.device("cpu"), False), train.stages_of(cfg)[0]
     work = {n: bench.step_flops(meta_run, phase, stage, batch, preset) for n, batch in batches.items()}
     batches = {n: batch.to(DEVICE) for n, batch in batches.items()}
-    network.choose_attention(torch.device(DEVICE), dtype, PRESETS[preset])
+    kernels = network.choose_attention(torch.device(DEVICE), dtype, PRESETS[preset])
     objective, trained, run = bench.our_objective(stage, preset, "--dtype", str(dtype)[6:], "--optimizer", "adamw", device=DEVICE)
     for recompute, compiled in configurations:
         for n in clips:
             set_up = replace(run, cfg=replace(run.cfg, recompute=recompute, compile=compiled, no_compile=not compiled))
             train.wrap(set_up, objective)
             step = bench.make_step(objective, trained, set_up, batches[n])
-            measure(out, step, work[n], partial(planned_bytes, stage, preset, n, recompute), stage=stage, preset=preset, clips=n,
-                    side="ours", recompute=recompute, compiled=compiled)
+            # What a compiler keeps is not planned.
+            plan = None if compiled else partial(planned_bytes, stage, preset, n, recompute)
+            measure(out, step, work[n], plan, stage=stage, preset=preset, clips=n, side="ours", recompute=recompute, compiled=compiled,
+                    attention=kernels.removeprefix("attention: "))
             objective.zero_grad(set_to_none=True)
     del objective, trained, step, set_up, run
     for checkpointed in beside:
         free()
-        step = bench.composed_step(stage, batches[clips[0]], dtype, preset, DEVICE, checkpointed)[1]
+        try:
+            step = bench.composed_step(stage, batches[clips[0]], dtype, preset, DEVICE, checkpointed)[1]
+        except Exception as problem:
+            say(out, "step", stage=stage, preset=preset, side="composition of transformers", ok=False,
+                wrong=f"{type(problem).__name__}: {str(problem)[:300]}")
+            continue
         for n in clips:
             measure(out, partial(step, batches[n]), work[n], stage=stage, preset=preset, clips=n,
                     side="composition of transformers", recompute="blocks" if checkpointed else "none", compiled=False)
@@ -393,9 +441,9 @@ def part_step(out):
     if DRY:
         ours_and_theirs(out, 1, "toy", (2,), torch.float32, [("none", False), ("cheap", False), ("blocks", False)], beside=(True, False))
         return
+    ours_and_theirs(out, 1, "7b", (2, 4), torch.bfloat16, [("cheap", False), ("none", False), ("blocks", False)], beside=(True, False))
     for stage in (1, 2, 3):
         ours_and_theirs(out, stage, "small", (32,), torch.bfloat16, [("none", False), ("cheap", False)], beside=(True, False))
-    ours_and_theirs(out, 1, "7b", (4, 2, 1), torch.bfloat16, [("cheap", False), ("blocks", False)], beside=(True,))
 
 
 def part_compile(out):
@@ -435,8 +483,9 @@ def write_take(path, seconds, width, height):
 
 
 def part_data(out):
-    """How long a 7b step of stage 1 waits for clips of 0.7 s from 1080p takes, with a loader worker per core but one."""
-    steps, batch_size, workers = (3, 2, 1) if DRY else (12, 4, max(1, len(os.sched_getaffinity(0)) - 1))
+    """How long a 7b step of stage 1 waits for clips of 0.7 s from 1080p takes, with four loader workers."""
+    batch_size, workers = (2, 1) if DRY else (3, 4)
+    steps = 3 * workers
     seconds, width, height = (3, 320, 180) if DRY else (15, 1920, 1080)
     objective, _, run = bench.our_objective(1, PRESET, "--dtype", "float32" if DRY else "bfloat16", "--optimizer", "adamw", device=DEVICE)
     network.choose_attention(torch.device(DEVICE), torch.float32 if DRY else torch.bfloat16, PRESETS[PRESET])
@@ -449,22 +498,25 @@ def part_data(out):
         loader = data.Loader(data.read_manifests([Path(folder) / "takes.jsonl"]), PRESETS[PRESET], bench.toy_words(folder), view="exo",
                              batch=batch_size)
         alone = time_of_batches(loader, steps, workers, lambda batch: None)[0]
+        forward_and_backward(objective, run, loader.batch(0)[0])                        # compiles
         each, waited = time_of_batches(loader, steps, workers, partial(forward_and_backward, objective, run))
     say(out, "data", what=f"clips of 0.7 s, {height}p, {workers} workers", ok=True, clips=batch_size, seconds=round(each, 4),
         waited=round(waited, 4), share_waited=round(waited / each, 3), clips_a_second_read=round(batch_size / alone, 1))
 
 
 def time_of_batches(loader, steps, workers, use):
-    """Seconds per batch, and of these seconds of waiting for it; the first two batches do not count."""
-    batches, waited = loader.stream(0, steps + 2, workers), []
-    for step in range(steps + 2):
-        if step == 2:
+    """Seconds per batch, and of these seconds of waiting for it. What the workers have read ahead before the first is used
+    does not count, and as much is still to be read when the last one is."""
+    ahead = 2 * workers + 2
+    batches, waited = loader.stream(0, steps + 2 * ahead, workers), []
+    for step in range(steps + ahead):
+        if step == ahead:
             began = time.perf_counter()
         asked = time.perf_counter()
         batch = next(batches)
         waited.append(time.perf_counter() - asked)
         use(batch[0])
-    return (time.perf_counter() - began) / steps, sum(waited[2:]) / steps
+    return (time.perf_counter() - began) / steps, sum(waited[ahead:]) / steps
 
 
 def forward_and_backward(objective, run, batch):
@@ -478,10 +530,23 @@ def forward_and_backward(objective, run, batch):
 
 # ---------------------------------------------------------------------------------------------------------- 8 run
 def command(*words, **options):
-    """Start train.py (or data.py) as a user does, in its own group of processes."""
+    """Start train.py (or data.py) as a user does, in its own group of processes, which ends with this part: else the next
+    part would be timed beside it."""
     env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS" or DRY}   # bench.py has set it for itself
-    return subprocess.Popen([sys.executable, *map(str, words)], cwd=HERE.parent, env=env, start_new_session=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, **options)
+    process = subprocess.Popen([sys.executable, *map(str, words)], cwd=HERE.parent, env=env, start_new_session=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True, **options)
+    STARTED.append(process)
+    return process
+
+
+STARTED = []                                                    # by this part
+
+
+def end_what_was_started(*_):
+    for process in STARTED:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    os._exit(1)
 
 
 def differing(a, b):
@@ -501,7 +566,8 @@ def self_check(out):
         for name in ("nothing compiled before", "compiled before"):
             done = subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, env=os.environ | {"TRITON_CACHE_DIR": cache}, capture_output=True, text=True)
             said = done.stdout.strip() or done.stderr.strip()[-300:]
-            say(out, "run", what="self-check at start-up", cache=name, ok=done.returncode == 0, said=said)
+            fast = done.returncode == 0 and (DRY or "attention: triton" in said)
+            say(out, "run", what="self-check at start-up", cache=name, ok=fast, said=said, wrong=None if fast else said)
 
 
 def part_run(out):
@@ -540,6 +606,9 @@ def resume_after_kill(out, folder, toy, base):
     if killed.poll() is None:
         os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()
+    if killed.returncode != -signal.SIGKILL:
+        say(out, "run", what="resume after kill -9", ok=False, wrong="the run had ended before it was killed")
+        return
     for process in (*whole, command(*stage, folder / "killed")):
         said, _ = process.communicate()
         if process.returncode:
@@ -648,15 +717,21 @@ PARTS = {"correct": part_correct, "speed": part_speed, "tiles": part_tiles, "ste
          "stages": part_stages, "data": part_data, "run": part_run, "answer": part_answer}
 
 
-def run_part(part, out):
-    """A part as a process of its own, ended with all that it started when its time is up."""
+def run_part(part, out, left=float("inf")):
+    """A part as a process of its own, ended with all that it started when its time is up, or the seconds that are left."""
+    limit = min(SECONDS[part], left)
     words = [sys.executable, __file__, "--part", part, "--out", str(out), *["--dry"] * DRY]
     process, began = subprocess.Popen(words, start_new_session=True), time.time()
     try:
-        code = process.wait(SECONDS[part])
+        code = process.wait(limit)
         wrong = f"the part ended with exit code {code}" if code else None
     except subprocess.TimeoutExpired:
-        wrong = f"ended at its limit of {SECONDS[part]} s"
+        wrong = f"ended at its limit of {limit:.3g} s"
+        process.terminate()                                     # it ends what it has started in groups of their own
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            pass
     try:
         os.killpg(process.pid, signal.SIGKILL)                  # also what it left behind
     except ProcessLookupError:
@@ -675,8 +750,9 @@ def table(path):
     if shares:
         print(f"Correct: {sum(r['ok'] for r in correct)} of {len(correct)} cases (output and three gradients, equal reruns). "
               f"Error beside that of torch's own kernel in the same dtype: median {statistics.median(shares):.2f}, largest {max(shares):.2f}.\n")
-    groups = [("speed", ("shape", "side", "forward_tflops", "both_tflops", "wrong")),
-              ("step", ("stage", "preset", "clips", "side", "checkpointed", "recompute", "compiled", "seconds", "tflops", "share_of_989", "peak_gb", "planned_gb", "wrong")),
+    groups = [("tiles", ("turns", "descriptors_over_pointers", "lowest", "highest", "host_us")),
+              ("speed", ("shape", "side", "forward_tflops", "both_tflops", "wrong")),
+              ("step", ("stage", "preset", "clips", "side", "checkpointed", "recompute", "compiled", "attention", "seconds", "tflops", "share_of_989", "peak_gb", "planned_gb", "wrong")),
               ("data", ("what", "clips", "seconds", "waited", "share_waited", "clips_a_second_read", "wrong")),
               ("run", ("what", "ok", "seconds", "waited", "clips_a_second", "exo_em", "differing", "gradients_apart", "wrong")),
               ("answer", ("what", "ours_tokens_a_second", "transformers_tokens_a_second", "alone_seconds", "cached_seconds", "ratio"))]
@@ -694,6 +770,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--out", type=Path, help="folder of gpu.jsonl")
     parser.add_argument("--parts", default=",".join(PARTS), help="in this order: " + ", ".join(PARTS))
+    parser.add_argument("--seconds", type=float, default=3600, help="for all parts together (3600)")
     parser.add_argument("--part", choices=PARTS, help="one part in this very process")
     parser.add_argument("--dry", action="store_true", help="tiny sizes on a CPU, kernels interpreted")
     parser.add_argument("--table", metavar="FILE", help="print the findings of a gpu.jsonl as tables")
@@ -702,19 +779,28 @@ def main():
         return table(args.table)
     if args.out is None or (unknown := {*args.parts.split(",")} - {*PARTS}):
         parser.error("--out DIR is needed" if args.out is None else f"--parts {unknown}: choose of {', '.join(PARTS)}")
+    if not (os.environ.get("REVISION") or network.git_revision()):
+        parser.error("there is no git here: REVISION=... in front of the command names the code in every row")
     if not DRY and not torch.cuda.is_available():
         print("gpu.py: no GPU is visible here: --dry tries the script itself on a CPU", file=sys.stderr)
         sys.exit(2)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.part:
+        data.die_with_parent()
+        signal.signal(signal.SIGTERM, end_what_was_started)
         try:
             return PARTS[args.part](args.out)
         except Exception:
             traceback.print_exc()
             sys.exit(1)
+    ends = time.monotonic() + args.seconds
     for part in args.parts.split(","):
         print(f"--- {part}", flush=True)
-        run_part(part, args.out)
+        left = ends - time.monotonic()
+        if left < 30:
+            say(args.out, part, what="the whole part", ok=False, wrong="not begun: --seconds left no time for it")
+        else:
+            run_part(part, args.out, left)
     rows = [json.loads(line) for line in (args.out / "gpu.jsonl").read_text().splitlines()]
     wrong = [r for r in rows if not r["ok"]]
     print(f"{len(rows)} findings, {len(wrong)} of them wrong")
