@@ -270,7 +270,9 @@ def validate(run, objective, loader, step, log):
         # A signal to any rank ends it: there may be seconds left, in which the run has to save.
         asked = torch.tensor([run.stop], device=run.device)
         if sum(run.sum(asked)) > 0:
-            log.write(dict(step=step, val_loss=math.nan), f"step {step} | no val_loss: the run was asked to stop")
+            log.write(
+                dict(step=step, val_loss=math.nan),
+                f"step {step} | no val_loss: the run was asked to stop")
             return
         for batch in loader.batch(i) or [without_weight(loader.micro_batch(range(1)))]:
             batch = batch.to(run.device)
@@ -1660,7 +1662,8 @@ class Log:
         if first == 0:
             self.skipped = 0
         self.clock = time.monotonic()
-        self.unshown = []               # (seconds, waited) of each step since the last line
+        # (seconds, waited) of each step since the last line on the screen
+        self.unshown = []
         while True:
             asked = time.monotonic()
             batch = next(batches, None)

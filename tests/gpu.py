@@ -142,7 +142,8 @@ def check_cases(dtype, head_dim, form="pointers"):
         import descriptors
         network.triton_kernels = descriptors.triton_kernels     # this process is a worker's, and checks this form alone
     found = []
-    for case in CASES:
+    # Interpreted, a case takes seconds, and tests/kernels has checked both forms so.
+    for case in list(CASES)[:1 if DRY and form == "descriptors" else None]:
         row = dict(case=case, dtype=str(dtype)[6:], head_dim=head_dim, form=form)
         try:
             ours, again = (run_attention(case, "triton", dtype, head_dim) for _ in range(2))

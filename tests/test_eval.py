@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -450,7 +451,8 @@ def test_the_mean_of_F_says_nothing_of_the_clip(toy, monkeypatch):
     seen = []
     monkeypatch.setattr(evaluation, "generate_answers", lambda model, tokenizer, visual, questions: seen.append(visual) or questions)
     visual = torch.randn(6, 8, 3)
-    evaluation.narrate_with_mean_F(None, None, [{"text": ""}] * 6, visual)
+    model = Namespace(cfg=Namespace(visual_tokens=4))
+    evaluation.narrate_with_mean_F(model, None, [{"text": ""}] * 6, visual)
     assert torch.equal(seen[0][:, :4], visual[:, :4])
     assert torch.allclose(seen[0][:, 4:], visual[:, 4:].mean(0).expand(6, 4, 3)) and seen[0].shape == visual.shape
 
