@@ -1912,7 +1912,7 @@ def exo2ego_from_videollama2(path, dtype=None, vision=None) -> Exo2Ego:
         vit_mlp_dim=vit.cfg.vit_mlp_dim,
         stc_depth=depth if depth > 0 else PRESETS["7b"].stc_depth,
         frames=files.config.get("num_frames") or PRESETS["7b"].frames)
-    # F and G halve the patch grid as often as it can be halved: of CLIP-L 24 x 24 twice, of CLIP-B/16 14 x 14 once.
+    # F and G halve the patch grid twice, or as often as its side allows: CLIP-L 24 x 24 twice, CLIP-B/16 14 x 14 once.
     while cfg.patches_per_side % 2 ** cfg.map_downs:
         cfg = replace(cfg, map_downs=cfg.map_downs - 1)
     with torch.device("meta"):

@@ -1074,9 +1074,9 @@ def tune_malloc():
         libc.mallopt(-1, -1)                                    # M_TRIM_THRESHOLD: the heap never shrinks
 
 
+aten = torch.ops.aten
 # Operators whose results --recompute cheap stores during a block's forward: products and fused attention. Backward
 # computes the rest of the block (norms, activations, gates) again.
-aten = torch.ops.aten
 KEPT_FOR_BACKWARD = [
     aten.mm.default, aten.addmm.default, aten.convolution.default,
     torch.ops.exo2ego.flash_attention.default,
